@@ -1,0 +1,55 @@
+"""Which rows and columns of the checkpoint's matrices a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baichuan.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a decoder layer: which of the hub's matrices it merges and where a rank cuts them."""
+
+    sources: tuple[str, ...]  # the hub's names within the layer, without .weight; their rows are concatenated
+    parts: int  # equal row blocks of each source that are cut separately: q, k and v of W_pack
+    axis: int  # 0: the ranks share out the rows (output channels); 1: the columns (input channels)
+
+
+LINEARS = {
+    "qkv": Linear(("self_attn.W_pack",), 3, 0),
+    "o_proj": Linear(("self_attn.o_proj",), 1, 1),
+    "gate_up": Linear(("mlp.gate_proj", "mlp.up_proj"), 1, 0),
+    "down_proj": Linear(("mlp.down_proj",), 1, 1),
+}
+NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+
+
+def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint in the hub's format, by name."""
+    hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    in_layer = {
+        "self_attn.W_pack": (3 * hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inter, hidden),
+        "mlp.up_proj": (inter, hidden),
+        "mlp.down_proj": (hidden, inter),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in in_layer.items()}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def rank_range(size: int, parts: int, rank: int, tp_size: int) -> list[tuple[int, int]]:
+    """The [start, stop) ranges of `size` rows or columns that a rank holds when each of `parts` is cut equally."""
+    part = size // parts
+    share = part // tp_size
+    return [(p * part + rank * share, p * part + (rank + 1) * share) for p in range(parts)]
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The smallest multiple of tp_size that holds the vocabulary."""
+    return -(-vocab_size // tp_size) * tp_size

@@ -1,0 +1,89 @@
+"""How the ranks of one engine talk: not at all, or by MPI."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    rank: int
+    world_size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, added in rank order in float32 and rounded once: the same bits on each rank."""
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The ranks' tensors side by side along the last dimension, in rank order."""
+
+    def gather_objects(self, value: Any) -> list:
+        """Every rank's value, in rank order, on every rank."""
+
+    def abort(self) -> None:
+        """End every rank with exit code 2; does nothing when there is only one."""
+
+
+class Solo:
+    """A world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    all_reduce_max = all_gather = all_reduce
+
+    def gather_objects(self, value: Any) -> list:
+        return [value]
+
+    def abort(self) -> None:
+        pass
+
+
+class Mpi:
+    """The ranks that mpirun started, exchanging host memory."""
+
+    def __init__(self):
+        from mpi4py import MPI
+
+        self._comm = MPI.COMM_WORLD
+        self.rank = self._comm.Get_rank()
+        self.world_size = self._comm.Get_size()
+
+    def _gather(self, x: Tensor) -> Tensor:  # [world_size, *x.shape]
+        x = x.contiguous()
+        gathered = torch.empty(self.world_size, *x.shape, dtype=x.dtype)
+        self._comm.Allgather(_as_bytes(x), _as_bytes(gathered))
+        return gathered
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._gather(x).sum(0, dtype=torch.float32).to(x.dtype)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return self._gather(x).amax(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._gather(x).unbind(0), dim=-1)
+
+    def gather_objects(self, value: Any) -> list:
+        return self._comm.allgather(value)
+
+    def abort(self) -> None:
+        self._comm.Abort(2)
+
+
+def _as_bytes(x: Tensor):
+    return x.view(-1).view(torch.uint8).numpy()
+
+
+def world_of_this_process() -> Communicator:
+    """MPI when mpirun (or another launcher) started several processes, else a world of one."""
+    sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
+    return Mpi() if any(size != "1" for size in sizes) else Solo()

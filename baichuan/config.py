@@ -1,0 +1,216 @@
+"""What a model, a quantisation, a build and a generation are: frozen records, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from baichuan.errors import ConfigError
+
+DTYPES = ("float16", "bfloat16", "float32")
+BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells the four released model versions apart, apart from their sizes."""
+
+    rotary: bool  # RoPE, else ALiBi
+    norm_head: bool  # the rows of lm_head are normalised to length 1
+    architecture: str  # class name in the hub's config.json
+    length_keys: tuple[str, ...]  # keys of the hub's config.json that hold the context length
+
+
+VERSIONS = {
+    "v1_7b": Version(True, False, "BaiChuanForCausalLM", ("max_position_embeddings",)),
+    "v1_13b": Version(False, False, "BaichuanForCausalLM", ("model_max_length",)),
+    "v2_7b": Version(True, True, "BaichuanForCausalLM", ("max_position_embeddings", "model_max_length")),
+    "v2_13b": Version(False, True, "BaichuanForCausalLM", ("model_max_length",)),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One Baichuan model's shape.  `dtype` is that of its activations and dense weights."""
+
+    model_version: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int = 4096  # context length the checkpoint was trained for; tables extend beyond it
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    dtype: str = "float16"
+
+    def __post_init__(self):
+        require_choice("model_version", self.model_version, VERSIONS)
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("hidden_act", self.hidden_act, ("silu",))
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "max_positions"):
+            require_range(name, getattr(self, name), 1, 1 << 24)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                "every head has the same number of dimensions"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs of dimensions")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def version(self) -> Version:
+        return VERSIONS[self.model_version]
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """Raise ConfigError unless heads and MLP columns divide by `tp_size` (the vocabulary is padded)."""
+        require_range("tp_size", tp_size, 1, 1024)
+        for name in ("num_heads", "intermediate_size"):
+            if getattr(self, name) % tp_size:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is not divisible by tp_size {tp_size}; use a tp_size that divides it"
+                )
+
+
+_7B = dict(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=11008)
+_13B = dict(hidden_size=5120, num_layers=40, num_heads=40, intermediate_size=13696)
+PRESETS = {
+    "v1_7b": ModelConfig("v1_7b", vocab_size=64000, **_7B),
+    "v1_13b": ModelConfig("v1_13b", vocab_size=64000, **_13B),
+    "v2_7b": ModelConfig("v2_7b", vocab_size=125696, **_7B),
+    "v2_13b": ModelConfig("v2_13b", vocab_size=125696, **_13B),
+}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights, activations and the KV cache are quantised.  The default is not at all."""
+
+    weights: str = "none"  # none | int8 | int4 | smooth_quant | fp8
+    group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
+    quantize_lm_head: bool = False  # int8 and int4 only; the embedding always stays in the dtype
+    per_token: bool = False  # smooth_quant: one activation scale per token, else one per tensor
+    per_channel: bool = False  # smooth_quant: one weight scale per output channel, else one per tensor
+    kv_cache: str = "none"  # none | int8 | fp8
+
+    def __post_init__(self):
+        require_choice("weights", self.weights, ("none", "int8", "int4", "smooth_quant", "fp8"))
+        require_choice("kv_cache", self.kv_cache, ("none", "int8", "fp8"))
+        require_choice("group_size", self.group_size, (0, 32, 64, 128))
+        if self.group_size and self.weights != "int4":
+            raise ConfigError(f"group_size {self.group_size} needs int4 weights; leave it 0 for {self.weights}")
+        if (self.per_token or self.per_channel) and self.weights != "smooth_quant":
+            raise ConfigError("per_token and per_channel belong to SmoothQuant; add --use_smooth_quant")
+        if self.quantize_lm_head and self.weights not in ("int8", "int4"):
+            raise ConfigError("quantize_lm_head needs int8 or int4 weight-only quantisation; add --use_weight_only")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What an engine is built for: its parallelism, its limits, its backend and its switches."""
+
+    world_size: int = 1
+    max_batch_size: int = 1
+    max_input_len: int = 1024
+    max_output_len: int = 1024
+    max_beam_width: int = 1
+    max_num_tokens: int = 0  # packed tokens of one step; 0 = max_batch_size * max_input_len
+    logits_dtype: str = "float32"
+    backend: str = "torch"  # torch | tensorrt | tensorrt_rtx
+    gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
+    gemm_plugin: bool = True  # our GEMM kernels where they are faster, else the library's own
+    multi_block_mode: bool = True  # decode attention splits long caches over several blocks
+
+    def __post_init__(self):
+        require_range("world_size", self.world_size, 1, 1024)
+        require_range("max_batch_size", self.max_batch_size, 1, 65536)
+        require_range("max_input_len", self.max_input_len, 1, 1 << 20)
+        require_range("max_output_len", self.max_output_len, 1, 1 << 20)
+        require_range("max_beam_width", self.max_beam_width, 1, 64)
+        require_range("max_num_tokens", self.max_num_tokens, 0, 1 << 26)
+        require_choice("logits_dtype", self.logits_dtype, ("float16", "float32"))
+        require_choice("backend", self.backend, ("torch", "tensorrt", "tensorrt_rtx"))
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of one sequence, prompt and continuation together."""
+        return self.max_input_len + self.max_output_len
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the KV cache: every beam of every sequence."""
+        return self.max_batch_size * self.max_beam_width
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen.  Applied in this order: penalty, temperature, top-k, top-p."""
+
+    num_beams: int = 1
+    top_k: int = 5  # 1 = greedy; 0 = all tokens
+    top_p: float = 0.85  # 0 or 1 = all tokens
+    temperature: float = 0.3
+    repetition_penalty: float = 1.1
+    length_penalty: float = 1.0
+    random_seed: int = 0
+    eos_id: int = 2
+    pad_id: int = 0
+    stop_ids: tuple[int, ...] = ()  # further ids that end a sequence, the role ids in a chat
+
+    def __post_init__(self):
+        require_range("num_beams", self.num_beams, 1, 64)
+        require_range("top_k", self.top_k, 0, 1 << 24)
+        require_range("top_p", self.top_p, 0.0, 1.0)
+        require_range("temperature", self.temperature, 1e-3, 100.0)
+        require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        require_range("length_penalty", self.length_penalty, -10.0, 10.0)
+        require_range("random_seed", self.random_seed, 0, (1 << 63) - 1)
+
+    @property
+    def greedy(self) -> bool:
+        return self.num_beams == 1 and self.top_k == 1
+
+
+SAMPLING_DEFAULTS = {
+    "v1_7b": SamplingConfig(top_k=1, top_p=0.0, temperature=1.0),
+    "v1_13b": SamplingConfig(),
+    "v2_7b": SamplingConfig(repetition_penalty=1.05),
+    "v2_13b": SamplingConfig(repetition_penalty=1.05),
+}
+
+
+def to_json(record) -> dict:
+    """A record as plain JSON values; `from_json` inverts it."""
+    return dataclasses.asdict(record)
+
+
+def from_json(cls, values: dict):
+    """A record of type `cls`; raises ConfigError for missing, unknown or wrongly typed fields."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{cls.__name__} has no field {unknown[0]}; the file was written by another version")
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    for name, value in values.items():
+        kind = kinds.get(fields[name].type, object)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, not of type {fields[name].type}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__} is incomplete: {error}") from None
+
+
+def require_choice(name: str, value, choices) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(str(c) for c in choices)}")
+
+
+def require_range(name: str, value, low, high) -> None:
+    """Raise ConfigError unless low <= value <= high; NaN never is."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} {value} is out of range; use {low} to {high}")

@@ -1,0 +1,21 @@
+"""What can go wrong for a user: one sentence with the value, the rule and the remedy."""
+
+
+class BaichuanError(Exception):
+    """A user's error.  The scripts print its one sentence and exit with code 2."""
+
+
+class ConfigError(BaichuanError):
+    """A flag or a setting that cannot be used."""
+
+
+class CheckpointError(BaichuanError):
+    """A checkpoint, tokenizer or binary folder that cannot be read as what it claims to be."""
+
+
+class EngineError(BaichuanError):
+    """An engine folder that is damaged, edited, or built for another world than this one."""
+
+
+class UnsupportedError(BaichuanError):
+    """A combination that is valid in itself but that this backend or machine cannot run."""

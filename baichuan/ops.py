@@ -1,0 +1,53 @@
+"""The vocabulary that the model speaks.  Each docstring is the specification; every executor implements it.
+
+Tensors are token-major, [num_tokens, features], in the model's dtype: sequences lie one after another and
+padding never exists.  A sum is accumulated in float32 and rounded once, to the dtype of the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from baichuan.records import AttentionSpec, Step, Weight
+
+
+class Ops(Protocol):
+    def embedding(self, tokens, weight):
+        """weight[tokens].  tokens: [num_tokens] int64 in [0, vocab_size) -> [num_tokens, hidden_size]"""
+
+    def add_rms_norm(self, x, residual, weight, eps: float):
+        """r = x + residual, rounded to the dtype;  n = r / sqrt(mean(r²) + eps), rounded;  returns (n * weight, r).
+
+        x, residual: [num_tokens, hidden_size]; residual None stands for 0.  The mean is taken in float32.
+        """
+
+    def linear(self, x, weight: Weight):
+        """x @ Wᵀ for the W that `weight` stands for (records.py gives each type's formula).
+
+        x: [num_tokens, in_features] -> [num_tokens, out_features] in x's dtype.
+        """
+
+    def attention(self, qkv, cache: Any, spec: AttentionSpec, step: Step):
+        """softmax(q kᵀ / sqrt(head_dim) + bias) v for each head and sequence, causal.
+
+        qkv: [num_tokens, 3 * num_heads * head_dim], all q, all k, all v.  Stores k and v in the cache at the
+        tokens' positions, quantised where the cache is, and attends to the stored values.  RoPE (half rotation,
+        base 10000) turns q and k by their positions in float32 before that; ALiBi adds
+        bias = slope[global head] * (key position - query position) in float32.
+        -> [num_tokens, num_heads * head_dim]
+        """
+
+    def silu_mul(self, gate_up):
+        """silu(gate) * up in float32.  gate_up: [num_tokens, 2 * intermediate], all gate, all up."""
+
+    def all_reduce(self, x):
+        """The sum of x over the ranks, the same bits on each."""
+
+    def select_rows(self, x, rows):
+        """x[rows].  rows: [num_outputs] int64 -> [num_outputs, features]"""
+
+    def head(self, x, weight: Weight, vocab_size: int):
+        """Logits in float32: `linear` without rounding to the dtype, gathered over the ranks, padding cut off.
+
+        x: [num_outputs, hidden_size] -> [num_outputs, vocab_size] float32
+        """

@@ -1,0 +1,164 @@
+"""The records that travel between the parts: weights by type, one step's tokens, one layer's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """y = x @ weightᵀ"""
+
+    weight: Tensor  # [out_features, in_features] in the model's dtype
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """y = (x @ weightᵀ) * scale: symmetric, one scale per output channel"""
+
+    weight: Tensor  # [out_features, in_features] int8
+    scale: Tensor  # [out_features] float32, dense weight ≈ weight * scale
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """y = x @ (unpack(packed) * scale)ᵀ: symmetric, one scale per output channel and group of inputs"""
+
+    packed: Tensor  # [out_features, in_features / 2] uint8, even input channel in the low nibble, two's complement
+    scale: Tensor  # [out_features, in_features / group_size] in the model's dtype; one group = the whole row
+
+
+@dataclass(frozen=True)
+class SmoothQuantWeight:
+    """y = (quantise(x / smoother) @ weightᵀ) * input_scale * scale, with int32 accumulation"""
+
+    weight: Tensor  # [out_features, in_features] int8
+    scale: Tensor  # [out_features] float32, smoothed weight ≈ weight * scale
+    input_scale: Tensor | None  # [1] float32, smoothed input ≈ int8 * input_scale; None = absmax / 127 of each token
+    smoother: Tensor | None  # [in_features] float32; None where the norm before has absorbed it
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """y = (e4m3(x / input_scale) @ weightᵀ) * input_scale * scale"""
+
+    weight: Tensor  # [out_features, in_features] float8_e4m3fn
+    scale: Tensor  # [out_features] float32
+    input_scale: Tensor  # [1] float32, input ≈ e4m3 * input_scale
+
+
+Weight = DenseWeight | Int8Weight | Int4Weight | SmoothQuantWeight | Fp8Weight
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer of one rank."""
+
+    input_norm: Tensor  # [hidden_size]
+    qkv: Weight  # out = 3 * local heads * head_dim: all q, all k, all v
+    o_proj: Weight  # in = local heads * head_dim
+    post_norm: Tensor  # [hidden_size]
+    gate_up: Weight  # out = 2 * local intermediate: all gate, all up
+    down_proj: Weight  # in = local intermediate
+    k_scale: Tensor | None = None  # [1] float32, k ≈ cached k * k_scale; None = the cache holds the dtype
+    v_scale: Tensor | None = None  # [1] float32
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """One rank's model."""
+
+    embedding: Tensor  # [vocab_size, hidden_size], whole on every rank
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [hidden_size]
+    lm_head: Weight  # out = padded vocabulary / tp_size
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One rank's share of the attention heads, and how they see positions."""
+
+    num_heads: int  # of this rank
+    first_head: int  # global number of this rank's first head
+    total_heads: int  # of all ranks: ALiBi's slopes depend on the global number
+    head_dim: int
+    rotary: bool  # RoPE, else ALiBi
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's contiguous KV cache."""
+
+    k: Tensor  # [rows, num_heads, capacity, head_dim] in the dtype, int8 or float8_e4m3fn
+    v: Tensor  # as k
+    k_scale: Tensor | None = None  # [1] float32, k ≈ cached k * k_scale
+    v_scale: Tensor | None = None  # [1] float32
+
+
+@dataclass(frozen=True)
+class Step:
+    """The new tokens of every sequence, packed one sequence after another without padding.
+
+    Sequence b is row b of the KV cache.  Prefill, a chunk of a prompt and decode differ only in their lengths.
+    """
+
+    tokens: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64, each token's place in its sequence
+    cu_seqlens: Tensor  # [batch_size + 1] int32, sequence b's tokens are cu_seqlens[b] to cu_seqlens[b + 1]
+    context_lengths: Tensor  # [batch_size] int32, tokens in the cache after this step
+    output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
+    max_new_tokens: int  # longest sequence of this step; 1 = decode
+    max_context_length: int  # no context length is larger
+
+    @property
+    def batch_size(self) -> int:
+        return self.context_lengths.shape[0]
+
+    @staticmethod
+    def of(
+        new_tokens: Sequence[Sequence[int]],
+        past_lengths: Sequence[int] | None = None,
+        all_outputs: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Step:
+        """A step that appends new_tokens[b] to a sequence of past_lengths[b] tokens (0 by default).
+
+        Logits are wanted for each sequence's last token, or for every token with all_outputs.
+        """
+        lengths = [len(tokens) for tokens in new_tokens]
+        past = list(past_lengths) if past_lengths is not None else [0] * len(lengths)
+        contexts = [p + n for p, n in zip(past, lengths, strict=True)]
+        ends = torch.tensor(lengths).cumsum(0)
+        outputs = torch.arange(sum(lengths)) if all_outputs else ends - 1
+        return Step(
+            tokens=torch.tensor([t for tokens in new_tokens for t in tokens], dtype=torch.int64).to(device),
+            positions=torch.cat([torch.arange(p, c) for p, c in zip(past, contexts)]).to(device),
+            cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
+            context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
+            output_rows=outputs.to(device),
+            max_new_tokens=max(lengths),
+            max_context_length=max(contexts),
+        )
+
+    def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+        """The decode step that follows: one token a sequence, tokens [batch_size] int64.
+
+        With parents [batch_size] int64, sequence b continues sequence parents[b] (see Executor.reorder_cache).
+        Nothing is read back from the device.
+        """
+        lengths = self.context_lengths if parents is None else self.context_lengths[parents]
+        rows = torch.arange(tokens.shape[0] + 1, device=tokens.device)
+        return replace(
+            self,
+            tokens=tokens,
+            positions=lengths.long(),
+            cu_seqlens=rows.int(),
+            context_lengths=lengths + 1,
+            output_rows=rows[:-1],
+            max_new_tokens=1,
+            max_context_length=self.max_context_length + 1,
+        )
