@@ -136,7 +136,7 @@ class Step:
         outputs = torch.arange(sum(lengths)) if all_outputs else ends - 1
         return Step(
             tokens=torch.tensor([t for tokens in new_tokens for t in tokens], dtype=torch.int64).to(device),
-            positions=torch.cat([torch.arange(p, c) for p, c in zip(past, contexts)]).to(device),
+            positions=torch.cat([torch.arange(p, c) for p, c in zip(past, contexts, strict=True)]).to(device),
             cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
             context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
             output_rows=outputs.to(device),
