@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from baichuan.config import ModelConfig
 
+Range = tuple[int, int]  # [start, stop)
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -14,6 +16,12 @@ class Linear:
     sources: tuple[str, ...]  # the hub's names within the layer, without .weight; their rows are concatenated
     parts: int  # equal row blocks of each source that are cut separately: q, k and v of W_pack
     axis: int  # 0: the ranks share out the rows (output channels); 1: the columns (input channels)
+
+    def cut(self, shape: tuple[int, ...], rank: int, tp_size: int) -> tuple[list[Range], Range]:
+        """The row ranges and the column range of a source of this shape that rank `rank` holds."""
+        if self.axis == 0:
+            return rank_range(shape[0], self.parts, rank, tp_size), (0, shape[1])
+        return [(0, shape[0])], rank_range(shape[1], 1, rank, tp_size)[0]
 
 
 LINEARS = {
@@ -43,8 +51,8 @@ def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def rank_range(size: int, parts: int, rank: int, tp_size: int) -> list[tuple[int, int]]:
-    """The [start, stop) ranges of `size` rows or columns that a rank holds when each of `parts` is cut equally."""
+def rank_range(size: int, parts: int, rank: int, tp_size: int) -> list[Range]:
+    """The ranges of `size` rows or columns that a rank holds when each of `parts` is cut equally."""
     part = size // parts
     share = part // tp_size
     return [(p * part + rank * share, p * part + (rank + 1) * share) for p in range(parts)]

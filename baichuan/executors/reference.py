@@ -1,0 +1,119 @@
+"""The reference executor: the ops' plain meaning in PyTorch on the CPU, and the default where there is no GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baichuan import position
+from baichuan.comm import Communicator, Solo
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.executors.memory import KV_DTYPES, require_host_memory
+from baichuan.executors.reference_linear import linear
+from baichuan.model import attention_spec, forward
+from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
+from baichuan.records import AttentionSpec, LayerCache, ModelWeights, Step, Weight
+
+
+class ReferenceOps:
+    """ops.Ops on CPU tensors."""
+
+    def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int):
+        self.comm = comm
+        self.slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
+        self.cos, self.sin = position.rope_table(capacity, spec.head_dim) if spec.rotary else (None, None)
+
+    def embedding(self, tokens, weight):
+        return F.embedding(tokens, weight)
+
+    def add_rms_norm(self, x, residual, weight, eps):
+        residual = x if residual is None else x + residual
+        r = residual.float()
+        normed = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * weight, residual
+
+    def linear(self, x, weight: Weight):
+        return linear(x, weight, x.dtype, self.comm)
+
+    def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step):
+        q, k, v = qkv.unflatten(-1, (3, spec.num_heads, spec.head_dim)).unbind(1)  # each [num_tokens, heads, dim]
+        if spec.rotary:
+            cos, sin = self.cos[step.positions], self.sin[step.positions]
+            q, k = (position.rotate(each, cos, sin).to(qkv.dtype) for each in (q, k))
+        starts = step.cu_seqlens.tolist()
+        out = torch.empty_like(q)
+        for row, context in enumerate(step.context_lengths.tolist()):
+            new = slice(starts[row], starts[row + 1])
+            past = context - (new.stop - new.start)
+            cache.k[row, :, past:context] = quantise_kv(k[new], cache.k_scale, cache.k.dtype).transpose(0, 1)
+            cache.v[row, :, past:context] = quantise_kv(v[new], cache.v_scale, cache.v.dtype).transpose(0, 1)
+            keys = dequantise_kv(cache.k[row, :, :context], cache.k_scale)  # [heads, context, dim] float32
+            values = dequantise_kv(cache.v[row, :, :context], cache.v_scale)
+            out[new] = self._attend(q[new], keys, values, spec, past).to(q.dtype)
+        return out.flatten(1)
+
+    def _attend(self, q, keys, values, spec, past):  # q: [new, heads, dim] -> [new, heads, dim] float32
+        new, context = q.shape[0], keys.shape[1]
+        q = q.float().transpose(0, 1)
+        distance = torch.arange(context) - torch.arange(past, context)[:, None]  # [new, context], 0 on the diagonal
+        if spec.rotary:
+            mask = None if new == 1 else distance.gt(0).float().masked_fill_(distance > 0, -torch.inf)
+        else:
+            mask = self.slopes[:, None, None] * distance
+            if new > 1:
+                mask.masked_fill_(distance > 0, -torch.inf)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(0, 1)
+
+    def silu_mul(self, gate_up):
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def all_reduce(self, x):
+        return self.comm.all_reduce(x)
+
+    def select_rows(self, x, rows):
+        return x[rows]
+
+    def head(self, x, weight: Weight, vocab_size: int):
+        return self.comm.all_gather(linear(x, weight, torch.float32, self.comm))[:, :vocab_size]
+
+
+class ReferenceExecutor:
+    """executors.base.Executor on the CPU."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, config: ModelConfig, quant: QuantConfig, weights: ModelWeights, comm: Communicator | None = None
+    ):
+        self.config, self.weights, self.comm = config, weights, comm or Solo()
+        self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
+        self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
+
+    def reset(self, batch_size: int, capacity: int) -> None:
+        self.caches = ()  # the old cache makes room before the new one is asked for
+        shape = (batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
+        size = 2 * len(self.weights.layers) * torch.Size(shape).numel() * self.cache_dtype.itemsize
+        require_host_memory(size, f"a KV cache of {batch_size} x {capacity} tokens")
+        self.ops = ReferenceOps(self.spec, self.comm, capacity)
+        self.caches = tuple(
+            LayerCache(
+                torch.empty(shape, dtype=self.cache_dtype),
+                torch.empty(shape, dtype=self.cache_dtype),
+                layer.k_scale,
+                layer.v_scale,
+            )
+            for layer in self.weights.layers
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> Tensor:
+        return forward(self.ops, self.config, self.weights, self.caches, self.spec, step)
+
+    @torch.inference_mode()
+    def reorder_cache(self, parents: Tensor) -> None:
+        rows = parents.shape[0]
+        for cache in self.caches:
+            cache.k[:rows] = cache.k[parents]
+            cache.v[:rows] = cache.v[parents]
