@@ -11,6 +11,18 @@ DTYPES = ("float16", "bfloat16", "float32")
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
+def require_choice(name: str, value, choices) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(str(c) for c in choices)}")
+
+
+def require_range(name: str, value, low, high) -> None:
+    """Raise ConfigError unless low <= value <= high; NaN never is."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} {value} is out of range; use {low} to {high}")
+
+
 @dataclass(frozen=True)
 class Version:
     """What tells the four released model versions apart, apart from their sizes."""
@@ -202,15 +214,3 @@ def from_json(cls, values: dict):
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{cls.__name__} is incomplete: {error}") from None
-
-
-def require_choice(name: str, value, choices) -> None:
-    """Raise ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(str(c) for c in choices)}")
-
-
-def require_range(name: str, value, low, high) -> None:
-    """Raise ConfigError unless low <= value <= high; NaN never is."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name} {value} is out of range; use {low} to {high}")
