@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+LEAVE_TIMEOUT_S = 5.0
 
 
 class Communicator(Protocol):
@@ -25,8 +28,9 @@ class Communicator(Protocol):
     def gather_objects(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""
 
-    def abort(self) -> None:
-        """End every rank with exit code 2; does nothing when there is only one."""
+    def leave_failed(self) -> None:
+        """Called by a rank that is about to exit with an error.  Returns when every rank does so; ends all of them
+        with exit code 2 when the others are still at work after LEAVE_TIMEOUT_S."""
 
 
 class Solo:
@@ -43,7 +47,7 @@ class Solo:
     def gather_objects(self, value: Any) -> list:
         return [value]
 
-    def abort(self) -> None:
+    def leave_failed(self) -> None:
         pass
 
 
@@ -75,8 +79,12 @@ class Mpi:
     def gather_objects(self, value: Any) -> list:
         return self._comm.allgather(value)
 
-    def abort(self) -> None:
-        self._comm.Abort(2)
+    def leave_failed(self) -> None:
+        request, deadline = self._comm.Ibarrier(), time.monotonic() + LEAVE_TIMEOUT_S
+        while not request.Test():
+            if time.monotonic() > deadline:
+                self._comm.Abort(2)
+            time.sleep(0.05)
 
 
 def _as_bytes(x: Tensor):

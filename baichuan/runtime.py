@@ -1,0 +1,41 @@
+"""From an engine folder to something that generates."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from baichuan.checkpoint.layout import assemble
+from baichuan.checkpoint.tensor_file import read_tensors
+from baichuan.comm import Communicator
+from baichuan.engine import Engine, check_world, read_engine, verify_rank_file
+from baichuan.errors import UnsupportedError
+from baichuan.executors.base import Executor
+from baichuan.executors.reference import ReferenceExecutor
+from baichuan.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def open_session(folder: Path, comm: Communicator, model_version: str | None = None) -> Session:
+    """The engine in `folder`, verified, on this rank's GPU or else on the CPU.
+
+    Raises EngineError for a damaged engine or another world than it was built for, on every rank alike.
+    """
+    engine = read_engine(folder)
+    check_world(engine, comm, model_version)
+    path = verify_rank_file(engine, comm)
+    return Session(open_executor(engine, path, comm), engine.model, engine.build)
+
+
+def open_executor(engine: Engine, path: Path, comm: Communicator) -> Executor:
+    """The executor that the engine was built for, over one rank's file."""
+    if engine.build.backend != "torch":
+        raise UnsupportedError(
+            f"engines of backend {engine.build.backend} cannot be run yet; build with --backend torch"
+        )
+    weights = assemble(read_tensors(path), engine.model, engine.quant)
+    logger.info("running on the CPU with %d threads", torch.get_num_threads())
+    return ReferenceExecutor(engine.model, engine.quant, weights, comm)
