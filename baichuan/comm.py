@@ -1,9 +1,12 @@
-"""How the ranks of one engine talk: not at all, or by MPI."""
+"""How the ranks of one engine talk: not at all, as threads of one process, or by MPI."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +54,64 @@ class Solo:
         pass
 
 
-class Mpi:
+class _Gathering:
+    """The collectives, from one way of collecting every rank's tensor in rank order."""
+
+    def _gather(self, x: Tensor) -> Tensor:  # [world_size, *x.shape]
+        raise NotImplementedError
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._gather(x).sum(0, dtype=torch.float32).to(x.dtype)
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        return self._gather(x).amax(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._gather(x).unbind(0), dim=-1)
+
+
+class Threads(_Gathering):
+    """One rank of several threads of this process; for self-checks and tests.  Made by run_ranks."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier):
+        self.rank, self.world_size = rank, len(board)
+        self._board, self._barrier = board, barrier
+
+    def gather_objects(self, value: Any) -> list:
+        self._board[self.rank] = value
+        self._barrier.wait()
+        values = list(self._board)
+        self._barrier.wait()  # nobody writes the next value before everybody has read
+        return values
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self.gather_objects(x))
+
+    def leave_failed(self) -> None:
+        self._barrier.abort()
+
+
+def run_ranks(world_size: int, body: Callable[[Communicator], Any]) -> list:
+    """body's results on each of world_size ranks, run as threads.  A rank's exception ends all and is raised here."""
+    board, barrier = [None] * world_size, threading.Barrier(world_size)
+
+    def run(rank: int) -> Any:
+        comm = Threads(rank, board, barrier)
+        try:
+            return body(comm)
+        except BaseException:
+            comm.leave_failed()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(world_size)]
+    errors = [future.exception() for future in futures if future.exception()]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # the first cause, not the barrier that it broke
+    return [future.result() for future in futures]
+
+
+class Mpi(_Gathering):
     """The ranks that mpirun started, exchanging host memory."""
 
     def __init__(self):
@@ -66,15 +126,6 @@ class Mpi:
         gathered = torch.empty(self.world_size, *x.shape, dtype=x.dtype)
         self._comm.Allgather(_as_bytes(x), _as_bytes(gathered))
         return gathered
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return self._gather(x).sum(0, dtype=torch.float32).to(x.dtype)
-
-    def all_reduce_max(self, x: Tensor) -> Tensor:
-        return self._gather(x).amax(0)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._gather(x).unbind(0), dim=-1)
 
     def gather_objects(self, value: Any) -> list:
         return self._comm.allgather(value)

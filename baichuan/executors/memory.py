@@ -5,9 +5,21 @@ from __future__ import annotations
 import psutil
 import torch
 
+from baichuan.config import BYTES_PER_ELEMENT, BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import UnsupportedError
 
 KV_DTYPES = {"none": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # None = the model's dtype
+
+
+def kv_cache_bytes(model: ModelConfig, quant: QuantConfig, tp_size: int, rows: int, capacity: int) -> int:
+    """One rank's KV cache for `rows` sequences of `capacity` tokens."""
+    element = BYTES_PER_ELEMENT[model.dtype] if quant.kv_cache == "none" else 1
+    return 2 * model.num_layers * rows * capacity * (model.hidden_size // tp_size) * element
+
+
+def full_kv_cache_bytes(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> int:
+    """One rank's KV cache at every limit of the build."""
+    return kv_cache_bytes(model, quant, build.world_size, build.max_rows, build.max_seq_len)
 
 
 def require_host_memory(size: int, what: str) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from baichuan import position
 from baichuan.comm import Communicator, Solo
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.executors.memory import KV_DTYPES, require_host_memory
+from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_host_memory
 from baichuan.executors.reference_linear import linear
 from baichuan.model import attention_spec, forward
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
@@ -87,15 +87,15 @@ class ReferenceExecutor:
     def __init__(
         self, config: ModelConfig, quant: QuantConfig, weights: ModelWeights, comm: Communicator | None = None
     ):
-        self.config, self.weights, self.comm = config, weights, comm or Solo()
+        self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
         self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
 
     def reset(self, batch_size: int, capacity: int) -> None:
         self.caches = ()  # the old cache makes room before the new one is asked for
-        shape = (batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
-        size = 2 * len(self.weights.layers) * torch.Size(shape).numel() * self.cache_dtype.itemsize
+        size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
         require_host_memory(size, f"a KV cache of {batch_size} x {capacity} tokens")
+        shape = (batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
         self.ops = ReferenceOps(self.spec, self.comm, capacity)
         self.caches = tuple(
             LayerCache(

@@ -1,0 +1,131 @@
+"""Building an engine: predict, write every rank, describe, check, publish."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+
+from baichuan.checkpoint.plan import PlannedTensors
+from baichuan.checkpoint.tensor_file import planned_bytes, write_tensors
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig
+from baichuan.engine import Engine, publish, rank_file_name, staging, write_config
+from baichuan.errors import UnsupportedError
+from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
+from baichuan.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+PROCESS_BYTES = 1 << 30  # one writing process: the interpreter, PyTorch and a few blocks of weights
+DISK_SLACK_BYTES = 16 << 20  # config.json and the file system's own
+
+PlanRank = Callable[[int], list[PlannedTensors]]  # picklable: with --parallel_build each process calls its own
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """An engine to be built.  plan_rank(rank) gives the tensors of one rank."""
+
+    output_dir: Path
+    model: ModelConfig
+    quant: QuantConfig
+    build: BuildConfig
+    plan_rank: PlanRank
+    parallel: bool = False
+
+
+def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:
+    """Write an engine into request.output_dir, complete or not at all, and return it.
+
+    check(engine) is called with the finished engine before it replaces an older one; it raises to refuse it.
+    """
+    sizes = [planned_bytes(request.plan_rank(rank)) for rank in range(request.build.world_size)]
+    with staging(request.output_dir) as staged:
+        _require_resources(request, sizes)
+        paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
+        with Progress("writing the engine", sum(sizes), "B") as progress:
+            if request.parallel and len(paths) > 1:
+                _write_in_processes(request.plan_rank, paths, progress)
+            else:
+                for rank, path in enumerate(paths):
+                    write_tensors(path, request.plan_rank(rank), progress.advance)
+        engine = write_config(staged, request.model, request.quant, request.build, contract={})
+        if check:
+            check(engine)
+        publish(staged, request.output_dir)
+    return engine
+
+
+def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
+    """Say what the build and the engine take, and raise UnsupportedError where it is not there."""
+    processes = len(sizes) if request.parallel else 1
+    cache = full_kv_cache_bytes(request.model, request.quant, request.build)
+    logger.info(
+        "engine: %.2f GB on disk; building it takes up to %.1f GB of host memory; running it at full size takes "
+        "%.2f GB of weights and %.2f GB of KV cache a rank",
+        *(each / 1e9 for each in (sum(sizes), processes * PROCESS_BYTES, max(sizes), cache)),
+    )
+    require_host_memory(processes * PROCESS_BYTES, f"a build with {processes} process(es)")
+    free = shutil.disk_usage(request.output_dir).free
+    if sum(sizes) + DISK_SLACK_BYTES > free:
+        raise UnsupportedError(
+            f"the engine needs {sum(sizes) / 1e9:.2f} GB on the disk of {request.output_dir} and "
+            f"{free / 1e9:.2f} GB are free; free some, or choose another --output_dir"
+        )
+    if torch.cuda.is_available():
+        total, holder = torch.cuda.mem_get_info()[1], "the GPU"
+    else:
+        total, holder = psutil.virtual_memory().total, "this machine"
+    if max(sizes) + cache > total:
+        message = (
+            f"one rank needs {(max(sizes) + cache) / 1e9:.2f} GB when it runs at full size and {holder} has "
+            f"{total / 1e9:.2f} GB; use more ranks, smaller limits or a quantisation"
+        )
+        if torch.cuda.is_available():
+            raise UnsupportedError(message)
+        logger.warning("%s, or run the engine elsewhere", message)
+
+
+def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> None:
+    """One process a rank; the bytes that they have written meet in one counter."""
+    context = multiprocessing.get_context("spawn")
+    counter, done = context.Value("q", 0), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            progress.advance(counter.value - progress.done)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        with ProcessPoolExecutor(len(paths), context, _remember_counter, (counter,)) as pool:
+            list(pool.map(partial(_write_rank, plan_rank), range(len(paths)), paths))
+    finally:
+        done.set()
+        watcher.join()
+
+
+_counter = None  # of a writing process, set once when the pool starts it
+
+
+def _remember_counter(counter) -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(1)
+
+
+def _write_rank(plan_rank: PlanRank, rank: int, path: Path) -> None:
+    def advance(size: int) -> None:
+        with _counter.get_lock():
+            _counter.value += size
+
+    write_tensors(path, plan_rank(rank), advance)
