@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that is stored
+from baichuan.quant.scaled import LIMITS, quantise
 
 
 def quantise_kv(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x as the cache stores it: round(x / scale), clamped to the type's range; x itself in a cache of its own dtype."""
-    if dtype not in LIMITS:
-        return x.to(dtype)
-    scaled = (x.float() / scale).clamp(-LIMITS[dtype], LIMITS[dtype])
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+    """x as the cache stores it: quantise(x, scale), or x itself in a cache of its own dtype."""
+    return quantise(x, scale, dtype) if dtype in LIMITS else x.to(dtype)
 
 
 def dequantise_kv(x: Tensor, scale: Tensor | None) -> Tensor:

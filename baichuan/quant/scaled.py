@@ -1,0 +1,21 @@
+"""8-bit numbers with a scale: x ≈ q * scale, where q is int8 or e4m3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that is stored
+
+
+def scale_for(absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """absmax / limit, in float32: the scale that maps absmax to the type's largest value; 1 where absmax is 0."""
+    absmax = absmax.float()
+    return torch.where(absmax > 0, absmax / LIMITS[dtype], 1)
+
+
+def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale, clamped to the type's range and rounded to nearest even.  scale broadcasts against x -> x's shape."""
+    limit = LIMITS[dtype]
+    q = (x.float() / scale).clamp_(-limit, limit)  # e4m3 has no infinity: a larger value would become NaN
+    return (q.round_() if dtype == torch.int8 else q).to(dtype)

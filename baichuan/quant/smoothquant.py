@@ -1,0 +1,50 @@
+"""SmoothQuant (https://arxiv.org/abs/2211.10438): 8-bit weights and activations, outliers moved into the weights.
+
+x @ Wᵀ = (x / s) @ (W * s)ᵀ for any s > 0 per input channel; s is chosen so that both factors quantise well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baichuan.comm import Communicator
+from baichuan.quant.scaled import quantise, scale_for
+from baichuan.records import SmoothQuantWeight
+
+SMALLEST = 1e-5  # of a smoother, and of the weight that it is divided by
+EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 matrix product over so many channels of int8 is exact
+
+
+def smoother(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """s = max|x|^alpha / max|W|^(1 - alpha), at least 1e-5, each maximum taken for one input channel.
+
+    x_absmax, weight_absmax: [in_features] -> [in_features] float32.  alpha 0 evens out the weights, 1 the inputs.
+    """
+    x, weight = x_absmax.double(), weight_absmax.double().clamp(min=SMALLEST)
+    return (x**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST).float()
+
+
+def quantise_input(x: Tensor, weight: SmoothQuantWeight, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """x / smoother as integers and their scale.
+
+    x: [num_tokens, in_features] -> int8 [num_tokens, in_features], float32 [num_tokens, 1] or [1].
+    The scale is static, or max|x / smoother| / 127 of each token.  A weight with a smoother holds a rank's share of
+    the input channels (o_proj, down_proj); a token's maximum is then taken over the ranks, so that every
+    tensor-parallel size has the same integers.
+    """
+    x = x.float() if weight.smoother is None else x.float() / weight.smoother
+    scale = weight.input_scale
+    if scale is None:
+        absmax = x.abs().amax(-1, keepdim=True)
+        scale = scale_for(absmax if weight.smoother is None else comm.all_reduce_max(absmax), torch.int8)
+    return quantise(x, scale, torch.int8), scale
+
+
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ, exact.  x: [num_tokens, in_features] int8; weight: [out_features, in_features] int8 -> int32"""
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[1], EXACT_CHANNELS):
+        channels = slice(start, start + EXACT_CHANNELS)
+        total += (x[:, channels].float() @ weight[:, channels].float().T).to(torch.int32)
+    return total

@@ -1,0 +1,144 @@
+"""Weight-only quantisation: symmetric integers with one scale per output channel, or per group of input channels.
+
+Every function works on whole rows, [n, in_features]: a row's scales depend on that row alone, so a matrix may come
+in any blocks of rows and be cut into any columns afterwards, and the integers stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from baichuan.config import ModelConfig
+from baichuan.errors import CheckpointError, ConfigError
+from baichuan.records import Int4Weight, Int8Weight
+
+GROUP_SIZES = (32, 64, 128)
+INT4_MIN, INT4_MAX = -8, 7
+TINY = 1e-30  # a group below this is all zeros: the inverse of its scale would overflow
+CACHE_ELEMENTS = 1 << 17  # a CPU works on float32 blocks of this many elements, which stay in its cache
+
+# The value of largest magnitude is mapped to -8 times these; beyond 1 it is clipped, which long rows profit from.
+CLIPPING = (0.9, 0.98, 1.05, 1.15, 1.3, 1.5, 1.8, 2.25, 3.0)
+
+
+def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """scale = max|row| / 127,  q = round(row / scale).
+
+    rows: [n, in_features] of any floating type -> q [n, in_features] int8, scale [n] float32.
+    Raises CheckpointError for a NaN or an infinity.
+    """
+    q = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    for block in _cache_blocks(rows):
+        w = rows[block].float()
+        scale[block] = _finite(w.abs().amax(-1)) / 127
+        q[block] = (w / torch.where(scale[block] > 0, scale[block], 1)[:, None]).round_().clamp_(-127, 127)
+    return q, scale
+
+
+def quantise_int4(rows: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """q = clamp(round(row / scale), -8, 7) with the scale that the search below finds best for each group.
+
+    rows: [n, in_features] of any floating type; group_size divides in_features, 0 stands for in_features.
+    -> packed [n, in_features / 2] uint8, scale [n, in_features / group_size] in scale_dtype, of either sign.
+
+    The search minimises the squared error |w - scale q|².  For given integers q the best scale is <w, q> / <q, q>,
+    and it leaves |w|² - <w, q>² / <q, q>.  So each candidate (the group's largest value mapped to -8 times one of
+    CLIPPING) gives integers, these give their best scale and error, and the best candidate is refined once more.
+    The scale is rounded to scale_dtype before the final integers are taken.
+    Raises CheckpointError for a NaN or an infinity, ConfigError where in_features is odd.
+    """
+    n, in_features = rows.shape
+    if in_features % 2:
+        raise ConfigError(f"{in_features} input channels cannot be packed in pairs; use int8 for this model")
+    group_size = group_size or in_features
+    scale = torch.empty(n, in_features // group_size, dtype=scale_dtype, device=rows.device)
+    packed = torch.empty(n, in_features // 2, dtype=torch.uint8, device=rows.device)
+    for block in _cache_blocks(rows):
+        groups = rows[block].float().reshape(-1, group_size)
+        best = _search_scale(groups).to(scale_dtype)
+        scale[block] = best.view(-1, scale.shape[1])
+        packed[block] = pack_int4(_round_int4(groups, best.float()).view(-1, in_features))
+    return packed, scale
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Two of [-8, 7] a byte, the even input channel in the low nibble: [n, in] of any type -> [n, in / 2] uint8."""
+    even, odd = q.to(torch.int8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return (even & 0xF) | (odd << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of pack_int4: [n, in / 2] uint8 -> [n, in] int8."""
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifting right keeps the sign
+
+
+def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None)) -> Tensor:
+    """The matrix that the weight stands for, or some rows of it: [n, in_features] float32."""
+    match weight:
+        case Int8Weight(q, scale):
+            return q[rows].float() * scale[rows, None]
+        case Int4Weight(packed, scale):
+            q, scale = unpack_int4(packed[rows]).float(), scale[rows].float()
+            return (q.unflatten(-1, (scale.shape[1], -1)) * scale[..., None]).flatten(-2)
+        case _:
+            raise TypeError(type(weight).__name__)
+
+
+def check_group_size(group_size: int, in_features: int, name: str) -> None:
+    """Raise ConfigError unless a rank's `in_features` input channels of the linear `name` are whole groups."""
+    if in_features % (group_size or 1) == 0:
+        return
+    fitting = [size for size in GROUP_SIZES if size < group_size and in_features % size == 0]
+    raise ConfigError(
+        f"group size {group_size} does not divide the {in_features} input channels that a rank holds of {name}; "
+        f"use --weight_only_group_size {max(fitting, default=0)}"
+    )
+
+
+def fitting_group_sizes(config: ModelConfig, tp_size: int) -> list[int]:
+    """The group sizes that divide every rank's share of input channels, and the whole rows where nothing is cut."""
+    widths = (config.hidden_size, config.hidden_size // tp_size, config.intermediate_size // tp_size)
+    return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+
+
+def _cache_blocks(rows: Tensor) -> Iterator[slice]:
+    n, in_features = rows.shape
+    step = n if rows.is_cuda else max(1, CACHE_ELEMENTS // in_features)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _search_scale(groups: Tensor) -> Tensor:  # [g, group_size] float32 -> [g, 1] float32
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    _finite(largest)
+    unit = torch.where(largest.abs() < TINY, 0, INT4_MIN / largest)  # 1 / scale without clipping
+    best_gain, best_scale = torch.zeros_like(unit), torch.zeros_like(unit)
+
+    def consider(inverse_scale: Tensor) -> None:
+        q = (groups * inverse_scale).round_().clamp_(INT4_MIN, INT4_MAX)
+        w_q = torch.linalg.vecdot(groups, q)[:, None]
+        q_q = torch.linalg.vecdot(q, q)[:, None].clamp_(min=1)
+        better = w_q * w_q / q_q > best_gain
+        best_gain.copy_(torch.where(better, w_q * w_q / q_q, best_gain))
+        best_scale.copy_(torch.where(better, w_q / q_q, best_scale))
+
+    for factor in CLIPPING:
+        consider(unit * factor)
+    consider(torch.where(best_scale == 0, 0, 1 / best_scale))
+    return best_scale
+
+
+def _round_int4(groups: Tensor, scale: Tensor) -> Tensor:
+    q = groups / torch.where(scale == 0, torch.inf, scale)
+    return q.round_().clamp_(INT4_MIN, INT4_MAX)
+
+
+def _finite(largest: Tensor) -> Tensor:
+    if not torch.isfinite(largest).all():
+        raise CheckpointError("a weight is not finite (NaN or infinity) and cannot be quantised; check the checkpoint")
+    return largest
