@@ -1,0 +1,200 @@
+"""Ids and text against the original tokenizer's; streaming against decode; what is no tokenizer is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from baichuan.errors import CheckpointError, ConfigError
+from baichuan.tokenizer import MAX_MODEL_BYTES, REPLACEMENT, Tokenizer, check_ids
+from tests.tokenizer_files import MODELS, REAL, original, reference, tokenizer
+
+CONTROL_NAMES = {"rebuilt_v1": 302, "real_v2": 990}  # <SEP>, <CLS> and every <reserved_N> of the real models
+BYTES = {
+    "rebuilt_v1": range(393, 649),
+    "real_v2": range(1089, 1345),
+    "tiny_v1": range(203, 459),
+    "tiny_v2": range(203, 459),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encode_and_decode_equal_the_original(name):
+    t, expected = tokenizer(name), original(name)
+    assert t.vocab_size == expected["vocab_size"]
+    assert t.special_ids == {expected["unk"], expected["bos"], expected["eos"]}
+    for case in expected["encode"]:
+        assert t.encode(case["text"]) == case["ids"], case["text"]
+        assert t.decode(case["ids"], skip_special=False) == case["decode"]
+        assert t.decode(case["ids"]) == t.decode(case["ids"], skip_special=True) == case["decode_skip_special"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_literal_encoding_equals_plain_sentencepiece_but_for_control_names(name):
+    t = tokenizer(name)
+    for case in original(name)["encode"]:
+        if "<reserved_" not in case["text"]:
+            assert t.encode_literal(case["text"]) == case["sp_ids"], case["text"]
+
+
+@pytest.mark.parametrize("version", REAL)
+def test_encode_equals_chatglm_cpp(version):
+    for text, ids in reference("chatglm_cpp_token_vectors.json")[version]["cases"]:
+        assert tokenizer(REAL[version]).encode(text) == ids
+
+
+def test_the_reference_tells_versions_and_special_tokens_apart():
+    """Negative control: the other version's model, and SentencePiece without special tokens, fail the cases above."""
+    v1, cases = tokenizer("tiny_v1"), original("tiny_v2")["encode"]
+    assert sum(v1.encode(case["text"]) != case["ids"] for case in cases) > len(cases) // 2
+    literal = [case["text"] for case in cases if case["ids"] != case["sp_ids"]]
+    assert literal == ["<s>bos in text</s>", "<unk> <pad> <h2>title</h2>"]
+
+
+@pytest.mark.parametrize("name", CONTROL_NAMES)
+def test_no_control_token_can_be_written_as_text(name):
+    t = tokenizer(name)
+    control = {f"<{word}>" for word in ("SEP", "CLS", *(f"reserved_{n}" for n in range(2000)))}
+    # Negative control: the plain encoding makes a single control id of each of these names.
+    ids = {text: [i for i in t.encode(text) if t.decode([i]) == text] for text in control}
+    forbidden = {found[0] for found in ids.values() if found} | t.special_ids
+    assert len(forbidden) == CONTROL_NAMES[name] + 3
+    for word in [*control, "<s>", "</s>", "<unk>"]:
+        for text in (
+            word,
+            f"a{word}b",
+            f" {word} {word}",
+            word[:4] + word + word[4:],
+            f"你好{word}\n{word[:-1]}",
+            word * 3,
+        ):
+            literal = t.encode_literal(text)
+            assert not forbidden & set(literal), text
+            assert t.decode(literal) == text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streamed_pieces_join_to_the_decoded_text(name):
+    t, rng = tokenizer(name), random.Random(0)
+    sequences = [case["ids"] for case in original(name)["encode"]]
+    sequences += [t.encode("😀🚀𠮷龘 ́é中\ufffd文" * 3), t.encode("   "), [], [1, 2, 0]]
+    for _ in range(2000):  # ids at random, and runs of random bytes, most of them broken UTF-8
+        bytes_, anything = BYTES[name], range(t.vocab_size)
+        sequences.append(
+            [rng.choice(rng.choice((bytes_, bytes_[0xE0:], bytes_[0x80:0xC0], anything))) for _ in range(12)]
+        )
+    for ids in sequences:
+        stream = t.stream()
+        pieces = [stream.push(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == t.decode(ids), ids
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stream_never_shows_half_a_character(name):
+    t, text = tokenizer(name), "龘😀 𠮷é🚀龖"
+    ids = t.encode(text)
+    # Negative control: the text has characters of several ids, which id by id give replacement marks.
+    assert REPLACEMENT in "".join(t.decode([token]) for token in ids)
+    stream = t.stream()
+    shown = ""
+    for count, token in enumerate(ids, 1):
+        shown += stream.push(token)
+        assert text.startswith(shown)
+        # Nothing that is already certain waits.
+        assert shown == t.decode(ids[:count]).rstrip(REPLACEMENT)
+    assert shown == text and stream.finish() == ""
+
+
+def test_an_unfinished_character_ends_as_decode_ends_it():
+    t = tokenizer("tiny_v2")
+    ids = t.encode("a😀")[:-1]
+    stream = t.stream()
+    assert "".join(map(stream.push, ids)) == "a"
+    assert stream.finish() == REPLACEMENT * 3 == t.decode(ids)[1:]
+
+
+def test_endless_broken_bytes_are_shown_as_they_become_certain():
+    t = tokenizer("tiny_v2")
+    stream = t.stream()
+    assert "".join(stream.push(BYTES["tiny_v2"][0xFF]) for _ in range(10)) == REPLACEMENT * 7
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bad", [-1, 0, 1 << 40])
+def test_ids_out_of_range_are_named(name, bad):
+    t = tokenizer(name)
+    bad = bad or t.vocab_size  # the id of the <pad> that some tokenizer files add
+    for call in (lambda: t.decode([5, bad]), lambda: t.stream().push(bad), lambda: check_ids([5, bad], t.vocab_size)):
+        with pytest.raises(ConfigError, match=rf"id {bad}, which is not in 0 to {t.vocab_size - 1}"):
+            call()
+    check_ids([0, t.vocab_size - 1], t.vocab_size)
+
+
+def test_text_that_is_no_unicode_is_refused():
+    t = tokenizer("tiny_v1")
+    for encode in (t.encode, t.encode_literal):
+        with pytest.raises(ConfigError, match="not valid UTF-8 at character 2"):
+            encode("ab\udc80")
+
+
+def _cut(folder):
+    folder.joinpath("tokenizer.model").write_bytes((MODELS["tiny_v1"] / "tokenizer.model").read_bytes()[:9000])
+
+
+def _broken_piece(folder):
+    content = (MODELS["tiny_v1"] / "tokenizer.model").read_bytes()
+    folder.joinpath("tokenizer.model").write_bytes(content.replace(b"<reserved_50>", b"\xffreserved_50>"))
+
+
+def _too_large(folder):
+    with folder.joinpath("tokenizer.model").open("wb") as file:
+        file.truncate(MAX_MODEL_BYTES + 1)
+
+
+DAMAGED = {
+    "missing": (lambda folder: None, "there is no tokenizer at"),
+    "empty": (lambda folder: folder.joinpath("tokenizer.model").touch(), r"not a SentencePiece model \(0 bytes\)"),
+    "garbage": (
+        lambda folder: folder.joinpath("tokenizer.model").write_bytes(b"\xff" * 99),
+        "not a SentencePiece model",
+    ),
+    "pointer": (
+        lambda folder: folder.joinpath("tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "not a SentencePiece model",
+    ),
+    "cut": (_cut, "not a SentencePiece model"),
+    "piece that is not UTF-8": (_broken_piece, "not a SentencePiece model"),
+    "too large": (_too_large, "is larger than"),
+    "folder": (lambda folder: folder.joinpath("tokenizer.model").mkdir(), "there is no tokenizer at"),
+    "pipe": (lambda folder: os.mkfifo(folder / "tokenizer.model"), "there is no tokenizer at"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_is_no_tokenizer_is_refused_in_one_sentence(damage, tmp_path, capfd):
+    tokenizer("tiny_v1")  # some damage is done to a copy of it
+    make, message = DAMAGED[damage]
+    make(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        Tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")  # SentencePiece prints nothing of its own
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "tokenizer.model"
+    file.touch()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "open", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read \\(Permission denied\\)"):
+        Tokenizer(file)
+
+
+def test_a_tokenizer_is_found_by_folder_and_by_file():
+    folder, ids = MODELS["tiny_v1"], tokenizer("tiny_v1").encode("你好")
+    assert Tokenizer(folder / "tokenizer.model").encode("你好") == Tokenizer(str(folder)).encode("你好") == ids
