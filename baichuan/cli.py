@@ -32,8 +32,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists every flag\n")
 
 
-def add_model_version(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_version", choices=tuple(VERSIONS), default="v1_13b", help="which Baichuan it is")
+def add_model_version(parser: argparse.ArgumentParser, default: str | None = "v1_13b") -> None:
+    """default None: the engine knows its version, and one that is given must agree."""
+    text = "which Baichuan it is" if default else "which Baichuan the engine must be"
+    parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
 
 
 def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:

@@ -133,8 +133,8 @@ def check_world(engine: Engine, comm: Communicator, model_version: str | None = 
         )
 
 
-def verify_rank_file(engine: Engine, comm: Communicator) -> Path:
-    """This rank's file once its size and digest are right; every rank raises when one rank's file is not."""
+def verify_rank_file(engine: Engine, comm: Communicator) -> None:
+    """Check size and digest of this rank's file; every rank raises EngineError when one rank's file is not right."""
     path, failure = engine.rank_file(comm.rank), None
     try:
         manifest.verify(path, engine.files[path.name])
@@ -142,7 +142,6 @@ def verify_rank_file(engine: Engine, comm: Communicator) -> Path:
         failure = str(error)
     if failures := [each for each in comm.gather_objects(failure) if each]:
         raise EngineError(failures[0])
-    return path
 
 
 def _files_of(folder: Path) -> set[str]:

@@ -26,16 +26,16 @@ def open_session(folder: Path, comm: Communicator, model_version: str | None = N
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
-    path = verify_rank_file(engine, comm)
-    return Session(open_executor(engine, path, comm), engine.model, engine.build)
+    verify_rank_file(engine, comm)
+    return Session(open_executor(engine, comm), engine.model, engine.build)
 
 
-def open_executor(engine: Engine, path: Path, comm: Communicator) -> Executor:
-    """The executor that the engine was built for, over one rank's file."""
+def open_executor(engine: Engine, comm: Communicator) -> Executor:
+    """The executor that the engine was built for, over this rank's file, which is taken as verified."""
     if engine.build.backend != "torch":
         raise UnsupportedError(
             f"engines of backend {engine.build.backend} cannot be run yet; build with --backend torch"
         )
-    weights = assemble(read_tensors(path), engine.model, engine.quant)
+    weights = assemble(read_tensors(engine.rank_file(comm.rank)), engine.model, engine.quant)
     logger.info("running on the CPU with %d threads", torch.get_num_threads())
     return ReferenceExecutor(engine.model, engine.quant, weights, comm)

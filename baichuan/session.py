@@ -15,6 +15,7 @@ from baichuan.errors import ConfigError
 from baichuan.executors.base import Executor
 from baichuan.records import Step
 from baichuan.sampling import Sampler
+from baichuan.tokenizer import check_ids
 
 OnTokens = Callable[[list[int | None]], None]  # each row's new token, None once the row has ended
 
@@ -90,7 +91,7 @@ class Session:
         """Logits after every token of each sequence, each [len(sequence), vocab_size] float32."""
         self.check(sequences, SamplingConfig(top_k=1), 1)
         self.executor.reset(len(sequences), max(map(len, sequences)))
-        logits = self.executor.forward(Step.of(sequences, all_outputs=True, device=self.executor.device))
+        logits = self._forward(Step.of(sequences, all_outputs=True, device=self.executor.device))
         return list(logits.clone().split([len(sequence) for sequence in sequences]))
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
@@ -117,12 +118,7 @@ class Session:
                     f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {limits.max_input_len}; "
                     "shorten it, or build with a larger --max_input_len"
                 )
-            for token in (min(prompt), max(prompt)):
-                if not 0 <= token < self.model.vocab_size:
-                    raise ConfigError(
-                        f"prompt {index} holds the id {token} and the vocabulary is 0 to {self.model.vocab_size - 1}; "
-                        "use the checkpoint's own tokenizer"
-                    )
+            check_ids(prompt, self.model.vocab_size, f"prompt {index}")
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
         """Logits of each prompt's last token and the step that made them, in chunks of at most max_num_tokens."""
@@ -134,7 +130,7 @@ class Session:
             bounds = [(len(p) * chunk // chunks, len(p) * (chunk + 1) // chunks) for p in prompts]
             tokens = [prompt[a:b] for prompt, (a, b) in zip(prompts, bounds, strict=True)]
             step = Step.of(tokens, [a for a, _ in bounds], device=self.executor.device)
-            logits = self.executor.forward(step)
+            logits = self._forward(step)
         return logits, step
 
     def _decode(self, logits, step, sampler, max_new_tokens, on_tokens, keep_logits) -> list[Generation]:
@@ -158,7 +154,7 @@ class Session:
             if all(row.ended for row in rows) or index + 1 == max_new_tokens:
                 break
             step = step.next(tokens)
-            logits = self.executor.forward(step)
+            logits = self._forward(step)
             self.timing.decode_steps += 1
         return [row.generation(kept, number) for number, row in enumerate(rows)]
 
@@ -171,9 +167,13 @@ class Session:
                 break
             self.executor.reorder_cache(parents)
             step = step.next(tokens, parents)
-            logits = self.executor.forward(step)
+            logits = self._forward(step)
             self.timing.decode_steps += 1
         return [Generation(best.ids, best.finish_reason, best.logits) for best in search.best()]
+
+    def _forward(self, step: Step) -> Tensor:
+        logits = self.executor.forward(step)
+        return logits.half().float() if self.build.logits_dtype == "float16" else logits
 
     def _wait(self) -> None:
         if self.executor.device.type == "cuda":

@@ -22,10 +22,15 @@ def full_kv_cache_bytes(model: ModelConfig, quant: QuantConfig, build: BuildConf
     return kv_cache_bytes(model, quant, build.world_size, build.max_rows, build.max_seq_len)
 
 
+def fits_host_memory(size: int) -> bool:
+    """Whether `size` bytes of host memory are available."""
+    return size <= psutil.virtual_memory().available
+
+
 def require_host_memory(size: int, what: str) -> None:
     """Raise UnsupportedError unless `size` bytes of host memory are available."""
-    available = psutil.virtual_memory().available
-    if size > available:
+    if not fits_host_memory(size):
+        available = psutil.virtual_memory().available
         raise UnsupportedError(
             f"{what} needs {size / 1e9:.2f} GB of host memory and {available / 1e9:.2f} GB are free; "
             "use a smaller batch, shorter lengths or more ranks"

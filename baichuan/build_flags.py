@@ -1,0 +1,249 @@
+"""build.py's flags, and the records that they make.  Every default is a dataclass's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+from dataclasses import fields, replace
+
+from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
+from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.quant.weight_only import fitting_group_sizes
+
+logger = logging.getLogger(__name__)
+
+_BUILD = {field.name: field.default for field in fields(BuildConfig)}
+SWITCH = (*DTYPES, "on", "off")
+
+# Dummy weights' sizes: the old example's flag, the ModelConfig field.
+SIZE_FLAGS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_layers",
+    "n_positions": "max_positions",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "inter_size": "intermediate_size",
+}
+# What always holds in these engines, so that asking for it changes nothing.
+ALWAYS_ON = {
+    "enable_context_fmha": "attention over the prompt is always fused",
+    "enable_context_fmha_fp32_acc": "attention always accumulates in float32",
+    "strongly_typed": "every network is strongly typed",
+}
+# What these engines do not have.
+NOT_BUILT = {
+    "paged_kv_cache": "the KV cache is contiguous and sized to each request; leave --paged_kv_cache out",
+    "use_inflight_batching": "requests of one call form one batch; leave --use_inflight_batching out",
+    "tokens_per_block": "the KV cache is contiguous and has no blocks; leave --tokens_per_block out",
+}
+# What only a TensorRT build has.
+TENSORRT_ONLY = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All of build.py's flags but --model_version."""
+    for add in (_add_model_flags, _add_limit_flags, _add_backend_flags, _add_quantisation_flags):
+        add(parser)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_dir", help="checkpoint in the hub's format: a folder, or an id such as baichuan-inc/..."
+    )
+    group.add_argument("--bin_model_dir", help="folder that hf_baichuan_convert.py wrote, e.g. OUT/1-gpu")
+    group.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations and of dense weights")
+    for flag, field in SIZE_FLAGS.items():
+        group.add_argument(f"--{flag}", type=int, help=f"{field} of dummy weights (default: the version's)")
+    group.add_argument("--hidden_act", choices=("silu",), help="activation of the MLP")
+
+
+def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    for name, text in {
+        "world_size": "ranks, one a GPU: tensor parallelism",
+        "max_batch_size": "sequences of one call",
+        "max_input_len": "tokens of a prompt",
+        "max_output_len": "tokens of a continuation",
+        "max_beam_width": "beams of a sequence",
+        "max_num_tokens": "tokens that go through the model at once; 0 = max_batch_size * max_input_len",
+    }.items():
+        group.add_argument(f"--{name}", type=int, default=_BUILD[name], help=text)
+    group.add_argument("--gpus_per_node", type=int, default=8, help="an engine's ranks all run on one node")
+
+
+def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("backend")
+    group.add_argument(
+        "--backend",
+        choices=("auto", "torch", "tensorrt", "tensorrt_rtx"),
+        default="auto",
+        help="auto: tensorrt where it is installed and a GPU is there, else torch",
+    )
+    group.add_argument("--output_dir", default="engine_outputs", help="the engine folder")
+    group.add_argument(
+        "--logits_dtype",
+        choices=("float16", "float32"),
+        default=_BUILD["logits_dtype"],
+        help="precision that logits are rounded to",
+    )
+    for name in ("gpt_attention_plugin", "gemm_plugin"):
+        group.add_argument(
+            f"--use_{name}",
+            nargs="?",
+            choices=SWITCH,
+            const="on",
+            default="on",
+            help="our fused kernels (on, or the dtype), or the library's own (off)",
+        )
+    group.add_argument(
+        "--multi_block_mode",
+        choices=("on", "off"),
+        nargs="?",
+        const="on",
+        default="on",
+        help="decode attention splits long caches over several blocks of the GPU",
+    )
+    group.add_argument("--remove_input_padding", action="store_true", help="prompts are packed; always so with torch")
+    group.add_argument("--parallel_build", action="store_true", help="one process a rank")
+    group.add_argument("--no_self_check", action="store_true", help="do not compare the engine with the checkpoint")
+    for name, text in ALWAYS_ON.items():
+        group.add_argument(f"--{name}", action="store_true", help=text)
+    for name in ("paged_kv_cache", "use_inflight_batching"):
+        group.add_argument(f"--{name}", action="store_true", help="refused: " + NOT_BUILT[name].split(";")[0])
+    group.add_argument("--tokens_per_block", type=int, help="refused: " + NOT_BUILT["tokens_per_block"].split(";")[0])
+    group.add_argument("--visualize", action="store_true", help="TensorRT: write the network as a graph file")
+    group.add_argument("--enable_debug_output", action="store_true", help="TensorRT: mark every layer's output")
+    group.add_argument(
+        "--timing_cache", help="TensorRT: file that keeps kernel timings between builds (default: model.cache)"
+    )
+    group.add_argument("--compute_capability", nargs="+", help="TensorRT-RTX: GPUs to build for, e.g. 8.9 12.0")
+
+
+def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantisation")
+    group.add_argument("--use_weight_only", action="store_true", help="INT8 or INT4 weights, activations in the dtype")
+    group.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int8")
+    group.add_argument(
+        "--weight_only_group_size",
+        type=int,
+        choices=(0, 32, 64, 128),
+        help="INT4: input channels that share a scale, 0 = all (default: the largest of 64, 32 that fits)",
+    )
+    group.add_argument("--quantize_lm_head", action="store_true", help="weight-only: lm_head too")
+    group.add_argument(
+        "--use_smooth_quant", action="store_true", help="INT8 weights and activations, from --bin_model_dir"
+    )
+    group.add_argument("--per_token", "--per-token", action="store_true", help="SmoothQuant: activation scales a token")
+    group.add_argument(
+        "--per_channel", "--per-channel", action="store_true", help="SmoothQuant: weight scales a channel"
+    )
+    group.add_argument("--int8_kv_cache", action="store_true", help="INT8 KV cache, scales from --bin_model_dir")
+    group.add_argument("--enable_fp8", action="store_true", help="FP8 (e4m3) weights and activations")
+    group.add_argument("--fp8_kv_cache", action="store_true", help="FP8 (e4m3) KV cache")
+    group.add_argument("--quantized_fp8_model_path", help="FP8 scales as .npz, in the old example's format")
+
+
+def check_flags(args: argparse.Namespace, backend: str) -> None:
+    """Raise a BaichuanError for a flag that cannot do what it says; say once which ones change nothing."""
+    for name, text in NOT_BUILT.items():
+        if getattr(args, name):
+            raise UnsupportedError(f"--{name} is not available: {text}")
+    for name, text in ALWAYS_ON.items():
+        if getattr(args, name):
+            logger.info("--%s changes nothing: %s", name, text)
+    for name in TENSORRT_ONLY:
+        if getattr(args, name) and backend == "torch":
+            raise ConfigError(f"--{name} belongs to TensorRT and the backend is torch; add --backend tensorrt_rtx")
+    if args.remove_input_padding and backend != "torch":
+        raise UnsupportedError(
+            "--remove_input_padding is not available: TensorRT networks take padded batches; leave it out"
+        )
+    if args.world_size > args.gpus_per_node:
+        raise ConfigError(
+            f"world_size {args.world_size} is over gpus_per_node {args.gpus_per_node} and an engine's ranks run on one "
+            "node; use fewer ranks or raise --gpus_per_node"
+        )
+    for name in ("gpt_attention_plugin", "gemm_plugin"):
+        value = getattr(args, f"use_{name}")
+        if value in DTYPES and value != args.dtype:
+            raise ConfigError(f"--use_{name} {value} differs from --dtype {args.dtype}; give both the same type")
+
+
+def choose_backend(name: str) -> str:
+    """`auto` resolved."""
+    if name != "auto":
+        return name
+    import torch
+
+    found = importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available()
+    backend = "tensorrt" if found else "torch"
+    logger.info("backend %s (auto: tensorrt %s)", backend, "and a GPU are there" if found else "or a GPU is missing")
+    return backend
+
+
+def dummy_model(args: argparse.Namespace) -> ModelConfig:
+    """The version's preset with the sizes that were given."""
+    sizes = {field: getattr(args, flag) for flag, field in SIZE_FLAGS.items() if getattr(args, flag) is not None}
+    return replace(PRESETS[args.model_version], dtype=args.dtype, **sizes)
+
+
+def check_sizes(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Raise ConfigError where a size was given that the checkpoint does not have."""
+    for flag, field in SIZE_FLAGS.items():
+        given = getattr(args, flag)
+        if given is not None and given != getattr(model, field):
+            raise ConfigError(
+                f"--{flag} {given} contradicts the checkpoint's {getattr(model, field)}; "
+                "sizes are for dummy weights, leave the flag out"
+            )
+
+
+def quant_config(args: argparse.Namespace, model: ModelConfig) -> QuantConfig:
+    """The quantisation that the flags ask for."""
+    kinds = {
+        "use_weight_only": args.weight_only_precision or "int8",
+        "use_smooth_quant": "smooth_quant",
+        "enable_fp8": "fp8",
+    }
+    chosen = [flag for flag in kinds if getattr(args, flag)]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[0]} and --{chosen[1]} exclude each other; choose one")
+    if args.weight_only_precision and not args.use_weight_only:
+        raise ConfigError(f"--weight_only_precision {args.weight_only_precision} needs --use_weight_only; add it")
+    if args.int8_kv_cache and args.fp8_kv_cache:
+        raise ConfigError("--int8_kv_cache and --fp8_kv_cache exclude each other; choose one")
+    weights = kinds[chosen[0]] if chosen else "none"
+    group_size = args.weight_only_group_size
+    if group_size is None:
+        group_size = default_group_size(model, args.world_size) if weights == "int4" else 0
+    elif weights != "int4":
+        raise ConfigError(
+            f"--weight_only_group_size {group_size} needs INT4 weights; "
+            "add --use_weight_only --weight_only_precision int4"
+        )
+    return QuantConfig(
+        weights=weights,
+        group_size=group_size,
+        quantize_lm_head=args.quantize_lm_head,
+        per_token=args.per_token,
+        per_channel=args.per_channel,
+        kv_cache="int8" if args.int8_kv_cache else "fp8" if args.fp8_kv_cache else "none",
+    )
+
+
+def default_group_size(model: ModelConfig, tp_size: int) -> int:
+    """INT4's group size when no flag says so: 64, or 32 where 64 does not divide every rank's share, or the row."""
+    fitting = fitting_group_sizes(model, tp_size)
+    return next((size for size in (64, 32) if size in fitting), 0)
+
+
+def build_config(args: argparse.Namespace, backend: str) -> BuildConfig:
+    switches = {
+        "gpt_attention_plugin": args.use_gpt_attention_plugin != "off",
+        "gemm_plugin": args.use_gemm_plugin != "off",
+        "multi_block_mode": args.multi_block_mode != "off",
+    }
+    names = [field.name for field in fields(BuildConfig) if field.name not in (*switches, "backend")]
+    return BuildConfig(backend=backend, **switches, **{name: getattr(args, name) for name in names})

@@ -1,0 +1,98 @@
+"""Build an engine from a Baichuan checkpoint: python build.py --model_version v2_7b --model_dir FOLDER"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from baichuan.checkpoint.hf import read_model_config, resolve_folder
+
+import weight
+from baichuan import build_flags, self_check
+from baichuan.builder import BuildRequest, build_engine
+from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.comm import Communicator
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.engine import Engine
+from baichuan.errors import BaichuanError, ConfigError
+from baichuan.executors.memory import fits_host_memory
+from baichuan.runtime import open_executor
+from baichuan.tokenizer import Tokenizer
+
+logger = logging.getLogger("baichuan.build")
+
+CHECK_TEXT = "世界上第二高的山峰是哪座？"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    add_model_version(parser)
+    build_flags.add_flags(parser)
+    return run_script(parser, argv, build)
+
+
+def build(args: argparse.Namespace, comm: Communicator) -> int:
+    if comm.world_size > 1:
+        raise ConfigError(f"build.py was started on {comm.world_size} ranks; start it once, with --world_size instead")
+    backend = build_flags.choose_backend(args.backend)
+    build_flags.check_flags(args, backend)
+    source, model = open_source(args)
+    quant = build_flags.quant_config(args, model)
+    limits = build_flags.build_config(args, backend)
+    plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
+    request = BuildRequest(Path(args.output_dir), model, quant, limits, plan_rank, args.parallel_build)
+    build_engine(request, None if args.no_self_check else self_checker(source, model))
+    logger.info("engine written to %s", args.output_dir)
+    return 0
+
+
+def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelConfig]:
+    """Where the weights come from, and the model that they make."""
+    if args.model_dir:
+        folder = resolve_folder(args.model_dir)
+        model = read_model_config(folder, args.model_version, args.dtype)
+        build_flags.check_sizes(args, model)
+        return weight.WeightSource(hub_folder=folder), model
+    logger.info("no --model_dir: the engine gets dummy weights")
+    return weight.WeightSource(), build_flags.dummy_model(args)
+
+
+def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[Engine], None]:
+    """The check of a finished engine against the checkpoint's float32 weights."""
+
+    def check(engine: Engine) -> None:
+        size = self_check.float32_bytes(model)
+        if not fits_host_memory(size):
+            logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
+            return
+        float32 = self_check.as_float32(model)
+        agreement = self_check.check_engine(
+            engine,
+            lambda comm: open_executor(engine, comm),
+            weight.load_rank(source, float32, QuantConfig()),
+            check_ids(source, model),
+        )
+        logger.info(
+            "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions",
+            agreement.kl,
+            100 * agreement.top1,
+        )
+
+    return check
+
+
+def check_ids(source: weight.WeightSource, model: ModelConfig) -> list[int]:
+    """The self-check's prompt: a question by the checkpoint's own tokenizer, or seeded ids where there is none."""
+    try:
+        ids = Tokenizer(source.hub_folder).encode(CHECK_TEXT) if source.hub_folder else []
+    except BaichuanError:
+        ids = []  # weights alone make an engine; run.py names the missing tokenizer
+    return ids if ids and max(ids) < model.vocab_size else self_check.default_ids(model.vocab_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Generate text with an engine: python run.py --engine_dir FOLDER --tokenizer_dir CHECKPOINT --max_output_len 50"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from baichuan import chat, token_files
+from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.comm import Communicator
+from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
+from baichuan.conversation import TextPrinter, converse
+from baichuan.errors import ConfigError
+from baichuan.runtime import open_session
+from baichuan.session import Generation
+from baichuan.tokenizer import Tokenizer
+
+logger = logging.getLogger("baichuan.run")
+
+DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
+SAMPLING_FLAGS = {
+    "num_beams": "continuations that beam search keeps; 1 = sample, or take the likeliest with --top_k 1",
+    "top_k": "sample from this many likeliest tokens; 0 = all",
+    "top_p": "sample from the likeliest tokens with this probability together; 0 or 1 = all",
+    "temperature": "divides the logits: below 1 is bolder",
+    "repetition_penalty": "over 1 makes tokens that were there less likely",
+    "length_penalty": "beam search: over 0 favours longer continuations",
+    "random_seed": "the same seed gives the same text",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    add_model_version(parser, default=None)
+    parser.add_argument("--max_output_len", type=int, required=True, help="tokens of the continuation at most")
+    parser.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
+    parser.add_argument("--tokenizer_dir", help="checkpoint folder, or its tokenizer.model; ids alone need none")
+    parser.add_argument("--input_text", nargs="+", help=f"one prompt or several (default: {DEFAULT_TEXT})")
+    parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with a row each, or FILE.npy")
+    parser.add_argument("--output_csv", help="file for prompt and continuation as ids, a row each")
+    parser.add_argument("--output_npy", help="the same as an int32 array, padded")
+    parser.add_argument("--output_logits_npy", help="file for the logits each token was chosen from, float32")
+    parser.add_argument("--streaming", action="store_true", help="print the text as it is made")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; none: a conversation")
+    parser.add_argument("--system", help="chat: what the model is told first")
+    group = parser.add_argument_group("sampling (defaults: the version's)")
+    types = {field.name: int if field.type == "int" else float for field in fields(SamplingConfig)}
+    for name, text in SAMPLING_FLAGS.items():
+        group.add_argument(f"--{name}", type=types[name], help=text)
+    return run_script(parser, argv, run)
+
+
+def run(args: argparse.Namespace, comm: Communicator) -> int:
+    check_flags(args)
+    tokenizer = Tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
+    session = open_session(Path(args.engine_dir), comm, args.model_version)
+    sampling = sampling_config(args, session.model.model_version)
+    if args.chat:
+        roles = chat.role_ids(Path(args.tokenizer_dir))
+        sampling = replace(sampling, stop_ids=tuple(roles))
+        if args.input_text is None:
+            converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
+            return 0
+    prompts = read_prompts(args, tokenizer, sampling)
+    stream = None
+    if args.streaming and comm.rank == 0:
+        stream = TextPrinter(tokenizer, opening=f'Input: "{tokenizer.decode(prompts[0])}"\nOutput: "', closing='"')
+    results = session.generate(
+        prompts, sampling, args.max_output_len, stream and stream.push, keep_logits=bool(args.output_logits_npy)
+    )
+    if comm.rank == 0:
+        if stream:
+            stream.finish()
+        else:
+            print_results(prompts, results, tokenizer)
+        write_outputs(args, prompts, results, sampling.pad_id)
+        for index, result in enumerate(results):
+            logger.info("prompt %d: %d new tokens, finish reason %s", index, len(result.ids), result.finish_reason)
+        logger.info("%s", session.timing.summary())
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that exclude or lack each other."""
+    if args.input_text is not None and args.input_tokens:
+        raise ConfigError("--input_text and --input_tokens are both given; prompts come from one place, leave one out")
+    if not args.tokenizer_dir and not args.input_tokens:
+        raise ConfigError("text needs a tokenizer; give --tokenizer_dir, the folder with tokenizer.model")
+    if not args.tokenizer_dir and args.streaming:
+        raise ConfigError("--streaming prints text and needs a tokenizer; give --tokenizer_dir")
+    if args.chat and args.input_tokens:
+        raise ConfigError("--chat builds the prompt from text; give --input_text, or leave --chat out")
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system belongs to a chat; add --chat")
+    if args.streaming and args.num_beams not in (None, 1):
+        raise ConfigError(f"--streaming with num_beams {args.num_beams}: beams are known at the end; leave one out")
+    if args.num_beams not in (None, 1) and (args.top_k is not None or args.top_p is not None):
+        raise ConfigError(f"num_beams {args.num_beams} searches and does not sample; leave --top_k and --top_p out")
+    if args.length_penalty is not None and args.num_beams in (None, 1):
+        raise ConfigError(f"length_penalty {args.length_penalty} belongs to beam search; add --num_beams")
+    if args.chat and args.input_text is None and (args.output_csv or args.output_npy or args.output_logits_npy):
+        raise ConfigError("a conversation writes no files; give --input_text, or leave the --output flags out")
+    if args.streaming and args.input_text is not None and len(args.input_text) > 1:
+        raise ConfigError(f"--streaming prints one text and {len(args.input_text)} prompts are given; give one")
+
+
+def sampling_config(args: argparse.Namespace, model_version: str) -> SamplingConfig:
+    """The version's defaults with what the flags say."""
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    return replace(SAMPLING_DEFAULTS[model_version], **given)
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, sampling: SamplingConfig) -> list[list[int]]:
+    """Every prompt's ids."""
+    if args.input_tokens:
+        prompts = token_files.read_prompts(Path(args.input_tokens), sampling.pad_id)
+        if args.streaming and len(prompts) > 1:
+            raise ConfigError(f"--streaming prints one text and {len(prompts)} prompts are given; give one")
+        return prompts
+    texts = args.input_text or [DEFAULT_TEXT]
+    if not args.chat:
+        return [tokenizer.encode(text) for text in texts]
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    roles = chat.role_ids(Path(args.tokenizer_dir))
+    return [chat.build_chat_prompt(tokenizer, [*system, {"role": "user", "content": text}], *roles) for text in texts]
+
+
+def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """Text, or the ids themselves without a tokenizer."""
+    return tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
+
+
+def print_results(prompts: list[list[int]], results: list[Generation], tokenizer: Tokenizer | None) -> None:
+    for prompt, result in zip(prompts, results, strict=True):
+        print(f'Input: "{show(prompt, tokenizer)}"')
+        print(f'Output: "{show(result.ids, tokenizer)}"', flush=True)
+
+
+def write_outputs(args: argparse.Namespace, prompts, results: list[Generation], pad_id: int) -> None:
+    rows = [[*prompt, *result.ids] for prompt, result in zip(prompts, results, strict=True)]
+    if args.output_csv:
+        token_files.write_csv(Path(args.output_csv), rows)
+    if args.output_npy:
+        token_files.write_npy(Path(args.output_npy), rows, pad_id)
+    if args.output_logits_npy:
+        token_files.write_logits(Path(args.output_logits_npy), results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
