@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch.nn import functional as F
 
 from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
-from baichuan.records import DenseWeight, Weight
+from baichuan.quant.scaled import quantise
+from baichuan.quant.smoothquant import int8_matmul, quantise_input
+from baichuan.quant.weight_only import dequantise
+from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 
 BLOCK_ELEMENTS = 1 << 20  # a float32 block of a weight stays in the second-level cache
 FLOAT16_ROWS = 8  # more rows than this are faster, and exact, in float32
@@ -27,6 +31,18 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator
             if out_dtype == w.dtype and not slow_float16:
                 return F.linear(x, w)
             return _by_blocks(x, w.shape, lambda rows: w[rows].float(), out_dtype)
+        case Int8Weight(q, _):
+            return _by_blocks(x, q.shape, partial(dequantise, weight), out_dtype)
+        case Int4Weight(packed, _):
+            shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+            return _by_blocks(x, shape, partial(dequantise, weight), out_dtype)
+        case SmoothQuantWeight(q, scale):
+            x8, input_scale = quantise_input(x, weight, comm)
+            return (int8_matmul(x8, q).float() * input_scale * scale).to(out_dtype)
+        case Fp8Weight(q, scale, input_scale):
+            x8 = quantise(x.float(), input_scale, q.dtype)
+            y = _by_blocks(x8, q.shape, lambda rows: q[rows].float(), torch.float32)
+            return (y * input_scale * scale).to(out_dtype)
         case _:
             raise UnsupportedError(f"the reference executor has no linear for {type(weight).__name__}")
 
