@@ -39,20 +39,37 @@ def plan_hub(
 
     Raises ConfigError when the model, or int4's groups of input channels, do not divide by tp_size.
     """
-    config.check_tensor_parallel(tp_size)
     dtype = getattr(torch, config.dtype)
-    plain = _dense(dtype, "")
+
+    def plan_linear(index: int, name: str) -> list[PlannedTensors]:
+        linear = LINEARS[name]
+        sources = [checkpoint[f"model.layers.{index}.{source}.weight"] for source in linear.sources]
+        rows, columns = linear.cut(sources[0].shape, rank, tp_size)
+        check_group_size(quant.group_size, columns[1] - columns[0], name)
+        pieces = [(source, rows) for source in sources]
+        return [plan_rows(f"layers.{index}.{name}", pieces, _converter(quant.weights, quant, dtype), columns)]
+
+    return plan_model(checkpoint, config, quant, rank, tp_size, plan_linear)
+
+
+def plan_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    quant: QuantConfig,
+    rank: int,
+    tp_size: int,
+    plan_linear: Callable[[int, str], list[PlannedTensors]],
+) -> list[PlannedTensors]:
+    """The whole model, of which plan_linear(layer, name) plans the layers' linears (shard.LINEARS)."""
+    config.check_tensor_parallel(tp_size)
+    plain = as_stored(getattr(torch, config.dtype), "")
     plan = [plan_rows("embedding", [whole(checkpoint["model.embed_tokens.weight"])], plain)]
     for index in range(config.num_layers):
         hub, layer = f"model.layers.{index}", f"layers.{index}"
         for name, source in NORMS.items():
             plan.append(plan_rows(f"{layer}.{name}", [whole(checkpoint[f"{hub}.{source}.weight"])], plain))
-        for name, linear in LINEARS.items():
-            sources = [checkpoint[f"{hub}.{source}.weight"] for source in linear.sources]
-            rows, columns = linear.cut(sources[0].shape, rank, tp_size)
-            check_group_size(quant.group_size, columns[1] - columns[0], name)
-            pieces = [(source, rows) for source in sources]
-            plan.append(plan_rows(f"{layer}.{name}", pieces, _converter(quant.weights, quant, dtype), columns))
+        for name in LINEARS:
+            plan.extend(plan_linear(index, name))
     plan.append(plan_rows("norm", [whole(checkpoint["model.norm.weight"])], plain))
     return [*plan, plan_head(checkpoint["lm_head.weight"], config, quant, rank, tp_size)]
 
@@ -107,16 +124,17 @@ def materialise(plan: list[PlannedTensors]) -> dict[str, Tensor]:
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
+def as_stored(dtype: torch.dtype, field: str) -> Converter:
+    """The converter that only casts; field "" stands for the tensor's own name."""
+    return lambda rows: {field: rows.to(dtype)}
+
+
 def _converter(weights: str, quant: QuantConfig, dtype: torch.dtype) -> Converter:
     return {
-        "none": _dense(dtype, "weight"),
+        "none": as_stored(dtype, "weight"),
         "int8": lambda rows: dict(zip(("weight", "scale"), quantise_int8(rows), strict=True)),
         "int4": lambda rows: dict(zip(("packed", "scale"), quantise_int4(rows, quant.group_size, dtype), strict=True)),
     }[weights]
-
-
-def _dense(dtype: torch.dtype, field: str) -> Converter:
-    return lambda rows: {field: rows.to(dtype)}
 
 
 def _join(name: str, field: str) -> str:
