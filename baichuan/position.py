@@ -15,9 +15,15 @@ def rope_table(positions: int, head_dim: int, device: torch.device | str = "cpu"
 
     Taken in float64 and rounded once, so that the table is right at every length.  Source: Su et al., RoFormer, eq. 15.
     """
-    frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    cos, sin = rope_at(torch.arange(positions), head_dim)
+    return cos.to(device), sin.to(device)
+
+
+def rope_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """rope_table's rows for the given positions: [...] int64 -> each [..., head_dim / 2] float32."""
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None].double() * ROPE_BASE ** -(steps / head_dim)
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
