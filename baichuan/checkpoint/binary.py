@@ -25,11 +25,14 @@ from baichuan.checkpoint.binary_layout import (
     has_smoother,
     int8_kind,
 )
+from baichuan.checkpoint.fp8_scales import FILE_NAME, LayerScales, read_fp8_scales
 from baichuan.checkpoint.shard import LINEARS
 from baichuan.checkpoint.source import Checkpoint, TensorSource, known, part, stacked
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import CheckpointError
+from baichuan.quant.scaled import LIMITS, scale_for
 
+CACHE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LISTED = 5  # missing files that a message names
 
 
@@ -96,16 +99,25 @@ class BinaryFolder:
             fields["smoother"] = known(self._positive(self.layout.smoother(layer, sources[0], rank)))
         return fields
 
-    def kv_scales(self, layer: int) -> dict[str, TensorSource]:
-        """k_scale and v_scale for INT8: k ≈ int8 * k_scale.  A folder of the old script has one number for both."""
+    def kv_scales(self, layer: int, kv_cache: str) -> dict[str, TensorSource]:
+        """k_scale and v_scale of an "int8" or "fp8" cache.  A folder of the old script has one number for both."""
         scales = {}
         for which in ("k", "v"):
             array = self.layout.kv_scale(layer, which)
             if not (self.path / array.name).is_file():
                 array = self.layout.output_scale(layer, QKV)
             self._check_size(array)
-            scales[f"{which}_scale"] = known(self._positive(array))
+            absmax = LIMITS[torch.int8] * self._positive(array)
+            scales[f"{which}_scale"] = known(scale_for(absmax, CACHE_TYPES[kv_cache]))
         return scales
+
+    def fp8_scales(self) -> list[LayerScales]:
+        """The scales that our script adds to the folder; they belong to weights that are not smoothed."""
+        if self.smoothed:
+            raise CheckpointError(
+                f"{self.path} was smoothed (-sq), which FP8 does not use; convert the checkpoint again with -kv alone"
+            )
+        return read_fp8_scales(self.path / FILE_NAME, self.model.num_layers)
 
     def _remedy(self, quant: QuantConfig) -> str:
         if quant.weights == "smooth_quant":

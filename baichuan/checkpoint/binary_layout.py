@@ -31,6 +31,7 @@ SOURCE_NAMES = {  # in TensorRT-LLM's words "fc" is the gate projection and "gat
     "mlp.up_proj": "mlp.gate",
     "mlp.down_proj": "mlp.proj",
 }
+CHANNEL_SCALES = ("scale_w_quant_orig", "scale_y_accum_quant")
 QKV = "self_attn.W_pack"
 LINEAR_OF = {source: linear for linear in LINEARS.values() for source in linear.sources}
 
@@ -80,7 +81,7 @@ class Layout:
         return Array(self._name(layer, source, "scale_y_quant_orig"), FLOAT32, (1,))
 
     def channel_scale(self, layer: int, source: str, rank: int, kind: str, per_channel: bool) -> Array:
-        """kind: scale_w_quant_orig or scale_y_accum_quant, of a rank's output channels.
+        """kind: one of CHANNEL_SCALES, of a rank's output channels.
 
         Per tensor it is one number, but for QKV, where q, k and v each have one, spread over their channels.
         Where the input channels are cut, all ranks share one file.
@@ -108,6 +109,33 @@ class Layout:
         hidden, inter = self.model.hidden_size, self.model.intermediate_size
         shapes = {"self_attn.W_pack": (3 * hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
         return shapes.get(source) or ((hidden, inter) if source == "mlp.down_proj" else (inter, hidden))
+
+    def written(self, smoothed: bool) -> Iterator[Array]:
+        """Every array of a conversion, with -sq (smoothed) or with -kv alone."""
+        for hub_name in GLOBAL_NAMES:
+            yield self.global_array(hub_name)
+        for layer in range(self.model.num_layers):
+            for hub_norm in NORM_NAMES:
+                yield self.norm(layer, hub_norm)
+            for which in ("k", "v"):
+                yield self.kv_scale(layer, which)
+            for source in SOURCE_NAMES:
+                int8 = smoothed or source == QKV
+                if int8:
+                    yield self.input_scale(layer, source)
+                    yield self.output_scale(layer, source)
+                for rank in range(self.tp_size):
+                    yield self.weight(layer, source, rank)
+                    if int8:
+                        yield from self._int8_arrays(layer, source, rank)
+                    if smoothed and has_smoother(source):
+                        yield self.smoother(layer, source, rank)
+
+    def _int8_arrays(self, layer: int, source: str, rank: int) -> Iterator[Array]:
+        for per_channel in (False, True):
+            yield self.weight(layer, source, rank, int8_kind(per_channel))
+            for kind in CHANNEL_SCALES:
+                yield self.channel_scale(layer, source, rank, kind, per_channel)
 
     def required(self, quant: QuantConfig, ranks: range, smoothed: bool) -> Iterator[Array]:
         """The arrays that engines for `ranks` are built from.  smoothed: the folder was written with -sq."""

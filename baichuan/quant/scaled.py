@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baichuan.errors import CheckpointError
+
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that is stored
 
 
@@ -19,3 +21,10 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     limit = LIMITS[dtype]
     q = (x.float() / scale).clamp_(-limit, limit)  # e4m3 has no infinity: a larger value would become NaN
     return (q.round_() if dtype == torch.int8 else q).to(dtype)
+
+
+def require_finite(absmax: Tensor) -> Tensor:
+    """absmax itself.  Raises CheckpointError where a weight was NaN or infinite."""
+    if not torch.isfinite(absmax).all():
+        raise CheckpointError("a weight is not finite (NaN or infinity) and cannot be quantised; check the checkpoint")
+    return absmax

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from baichuan.config import ModelConfig
-from baichuan.errors import CheckpointError, ConfigError
+from baichuan.errors import ConfigError
+from baichuan.quant.scaled import require_finite
 from baichuan.records import Int4Weight, Int8Weight
 
 GROUP_SIZES = (32, 64, 128)
@@ -34,7 +35,7 @@ def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     for block in _cache_blocks(rows):
         w = rows[block].float()
-        scale[block] = _finite(w.abs().amax(-1)) / 127
+        scale[block] = require_finite(w.abs().amax(-1)) / 127
         q[block] = (w / torch.where(scale[block] > 0, scale[block], 1)[:, None]).round_().clamp_(-127, 127)
     return q, scale
 
@@ -115,7 +116,7 @@ def _cache_blocks(rows: Tensor) -> Iterator[slice]:
 
 def _search_scale(groups: Tensor) -> Tensor:  # [g, group_size] float32 -> [g, 1] float32
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    _finite(largest)
+    require_finite(largest)
     unit = torch.where(largest.abs() < TINY, 0, INT4_MIN / largest)  # 1 / scale without clipping
     best_gain, best_scale = torch.zeros_like(unit), torch.zeros_like(unit)
 
@@ -136,9 +137,3 @@ def _search_scale(groups: Tensor) -> Tensor:  # [g, group_size] float32 -> [g, 1
 def _round_int4(groups: Tensor, scale: Tensor) -> Tensor:
     q = groups / torch.where(scale == 0, torch.inf, scale)
     return q.round_().clamp_(INT4_MIN, INT4_MAX)
-
-
-def _finite(largest: Tensor) -> Tensor:
-    if not torch.isfinite(largest).all():
-        raise CheckpointError("a weight is not finite (NaN or infinity) and cannot be quantised; check the checkpoint")
-    return largest
