@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -164,8 +163,3 @@ def _publish(staged: Path, folder: Path) -> None:
         with open(staged / name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(staged / name, folder / name)
-
-
-def hub_settings(folder: Path) -> dict[str, Any]:
-    """The hub's config.json, for config.ini."""
-    return json.loads((folder / "config.json").read_bytes())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import configparser
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from baichuan import manifest
 from baichuan.checkpoint.binary_layout import CONFIG_NAME
+from baichuan.checkpoint.hub_config import LENGTH_KEYS, require_version
 from baichuan.config import VERSIONS, ModelConfig
 from baichuan.errors import CheckpointError
 
@@ -63,6 +65,13 @@ class BinaryConfig:
     def number(self, key: str, default: float) -> float:
         return self._parsed(float, key, self.text(key, str(default)))
 
+    def evidence(self) -> dict[str, Any]:
+        """What hub_config.require_version looks at, as config.json has it."""
+        values = {key: self.integer(key) for key in ("hidden_size", "vocab_size")}
+        values |= {key: self.integer(key) for key in LENGTH_KEYS if key in self}
+        names = re.findall(r"\w+ForCausalLM", self.text("architectures", ""))  # str() of a list
+        return values | {"architectures": names} | {k: v for k, v in self.values.items() if k == "model_version"}
+
     def _parsed(self, kind: Callable, key: str, text: str):
         try:
             return kind(text)
@@ -82,11 +91,9 @@ def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_binary_model(folder: Path, model_version: str, dtype: str) -> ModelConfig:
-    """The model that config.ini tells of.  Raises CheckpointError where it was converted as another version."""
+    """The model that config.ini tells of.  Raises ConfigError where it contradicts model_version."""
     config = BinaryConfig(folder)
-    converted_as = config.text("model_version", model_version)
-    if converted_as != model_version:
-        raise CheckpointError(f"{folder} holds a {converted_as} model; use --model_version {converted_as}")
+    require_version(str(config.file), model_version, config.evidence())
     lengths = [key for key in VERSIONS[model_version].length_keys if key in config]
     return ModelConfig(
         model_version,
