@@ -37,7 +37,7 @@ def read_model_config(folder: Path, model_version: str, dtype: str) -> ModelConf
             f"{path} has model_type {values.get('model_type')!r}; only 'baichuan' checkpoints are read"
         )
     _refuse_quantised(path, values)
-    _refuse_other_rope(path, values)
+    refuse_other_rope(str(path), values)
     require_version(str(path), model_version, values)
     length_key = VERSIONS[model_version].length_keys[0]
     if missing := [key for key in (*_FIELDS.values(), length_key) if key not in values]:
@@ -109,6 +109,16 @@ def require_version(where: str, model_version: str, values: Mapping) -> None:
         raise ConfigError(f"{where} contradicts model_version {model_version}: {', '.join(against)}; {remedy}")
 
 
+def refuse_other_rope(where: str, values: Mapping) -> None:
+    """Raise CheckpointError when config.json's values ask for positions that no version has."""
+    base = values.get("rope_theta", ROPE_BASE)
+    if values.get("rope_scaling") is not None or base != ROPE_BASE:
+        raise CheckpointError(
+            f"{where} sets rope_theta {base} and rope_scaling {values.get('rope_scaling')}; "
+            f"Baichuan's own positions (base {ROPE_BASE:g}, not scaled) are the only ones that are computed"
+        )
+
+
 def _refuse_quantised(path: Path, values: dict) -> None:
     quantisation = values.get("quantization_config")
     if quantisation is None:
@@ -121,15 +131,6 @@ def _refuse_quantised(path: Path, values: dict) -> None:
         f"{path} describes a checkpoint quantised by {name or 'an unnamed method'}; "
         "take the float checkpoint that it was made from and let build.py quantise it"
     )
-
-
-def _refuse_other_rope(path: Path, values: dict) -> None:
-    base = values.get("rope_theta", ROPE_BASE)
-    if values.get("rope_scaling") is not None or base != ROPE_BASE:
-        raise CheckpointError(
-            f"{path} sets rope_theta {base} and rope_scaling {values.get('rope_scaling')}; "
-            f"Baichuan's own positions (base {ROPE_BASE:g}, not scaled) are the only ones that are computed"
-        )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
