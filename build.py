@@ -9,16 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from baichuan.checkpoint.hf import read_model_config, resolve_folder
-
 import weight
 from baichuan import build_flags, self_check
 from baichuan.builder import BuildRequest, build_engine
+from baichuan.checkpoint.binary_config import read_binary_model
+from baichuan.checkpoint.hf import resolve_folder
+from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.cli import Parser, add_model_version, run_script
 from baichuan.comm import Communicator
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig
 from baichuan.engine import Engine
-from baichuan.errors import BaichuanError, ConfigError
+from baichuan.errors import BaichuanError, CheckpointError, ConfigError
 from baichuan.executors.memory import fits_host_memory
 from baichuan.runtime import open_executor
 from baichuan.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     backend = build_flags.choose_backend(args.backend)
     build_flags.check_flags(args, backend)
     source, model = open_source(args)
+    build_flags.check_sizes(args, model)
     quant = build_flags.quant_config(args, model)
     limits = build_flags.build_config(args, backend)
     plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
@@ -52,12 +54,15 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
 
 def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelConfig]:
     """Where the weights come from, and the model that they make."""
+    binary = Path(args.bin_model_dir) if args.bin_model_dir else None
     if args.model_dir:
         folder = resolve_folder(args.model_dir)
-        model = read_model_config(folder, args.model_version, args.dtype)
-        build_flags.check_sizes(args, model)
-        return weight.WeightSource(hub_folder=folder), model
-    logger.info("no --model_dir: the engine gets dummy weights")
+        scales = Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None
+        source = weight.WeightSource(folder, binary, scales)
+        return source, read_model_config(folder, args.model_version, args.dtype)
+    if binary:
+        return weight.WeightSource(binary_folder=binary), read_binary_model(binary, args.model_version, args.dtype)
+    logger.info("neither --model_dir nor --bin_model_dir: the engine gets dummy weights")
     return weight.WeightSource(), build_flags.dummy_model(args)
 
 
@@ -69,13 +74,13 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
         if not fits_host_memory(size):
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
-        float32 = self_check.as_float32(model)
-        agreement = self_check.check_engine(
-            engine,
-            lambda comm: open_executor(engine, comm),
-            weight.load_rank(source, float32, QuantConfig()),
-            check_ids(source, model),
-        )
+        try:
+            float_weights = weight.load_float32(source, model, engine.build.world_size)
+        except CheckpointError as error:
+            logger.info("self-check skipped: %s", error)
+            return
+        ids = check_ids(source, model)
+        agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_weights, ids)
         logger.info(
             "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions",
             agreement.kl,
