@@ -15,12 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from baichuan.checkpoint.hub_config import read_model_config
+from baichuan.checkpoint.hf import IGNORED, read_model_config
 from baichuan.errors import CheckpointError, UnsupportedError
 from baichuan.hf_config import BaichuanConfig
 from baichuan.position import alibi_slopes, rope_at, rotate
-
-IGNORED_TENSORS = r"rotary_emb\.inv_freq"  # v1_7b checkpoints may carry them; they are computed
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +116,7 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ["DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [IGNORED_TENSORS]
+    _keys_to_ignore_on_load_unexpected = [IGNORED.pattern]
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
