@@ -33,6 +33,7 @@ from baichuan.quant.scaled import scale_for
 logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
+BYTES_PER_PROCESS = 256 << 20  # of output; starting a process takes longer than writing less
 DISK_SLACK_BYTES = 16 << 20
 
 
@@ -70,7 +71,9 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
         _require_disk(request, layout, sum(map(len, samples)))
         ranges = calibrate(request.open_checkpoint(), request.model, samples, staged)
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
-        weight_absmax = _write_all(writer, ranges, request.processes)
+        size = sum(array.size for array in layout.written(request.alpha is not None))
+        processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
+        weight_absmax = _write_all(writer, ranges, processes)
         write_fp8_scales(staged / FILE_NAME, _fp8_scales(ranges, weight_absmax))
         model = {key: getattr(request.model, field) for field, key in SIZES.items()}
         model |= {key: request.model.max_positions for key in request.model.version.length_keys}

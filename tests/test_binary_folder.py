@@ -325,7 +325,8 @@ def test_another_version_is_one_sentence(folders):
         read_binary_model(folder, "v1_13b", "float16")
 
 
-def test_processes_write_the_same_bytes(folders, tmp_path):
+def test_processes_write_the_same_bytes(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("baichuan.convert.BYTES_PER_PROCESS", 1)
     alone = folders(0.5, 2)
     request = ConvertRequest(tmp_path, ROTARY, partial(make_checkpoint, ROTARY), 2, processes=2, alpha=0.5)
     several = convert(request, make_samples(ROTARY), {"in_file": "made up", "architectures": ["BaichuanForCausalLM"]})

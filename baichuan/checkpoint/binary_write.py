@@ -20,7 +20,7 @@ from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import require_finite, scale_for
 from baichuan.quant.smoothquant import smoother
 
-BLOCK_BYTES = 32 << 20  # of a matrix's rows in float32: a process holds a few such blocks at a time
+BLOCK_BYTES = 8 << 20  # of a matrix's rows in float32: a process holds a few such blocks at a time
 NORM_BEFORE = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 FLOAT16_MAX = 65504.0
 

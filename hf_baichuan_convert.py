@@ -1,0 +1,129 @@
+"""Calibrate a Baichuan checkpoint and write the folder that build.py --bin_model_dir reads:
+python hf_baichuan_convert.py -i baichuan-inc/Baichuan2-13B-Chat -o OUT -sq 0.8 -t fp16"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+
+from baichuan.checkpoint.binary_layout import STORAGE_TYPES
+from baichuan.checkpoint.hf import open_checkpoint, resolve_folder
+from baichuan.checkpoint.hub_config import (
+    MAX_CONFIG_BYTES,
+    fitting_versions,
+    read_json_object,
+    read_model_config,
+    version_evidence,
+)
+from baichuan.cli import Parser, run_script
+from baichuan.comm import Communicator
+from baichuan.config import VERSIONS, require_range
+from baichuan.convert import ConvertRequest, convert
+from baichuan.errors import ConfigError
+from baichuan.texts import DEFAULT_DATASET, encode_texts, read_texts
+from baichuan.tokenizer import Tokenizer
+
+logger = logging.getLogger("baichuan.convert")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    add_flags(parser)
+    return run_script(parser, argv, run)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--in-file", "--in_file", "-i", required=True, help="checkpoint: a folder, or the hub's id")
+    parser.add_argument("--out-dir", "--out_dir", "-o", required=True, help="the folder written is OUT_DIR/{tp}-gpu")
+    parser.add_argument(
+        "--tensor-parallelism",
+        "--tensor_parallelism",
+        "-tp",
+        type=int,
+        default=ConvertRequest.tp_size,
+        help="ranks of the engine",
+    )
+    parser.add_argument("--processes", "-p", type=int, default=ConvertRequest.processes, help="processes that write")
+    parser.add_argument(
+        "--calibrate-kv-cache",
+        "--calibrate_kv_cache",
+        "-kv",
+        action="store_true",
+        help="scales for an INT8 or FP8 KV cache, and for FP8 weights",
+    )
+    parser.add_argument(
+        "--smoothquant",
+        "-sq",
+        type=float,
+        metavar="ALPHA",
+        help="SmoothQuant of this strength, in [0, 1]; KV scales too",
+    )
+    parser.add_argument(
+        "--storage-type",
+        "--storage_type",
+        "-t",
+        choices=tuple(STORAGE_TYPES),
+        default=ConvertRequest.storage_type,
+        help="of weights that are not quantised",
+    )
+    parser.add_argument("--model_version", choices=tuple(VERSIONS), help="default: what config.json says")
+    parser.add_argument(
+        "--calib_dataset",
+        default=DEFAULT_DATASET,
+        help="texts: a json, jsonl, csv, parquet or txt file, or the hub's id of a data set",
+    )
+    parser.add_argument("--calib_size", type=int, default=512, help="texts to calibrate on")
+    parser.add_argument("--calib_max_length", type=int, default=512, help="tokens of a text, the rest is cut off")
+
+
+def run(args: argparse.Namespace, comm: Communicator) -> int:
+    if comm.world_size > 1:
+        raise ConfigError(f"{comm.world_size} ranks were started; start hf_baichuan_convert.py once, with -tp instead")
+    if args.smoothquant is None and not args.calibrate_kv_cache:
+        raise ConfigError(
+            "neither -kv nor -sq was given; add one, or build from the checkpoint itself with build.py --model_dir"
+        )
+    require_range("calib_size", args.calib_size, 1, 1 << 20)
+    require_range("calib_max_length", args.calib_max_length, 1, 1 << 16)
+    folder = resolve_folder(args.in_file)
+    hub_config = read_json_object(folder / "config.json", MAX_CONFIG_BYTES)
+    version, sure = choose_version(args.model_version, hub_config)
+    model = read_model_config(folder, version, "float32")
+    request = ConvertRequest(
+        Path(args.out_dir),
+        model,
+        partial(open_checkpoint, folder, model),
+        args.tensor_parallelism,
+        args.processes,
+        args.smoothquant,
+        args.storage_type,
+    )
+    texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
+    if len(texts) < args.calib_size:
+        logger.warning("%s has %d texts, fewer than calib_size %d", args.calib_dataset, len(texts), args.calib_size)
+    samples = encode_texts(texts, Tokenizer(folder), args.calib_max_length, model.vocab_size)
+    settings = vars(args) | hub_config
+    settings.pop("model_version")
+    written = convert(request, samples, settings | ({"model_version": version} if sure else {}))
+    logger.info("written to %s", written)
+    return 0
+
+
+def choose_version(given: str | None, hub_config: dict) -> tuple[str, bool]:
+    """The version that was given or the one that config.json fits, and whether it is the only one.
+
+    Versions that the same config.json fits differ in lm_head alone, which is written as it is.
+    """
+    if given:
+        return given, True
+    fitting = fitting_versions(version_evidence(hub_config))
+    if not fitting:
+        raise ConfigError("config.json fits no version of Baichuan; say which it is with --model_version")
+    return fitting[0], len(fitting) == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
