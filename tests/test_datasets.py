@@ -184,8 +184,9 @@ def test_the_hub_is_asked_for_cnn_dailymail(monkeypatch):
         return [{key: row[key] for key in ("article", "highlights", "id")} for row in ROWS]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load_samples(None, 2).samples == SAMPLES[:2]
-    assert asked == [(("abisee/cnn_dailymail", "3.0.0"), {"split": "test"})]
+    assert asked == [(("abisee/cnn_dailymail", "3.0.0"), {"split": "test", "streaming": False})]
 
 
 def test_without_the_hub_the_sentence_names_dataset_path(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 HUB_NAME, HUB_CONFIG, HUB_SPLIT = "abisee/cnn_dailymail", "3.0.0", "test"
 COLUMNS = ("article", "highlights")
+HUB_TIMEOUT_S = 20.0
 ROWS_AT_ONCE = 256
 MAX_LINE_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 1 << 30  # a JSON array is read whole; JSON lines, CSV and parquet are not
@@ -103,20 +104,29 @@ def _not_utf8(place: str, where: str) -> ConfigError:
     return ConfigError(f"{place} is not valid UTF-8 at {where}; convert the dataset to UTF-8")
 
 
-def _hub_rows() -> Iterable[Row]:
+def _hub_rows() -> Iterator[Row]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    logger.info("loading %s %s from the hub or its cache", HUB_NAME, HUB_CONFIG)
+    logger.info("loading %s %s from the hub", HUB_NAME, HUB_CONFIG)
     try:
-        rows = load_dataset(HUB_NAME, HUB_CONFIG, split=HUB_SPLIT)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        if not HF_HUB_OFFLINE:
+            HfApi().dataset_info(HUB_NAME, timeout=HUB_TIMEOUT_S)  # load_dataset would try again and again for 20 s
+        # Streaming reads what is asked for; offline, the cache can only be read without it.
+        rows = load_dataset(HUB_NAME, HUB_CONFIG, split=HUB_SPLIT, streaming=not HF_HUB_OFFLINE)
+        for number, row in enumerate(rows):
+            yield f"{HUB_NAME} row {number}", row
+    except Exception as error:  # the library raises many types, for networks, formats and missing names
         raise ConfigError(
-            f"{HUB_NAME} cannot be loaded from the hub ({reason}); "
+            f"{HUB_NAME} cannot be loaded from the hub ({_reason(error)}); "
             f"give a local file with {' and '.join(COLUMNS)} as --dataset_path"
         ) from None
-    return ((f"{HUB_NAME} row {number}", row) for number, row in enumerate(rows))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the end of its sentence."""
+    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")
 
 
 def _local_rows(path: Path) -> Iterator[Row]:
@@ -124,13 +134,12 @@ def _local_rows(path: Path) -> Iterator[Row]:
         for file in _files(path):
             yield from READERS[file.suffix](file)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
+        reason = error.strerror or _reason(error)
         raise ConfigError(f"dataset_path {path} cannot be read ({reason}); check the path") from None
     except UnicodeDecodeError as error:  # of a parser that hands out no bytes
         raise _not_utf8(str(path), f"a byte 0x{error.object[error.start]:02x}") from None
     except ValueError as error:  # what pandas and pyarrow raise for files that are damaged
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"dataset_path {path} cannot be read ({reason}); repair the file") from None
+        raise ConfigError(f"dataset_path {path} cannot be read ({_reason(error)}); repair the file") from None
 
 
 def _files(path: Path) -> list[Path]:

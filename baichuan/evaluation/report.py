@@ -1,0 +1,170 @@
+"""What an evaluation leaves behind: results.json, summaries.jsonl, report.html, and a table for the terminal.
+
+python -m baichuan.evaluation.report A/results.json B/results.json prints the table of several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from baichuan import __version__
+from baichuan.errors import BaichuanError, ConfigError
+from baichuan.evaluation import html_report
+from baichuan.evaluation.rouge import KINDS, LABELS
+from baichuan.evaluation.summarize import Evaluation, SampleResult
+from baichuan.evaluation.wording import shown
+from baichuan.files import atomic_path
+
+FORMAT = 1
+RESULTS_NAME, SUMMARIES_NAME, HTML_NAME = "results.json", "summaries.jsonl", "report.html"
+MAX_RESULTS_BYTES = 16 << 20
+PACKAGES = ("torch", "transformers", "sentencepiece", "evaluate", "rouge_score", "datasets", "numpy", "triton")
+# Figures of runs that differ in one of these say nothing about each other.
+COMPARED_SETTINGS = ("dataset", "output_len", "max_input_length", "sampling", "scored_tokens_limit")
+
+
+def versions() -> dict[str, str]:
+    """This package, Python and the libraries that the figures depend on; those that are not installed are left out."""
+    found = {"baichuan": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def results(evaluation: Evaluation, settings: dict[str, Any], complete: bool) -> dict[str, Any]:
+    """Every figure as JSON values; at least one batch is complete.  NaN and infinity become text."""
+    agreement = evaluation.agreement()
+    sides = [
+        {"key": side.key, "label": side.label, **side.facts, **asdict(evaluation.figures(side.key))}
+        for side in evaluation.sides
+    ]
+    return _finite(
+        {
+            "format": FORMAT,
+            "complete": complete,  # False: the run was stopped, and the figures are over the batches before that
+            "batches": len(evaluation.done),
+            "articles": len(evaluation.samples),
+            "articles_cut": sum(sample.task.left_out > 0 for sample in evaluation.samples),
+            "scored_tokens": evaluation.scored_tokens,
+            "sides": sides,
+            "agreement": asdict(agreement) if agreement else None,
+            "settings": settings,
+            "versions": versions(),
+        }
+    )
+
+
+def sample_values(sample: SampleResult) -> dict[str, Any]:
+    """One article and its summaries as JSON values."""
+    return {
+        "id": sample.task.sample.id,
+        "article": sample.task.sample.article,
+        "highlights": sample.task.sample.highlights,
+        "prompt_tokens": len(sample.task.prompt),
+        "left_out_tokens": sample.task.left_out,
+        "identical_prefix": sample.identical_prefix,
+        "summaries": {key: asdict(summary) for key, summary in sample.summaries.items()},
+    }
+
+
+def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+    """The three files, each completely or not at all.  values: of results(); samples: of sample_values()."""
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    contents = {
+        RESULTS_NAME: json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n",
+        SUMMARIES_NAME: lines,
+        HTML_NAME: html_report.page(values, samples),
+    }
+    for name, content in contents.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results.json that write() made.  Raises ConfigError."""
+    try:
+        if path.stat().st_size > MAX_RESULTS_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_RESULTS_BYTES} bytes; give a {RESULTS_NAME} of summarize.py")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); run summarize.py with --output_dir") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); run summarize.py again") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ConfigError(f"{path} was not written by this summarize.py; run it again")
+    return values
+
+
+def table(sides: Sequence[dict[str, Any]]) -> str:
+    """One line a side: ROUGE with its 95 % interval, perplexity, speed and size."""
+    header = ["", *LABELS.values(), "perplexity", "tokens/s", "latency s", "size MB"]
+    rows = [header, *([side["label"], *_cells(side)] for side in sides)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
+    """Raise ConfigError unless the runs were over the same articles with the same settings."""
+    for run in runs[1:]:
+        for name in COMPARED_SETTINGS:
+            mine, other = run["settings"].get(name), runs[0]["settings"].get(name)
+            if mine != other:
+                raise ConfigError(f"{name} is {other} in one run and {mine} in another; compare runs that agree in it")
+        if run["articles"] != runs[0]["articles"]:
+            raise ConfigError(
+                f"one run is over {runs[0]['articles']} articles and another over {run['articles']}; "
+                "compare runs over the same ones"
+            )
+
+
+def main(paths: Sequence[str]) -> int:
+    try:
+        runs = [read_results(Path(path)) for path in paths]
+        check_comparable(runs)
+    except BaichuanError as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    print(table([side for run in runs for side in run["sides"]]))
+    return 0
+
+
+def _cells(side: dict[str, Any]) -> list[str]:
+    rouge = (side["rouge"][kind] for kind in KINDS)
+    return [
+        *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rouge),
+        shown(side["perplexity"], ".3f"),
+        f"{side['tokens_per_s']:.1f}",
+        f"{side['latency_s']:.2f}",
+        f"{side['bytes'] / 1e6:.1f}",
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case _:
+            return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""The two sides of a comparison: an engine and the Hugging Face model, asked the same things in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from baichuan.config import SamplingConfig, to_json
+from baichuan.engine import Engine
+from baichuan.errors import ConfigError
+from baichuan.sampling import Sampler
+from baichuan.session import Generation, Session
+
+
+class Side(Protocol):
+    """Something that continues prompts and scores text."""
+
+    key: str  # its name in files: engine, hf
+    label: str  # its name for people
+    facts: dict[str, Any]  # what it is, as JSON values; "bytes" is the size of its weights
+    max_score_tokens: int | None  # longest sequence for score(); None = no limit of its own
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
+        """Raise ConfigError for a request that this side cannot take."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
+    ) -> list[Generation]:
+        """Each prompt's continuation; when this returns, it is done and on the host."""
+
+    def score(self, ids: Sequence[int]) -> Tensor:
+        """Logits after each of the ids, [len(ids), vocab_size] float32."""
+
+
+class EngineSide:
+    """A session over an engine.  Under mpirun every rank has one and calls it alike."""
+
+    key = "engine"
+
+    def __init__(self, engine: Engine, session: Session):
+        self._session = session
+        self.max_score_tokens = session.build.max_input_len
+        self.label = engine_label(engine)
+        self.facts = {
+            "engine_dir": str(engine.folder),
+            "bytes": sum(file["bytes"] for file in engine.files.values()),
+            "device": device_name(session.executor.device),
+            "model": to_json(engine.model),
+            "quant": to_json(engine.quant),
+            "build": to_json(engine.build),
+        }
+
+    def check(self, prompts, sampling, max_new_tokens) -> None:
+        self._session.check(prompts, sampling, max_new_tokens)
+
+    def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
+        return self._session.generate(prompts, sampling, max_new_tokens)
+
+    def score(self, ids) -> Tensor:
+        return self._session.score([ids])[0]
+
+
+@dataclass
+class HfSide:
+    """A transformers model on one device, in batches padded on the left.
+
+    The token is chosen by the same sampling.Sampler that engines use, so that both sides have one meaning of penalty,
+    temperature, top-k, top-p and seed; beam search is transformers' own.
+    """
+
+    model: Any  # transformers.PreTrainedModel, from hf.load_hf_model
+    model_dir: str
+    key: str = "hf"
+    max_score_tokens: int | None = None
+
+    def __post_init__(self):
+        from transformers import GenerationConfig
+
+        # generate() fills what a request leaves open from here; a checkpoint's own settings must not slip in.
+        self.model.generation_config = GenerationConfig()
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        self.label = f"Hugging Face, {dtype}"
+        self.facts = {
+            "model_dir": self.model_dir,
+            "bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            "device": device_name(self.model.device),
+            "dtype": dtype,
+        }
+
+    def check(self, prompts, sampling, max_new_tokens) -> None:
+        if sampling.num_beams > 1 and sampling.repetition_penalty != 1.0:
+            raise ConfigError(
+                f"repetition_penalty {sampling.repetition_penalty} with num_beams {sampling.num_beams}: transformers "
+                "penalises log probabilities where the engine penalises logits; leave one out, or --test_hf"
+            )
+
+    @torch.inference_mode()
+    def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        device, longest = self.model.device, max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), sampling.pad_id)  # [batch_size, longest], padded on the left
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        if sampling.num_beams > 1:
+            choose = _Temperature(sampling.temperature)
+        else:
+            choose = _Choice(Sampler(sampling, prompts, self.model.config.vocab_size, max_new_tokens, device))
+        ends = [sampling.eos_id, *sampling.stop_ids]
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=sampling.num_beams,
+            length_penalty=sampling.length_penalty,
+            early_stopping=False,
+            eos_token_id=ends,
+            pad_token_id=sampling.pad_id,
+        )
+        output = self.model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([choose]),
+        )
+        return [_until_end(row, ends) for row in output[:, longest:].tolist()]
+
+    @torch.inference_mode()
+    def score(self, ids) -> Tensor:
+        return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float()
+
+
+class _Choice:
+    """A logits processor that leaves only the token that the sampler takes."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = self._sampler(scores.float())
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Temperature:
+    """A logits processor of beam search, which gives log probabilities and keeps what it gets as such."""
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores if self._temperature == 1.0 else (scores / self._temperature).log_softmax(-1)
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> Generation:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return Generation(ids[:index], "stop")
+    return Generation(ids, "length")
+
+
+WEIGHT_LABELS = {
+    "none": "",
+    "int8": "INT8 weight-only",
+    "int4": "INT4 weight-only",
+    "smooth_quant": "SmoothQuant",
+    "fp8": "FP8",
+}
+
+
+def engine_label(engine: Engine) -> str:
+    """For people: dtype, quantisation and ranks of an engine."""
+    parts = ["engine", engine.model.dtype, WEIGHT_LABELS[engine.quant.weights]]
+    if engine.quant.kv_cache != "none":
+        parts.append(f"{engine.quant.kv_cache.upper()} KV cache")
+    if engine.build.world_size > 1:
+        parts.append(f"{engine.build.world_size} ranks")
+    return ", ".join(part for part in parts if part)
+
+
+def device_name(device: torch.device) -> str:
+    """cpu, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

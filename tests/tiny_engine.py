@@ -1,0 +1,31 @@
+"""Engines made from the tiny golden checkpoints, whose weights come from hf.py's reading of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import goldens
+
+from baichuan.builder import BuildRequest, build_engine
+from baichuan.checkpoint.hub_config import read_model_config
+from baichuan.checkpoint.plan import plan_hub
+from baichuan.checkpoint.source import known
+from baichuan.config import BuildConfig, QuantConfig
+from baichuan.engine import Engine
+from baichuan.hf import load_hf_model
+
+LIMITS = dict(max_batch_size=8, max_input_len=256, max_output_len=64, max_beam_width=4)
+
+
+def build(folder: Path, version: str, quant: QuantConfig | None = None, tp_size: int = 1, **limits) -> Engine:
+    """A float32 engine of the golden checkpoint of `version`."""
+    quant, checkpoint = quant or QuantConfig(), goldens.checkpoint(version)
+    model = read_model_config(checkpoint, version, "float32")
+    tensors = {name: known(tensor) for name, tensor in load_hf_model(checkpoint, version).state_dict().items()}
+    plan_rank = partial(_plan_rank, tensors, model, quant, tp_size)
+    return build_engine(BuildRequest(folder, model, quant, BuildConfig(tp_size, **{**LIMITS, **limits}), plan_rank))
+
+
+def _plan_rank(tensors, model, quant, tp_size, rank):
+    return plan_hub(tensors, model, quant, rank, tp_size)
