@@ -62,6 +62,7 @@ class ModelConfig:
         require_choice("hidden_act", self.hidden_act, ("silu",))
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "max_positions"):
             require_range(name, getattr(self, name), 1, 1 << 24)
+        require_range("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "

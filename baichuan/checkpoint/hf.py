@@ -61,7 +61,7 @@ def resolve_folder(name: str) -> Path:
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         folder = _download(name)
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         raise CheckpointError(
             f"{name} is no folder and no hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"
         )

@@ -1,0 +1,439 @@
+"""Checkpoints in the hub's format: what is read, that it is read lazily, and everything that is refused."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+import struct
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import goldens
+import hub_folders
+import huggingface_hub.constants
+import pytest
+import torch
+from goldens import VERSIONS_WITH_GOLDENS
+from hub_folders import SHARD, SINGLE, small_config, write_index, write_weights
+from safetensors.torch import load_file
+
+from baichuan.checkpoint import hf
+from baichuan.checkpoint.hf import open_checkpoint, read_model_config, resolve_folder
+from baichuan.checkpoint.shard import hub_shapes
+from baichuan.config import PRESETS
+from baichuan.errors import CheckpointError, ConfigError
+
+CONFIG = small_config("v2_7b")
+UP = "model.layers.1.mlp.up_proj.weight"
+both_formats = pytest.mark.parametrize("form", SINGLE)
+
+
+def read(source, block: int = 7) -> torch.Tensor:
+    """The whole tensor, block of rows by block of rows."""
+    return torch.cat([source.read(a, min(a + block, source.shape[0])) for a in range(0, source.shape[0], block)])
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights as the libraries' own loaders read them."""
+    values = {}
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":
+            values |= load_file(path)
+        elif path.suffix == ".bin":
+            values |= torch.load(path, weights_only=True)
+    return values
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("version", VERSIONS_WITH_GOLDENS)
+def test_the_goldens_files_are_read_whole_and_exactly(version):
+    folder = goldens.checkpoint(version)
+    config = read_model_config(folder, version, "float32")
+    found, expected = open_checkpoint(folder, config), stored(folder)
+    assert any("inv_freq" in name for name in expected) == (version == "v1_7b")  # the stray ones are there to ignore
+    assert set(found) == set(hub_shapes(config)) == {name for name in expected if "inv_freq" not in name}
+    for name, source in found.items():
+        assert (source.shape, source.dtype) == (tuple(expected[name].shape), expected[name].dtype)
+        assert read(source).equal(expected[name]), name
+        assert source.read(source.shape[0], source.shape[0]).shape == (0, *source.shape[1:])
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+@both_formats
+def test_every_layout_is_read(form, shards, tmp_path):
+    expected = hub_folders.tensors(CONFIG)
+    write_weights(tmp_path, expected, form, shards)
+    found = open_checkpoint(tmp_path, CONFIG)
+    assert all(read(found[name]).equal(expected[name]) for name in expected)
+
+
+def test_safetensors_win_over_bin_and_that_is_said(tmp_path, caplog):
+    expected = hub_folders.tensors(CONFIG)
+    write_weights(tmp_path, expected, "safetensors")
+    write_weights(tmp_path, {name: values + 1 for name, values in expected.items()}, "bin", shards=2)
+    with caplog.at_level(logging.INFO):
+        folder = resolve_folder(str(tmp_path))
+    assert "both model.safetensors and pytorch_model.bin.index.json; reading model.safetensors" in caplog.text
+    assert read(open_checkpoint(folder, CONFIG)[UP]).equal(expected[UP])
+
+
+@pytest.mark.parametrize("version", PRESETS)
+@pytest.mark.parametrize("claimed", PRESETS)
+def test_a_released_config_fits_its_own_version_only(version, claimed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hub_folders.hub_values(PRESETS[version])))
+    if version == claimed:
+        assert read_model_config(tmp_path, claimed, "bfloat16") == replace(PRESETS[version], dtype="bfloat16")
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"contradicts model_version {claimed}: .*use --model_version {version}$"
+        ):
+            read_model_config(tmp_path, claimed, "bfloat16")
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def config_folder(tmp_path: Path, **changes) -> Path:
+    """A v1_13b config.json with some values changed, or removed where the value is ..."""
+    values = hub_folders.hub_values(small_config("v1_13b")) | changes
+    values = {name: value for name, value in values.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_a_small_config_leaves_two_versions(tmp_path):
+    for version in ("v1_13b", "v2_13b"):
+        assert read_model_config(config_folder(tmp_path), version, "float16") == small_config(version)
+    with pytest.raises(
+        ConfigError, match=r"length in model_max_length \(fits v1_13b, v2_13b\); use --model_version v1"
+    ):
+        read_model_config(tmp_path, "v2_7b", "float16")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 125696}, r"vocab_size 125696 \(fits v2_7b, v2_13b\); use --model_version v2_13b"),
+        ({"hidden_size": 4096}, r"hidden_size 4096 \(fits v1_7b, v2_7b\); no version fits all of the file"),
+        ({"architectures": ["BaiChuanForCausalLM"]}, r"BaiChuanForCausalLM'\] \(fits v1_7b\)"),
+        ({"architectures": ["LlamaForCausalLM"]}, r"\(fits no version\)"),
+        ({"max_position_embeddings": 4096}, r"length in max_position_embeddings and model_max_length \(fits v2_7b\)"),
+        ({"model_max_length": ...}, r"length in no key \(fits no version\)"),
+        ({"model_version": "v2_13b"}, r"model_version 'v2_13b' \(fits v2_13b\)"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": "32"}, "hidden_size is '32', not of type int"),
+        ({"num_hidden_layers": 0}, "num_layers 0 is out of range"),
+        ({"num_attention_heads": 5}, "not divisible"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+    ],
+)
+def test_contradictions_in_the_config_are_refused(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read_model_config(config_folder(tmp_path, **changes), "v1_13b", "float16")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by gptq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised by bitsandbytes"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": ...}, "model_type None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_theta": 500000}, "rope_theta 500000"),
+        ({"intermediate_size": ...}, "has no intermediate_size"),
+    ],
+)
+def test_other_models_configs_are_refused(changes, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        read_model_config(config_folder(tmp_path, **changes), "v1_13b", "float16")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot be read"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[1]", "no JSON object"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"vocab_size": 1, "vocab_size": 2}', "'vocab_size' is there twice"),
+        (b'{"rms_norm_eps": NaN}', "NaN"),
+        (b" " * (1 << 20) + b"{}", "larger than 1048576 bytes"),
+    ],
+)
+def test_unreadable_configs_are_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_model_config(tmp_path, "v1_13b", "float16")
+
+
+def test_an_unknown_version_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="model_version 'v3' is not known"):
+        read_model_config(config_folder(tmp_path), "v3", "float16")
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def without(name: str):
+    return lambda values: values.pop(name)
+
+
+def setting(name: str, values):
+    return lambda tensors: tensors.__setitem__(name, values)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@both_formats
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (without(UP), f"lacks {UP}; download"),
+        (
+            setting("model.layers.2.mlp.up_proj.weight", torch.zeros(48, 32)),
+            r"holds model\.layers\.2\..* with 2 layers",
+        ),
+        (setting(UP, torch.zeros(32, 48)), r"shape \(32, 48\) instead of \(48, 32\)"),
+        (setting(UP, torch.zeros(48 * 32)), r"shape \(1536,\) instead of"),
+        (setting(UP, torch.zeros(48, 32, dtype=torch.int8)), "is int8"),
+        (setting(UP, torch.zeros(48, 32).to(torch.float8_e4m3fn)), "is float8_e4m3fn"),
+        (setting(f"{UP}.absmax", torch.zeros(3)), rf"quantised by bitsandbytes in 4 bits \(it holds {UP}"),
+        (setting(f"{UP}.quant_state.bitsandbytes__nf4", torch.zeros(3)), "bitsandbytes in 4 bits"),
+        (setting(UP.replace("weight", "SCB"), torch.zeros(48)), "bitsandbytes in 8 bits"),
+        (setting(UP.replace("weight", "qweight"), torch.zeros(48).int()), "GPTQ or AWQ"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(form, shards, damage, message, tmp_path):
+    values = hub_folders.tensors(CONFIG)
+    damage(values)
+    write_weights(tmp_path, values, form, shards)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_another_vocabulary_than_the_configs_is_refused(form, tmp_path):
+    write_weights(tmp_path, hub_folders.tensors(CONFIG), form)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight in .* has shape \(50, 32\) instead of \(51, 32\)"):
+        open_checkpoint(tmp_path, replace(CONFIG, vocab_size=51))
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("cut", [1, 1000])
+@pytest.mark.parametrize("shards", [0, 2])
+@both_formats
+def test_truncated_files_are_refused(form, shards, cut, tmp_path):
+    write_weights(tmp_path, hub_folders.tensors(CONFIG), form, shards)
+    path = max(tmp_path.glob(f"*.{form}"))
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(CheckpointError, match=rf"{path.name} is (not a readable|a truncated)"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_other_content_is_refused(form, tmp_path):
+    (tmp_path / SINGLE[form]).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=SINGLE[form]):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="holds none of model.safetensors, .* pytorch_model.bin"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_a_tensor_in_two_shards_is_refused(form, tmp_path):
+    values = hub_folders.tensors(CONFIG)
+    where = write_weights(tmp_path, values, form, shards=2)
+    other = ({*where.values()} - {where[UP]}).pop()
+    names = [name for name in where if where[name] == other]
+    hub_folders.save(tmp_path / other, {name: values[name] for name in [*names, UP]})
+    with pytest.raises(CheckpointError, match=f"holds {UP} twice, in "):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_an_index_that_says_something_else_is_refused(form, tmp_path):
+    where = write_weights(tmp_path, hub_folders.tensors(CONFIG), form, shards=2)
+    other = ({*where.values()} - {where[UP]}).pop()
+    for changed, message in [
+        ({**where, UP: other}, f"says that {other} holds {UP} and {where[UP]} does"),
+        ({**where, "extra": other}, f"says that {other} holds extra and no file does"),
+        ({**where, UP: SHARD[form].format(3, 3)}, "which is missing"),
+        ({}, "no weight_map"),
+        ({UP: 3}, "no weight_map"),
+        ("text", "no weight_map"),
+    ]:
+        write_index(tmp_path, form, changed)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_an_index_cannot_point_outside_the_folder(form, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    where = write_weights(inside, hub_folders.tensors(CONFIG), form, shards=2)
+    stolen = where[UP]
+    (inside / stolen).rename(tmp_path / stolen)
+    for target in (f"../{stolen}", str(tmp_path / stolen), f"..\\{stolen}", "..", "", "a\0b"):
+        write_index(inside, form, {name: target if shard == stolen else shard for name, shard in where.items()})
+        with pytest.raises(CheckpointError, match="a shard is a file of the same folder"):
+            open_checkpoint(inside, CONFIG)
+
+
+@both_formats
+def test_a_single_file_beside_an_index_is_refused(form, tmp_path):
+    write_weights(tmp_path, hub_folders.tensors(CONFIG), form)
+    write_weights(tmp_path, hub_folders.tensors(CONFIG), form, shards=2)
+    with pytest.raises(CheckpointError, match="remove the one that is out of date"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+# ---------------------------------------------------------------- .bin files
+
+
+class _Runs:
+    """Pickled, it writes a file when it is loaded."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_code_in_a_bin_file_is_not_run(tmp_path):
+    torch.save({**hub_folders.tensors(CONFIG), "extra": _Runs(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        open_checkpoint(tmp_path, CONFIG)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the file would have
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([torch.zeros(1)], "holds a list"),
+        ({"state_dict": {UP: torch.zeros(1)}}, "'state_dict', a dict that is no plain tensor"),
+        ({UP: torch.zeros(3, 3).to_sparse()}, f"'{UP}', a Tensor that is no plain tensor"),
+        ({UP: torch.zeros(3, device="meta")}, "no plain tensor"),
+        ({1: torch.zeros(3)}, "holds 1, a Tensor"),
+    ],
+)
+def test_a_bin_file_of_other_things_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+def test_a_bin_file_of_old_pytorch_is_refused_with_the_way_to_convert_it(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(hub_folders.tensors(CONFIG), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        CheckpointError, match=r"PyTorch before 1.6 .* torch.save\(torch.load\(FILE, weights_only=True\)"
+    ):
+        open_checkpoint(tmp_path, CONFIG)
+    torch.save(torch.load(path, weights_only=True), path)  # the remedy works
+    open_checkpoint(tmp_path, CONFIG)
+
+
+def test_a_huge_pickle_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(17 << 20))
+    with pytest.raises(CheckpointError, match="table of contents"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def anonymous_bytes() -> int:
+    """This process's memory that is no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def write_sparse(folder: Path, form: str, config) -> None:
+    """A checkpoint of zeros that takes no disk."""
+    if form == "bin":
+        with torch.serialization.skip_data():
+            values = {name: torch.empty(shape, dtype=torch.float16) for name, shape in hub_shapes(config).items()}
+            torch.save(values, folder / SINGLE[form])
+        return
+    header, end = {}, 0
+    for name, shape in hub_shapes(config).items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with open(folder / SINGLE[form], "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@both_formats
+def test_reading_a_large_checkpoint_keeps_nothing_in_memory(form, tmp_path):
+    config = replace(CONFIG, hidden_size=1024, vocab_size=1 << 16)  # 2 tensors of 134 MB and smaller ones
+    write_sparse(tmp_path, form, config)
+    before, peak, total = anonymous_bytes(), 0, 0
+    for source in open_checkpoint(tmp_path, config).values():
+        step = (1 << 21) // torch.Size(source.shape[1:]).numel()
+        for start in range(0, source.shape[0], step):
+            rows = source.read(start, min(start + step, source.shape[0]))
+            total += rows.float().count_nonzero().item() + rows.nbytes
+            peak = max(peak, anonymous_bytes() - before)
+    assert total > 268e6
+    assert peak < 32e6  # the block in float32 and the allocator's slack
+    kept = read(open_checkpoint(tmp_path, config)["lm_head.weight"], 4096)
+    assert anonymous_bytes() - before > 100e6 and kept.count_nonzero() == 0  # a kept copy would be seen
+
+
+# ---------------------------------------------------------------- where the folder comes from
+
+READ = ["config.json", "generation_config.json", "tokenizer.model"]
+NOT_READ = ["tokenizer_config.json", "modeling_baichuan.py", "configuration_baichuan.py", "handler.py", "README.md"]
+BIN = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+SAFE = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(
+    "weights, expected", [(BIN, BIN), (SAFE, SAFE), ([*BIN, *SAFE], SAFE)], ids=["bin", "safe", "both"]
+)
+def test_a_hub_id_downloads_one_format_and_no_code(weights, expected, tmp_path, monkeypatch):
+    def download(repo_id, allow_patterns):
+        assert repo_id == "baichuan-inc/Some-Model"
+        for name in READ + NOT_READ + weights:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    assert resolve_folder("baichuan-inc/Some-Model") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {*READ, *expected}
+
+
+def test_offline_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"baichuan-inc/none is no folder here and cannot be downloaded") as error:
+        resolve_folder("baichuan-inc/none")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("missing", "./missing/folder", str(tmp_path / "missing"), str(tmp_path / "file"), "", "a/b/c"):
+        with pytest.raises(CheckpointError, match="is no folder and no hub id"):
+            resolve_folder(name)
