@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
         if check:
             check(engine)
         publish(staged, request.output_dir)
-    return engine
+    return replace(engine, folder=request.output_dir)
 
 
 def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
