@@ -25,32 +25,35 @@ def open_bin(path: Path) -> dict[str, TensorSource]:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} holds more than tensors, which only running code could load; convert it to safetensors where you "
-            "trust it"
+            f"{path} is damaged, or holds more than tensors, which only running code could load; "
+            "download it again, or convert it to safetensors where you trust it"
         ) from None
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise CheckpointError(f"{path} is not a readable .bin file ({_first_line(error)}); download it again") from None
+    except Exception as error:  # a damaged pickle is a program with errors of any type
+        raise CheckpointError(f"{path} is a damaged .bin file ({_first_line(error)}); download it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, not tensors by name; it is no checkpoint")
     return {name: _source(path, name, value) for name, value in values.items()}
 
 
 def _check_archive(path: Path) -> None:
-    """Raise CheckpointError unless the file is a complete archive with a small uncompressed table of contents."""
+    """Raise CheckpointError unless the file is a complete archive with a small table of contents."""
     try:
         with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-        if not zipped:
-            raise CheckpointError(
-                f"{path} is no zip archive: it is damaged, or PyTorch before 1.6 wrote it and it cannot be "
-                "memory-mapped; convert it once with torch.save(torch.load(FILE, weights_only=True), FILE)"
-            )
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            start = file.read(4)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); download it again") from None
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path} is a truncated archive; download it again") from None
+    if start != b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path} is no zip archive: it is damaged, or PyTorch before 1.6 wrote it and it cannot be memory-mapped; "
+            "convert it once with torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile has several for damaged fields
+        raise CheckpointError(
+            f"{path} is a truncated or damaged archive ({_first_line(error)}); download it again"
+        ) from None
     pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
     if sum(pickles) > MAX_PICKLE_BYTES:
         raise CheckpointError(
