@@ -1,0 +1,83 @@
+"""The conversion of a 7B-shaped checkpoint streams: how much anonymous memory its processes take together."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from goldens import checkpoint as golden_checkpoint
+
+from baichuan.checkpoint.dummy import dummy_checkpoint
+from baichuan.checkpoint.plan import as_stored, plan_rows, whole
+from baichuan.checkpoint.tensor_file import write_tensors
+from baichuan.config import PRESETS
+
+MODEL = replace(PRESETS["v2_7b"], num_layers=4, vocab_size=1000, dtype="float16")
+LAYER_BYTES = 2 * (4 * MODEL.hidden_size**2 + 3 * MODEL.hidden_size * MODEL.intermediate_size)
+LIMIT_BYTES = 2 * LAYER_BYTES + 2e9
+TEXTS, LENGTH = 4, 256
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shutil.copy(golden_checkpoint("v2_13b") / "tokenizer.model", folder)
+    config = {
+        "architectures": ["BaichuanForCausalLM"],
+        "model_type": "baichuan",
+        "hidden_size": MODEL.hidden_size,
+        "num_hidden_layers": MODEL.num_layers,
+        "num_attention_heads": MODEL.num_heads,
+        "intermediate_size": MODEL.intermediate_size,
+        "vocab_size": MODEL.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+        "model_max_length": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = [
+        plan_rows(name, [whole(source)], as_stored(source.dtype, ""))
+        for name, source in dummy_checkpoint(MODEL).items()
+    ]
+    write_tensors(folder / "model.safetensors", plan, lambda size: None)
+    yield folder
+    for name in ("checkpoint", "out"):  # gigabytes, which pytest would keep
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """Of the process and its children, pages that several share counted once."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in /proc")
+def test_peak_memory_of_a_7b_shape(checkpoint, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join("a text of some length " * 60 for _ in range(TEXTS)))
+    flags = ["-i", checkpoint, "-o", tmp_path / "out", "-sq", "0.8", "-tp", "2", "-t", "fp16", "-p", "4"]
+    calibration = ["--calib_dataset", texts, "--calib_size", TEXTS, "--calib_max_length", LENGTH]
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, root / "hf_baichuan_convert.py", *flags, *calibration]
+    started, peak = time.monotonic(), 0
+    with subprocess.Popen(list(map(str, command))) as process:
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(psutil.Process(process.pid)))
+            time.sleep(0.1)
+    assert process.returncode == 0
+    print(f"peak {peak / 1e9:.2f} GB of {LIMIT_BYTES / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
+    assert LAYER_BYTES < peak < LIMIT_BYTES, "a layer in float32 is needed; less means that nothing was measured"
