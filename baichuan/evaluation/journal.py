@@ -61,7 +61,7 @@ def finish(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | 
     values = report.results(evaluation, settings, complete)
     of = "" if complete else f" of {len(evaluation.tasks)}, the run was stopped"
     print(f"{values['articles']} articles{of}; {settings['decoding']}; ROUGE in percent with 95 % intervals")
-    print(report.table(values["sides"]), flush=True)
+    print(report.figures_table(values["sides"]), flush=True)
     if sentence := agreement_text(values):
         print(sentence, flush=True)
     if output_dir:

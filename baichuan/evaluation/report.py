@@ -27,6 +27,11 @@ FORMAT = 1
 RESULTS_NAME, SUMMARIES_NAME, HTML_NAME = "results.json", "summaries.jsonl", "report.html"
 MAX_RESULTS_BYTES = 16 << 20
 PACKAGES = ("torch", "transformers", "sentencepiece", "evaluate", "rouge_score", "datasets", "numpy", "triton")
+FIGURES = {  # of SideFigures: name for people, format
+    "perplexity": ("perplexity", ".3f"),
+    "latency_s": ("total latency, s", ".3f"),
+    "tokens_per_s": ("tokens/s", ".1f"),
+}
 # Figures of runs that differ in one of these say nothing about each other.
 COMPARED_SETTINGS = ("dataset", "output_len", "max_input_length", "sampling", "scored_tokens_limit")
 
@@ -106,15 +111,31 @@ def read_results(path: Path) -> dict[str, Any]:
     return values
 
 
-def table(sides: Sequence[dict[str, Any]]) -> str:
-    """One line a side: ROUGE with its 95 % interval, perplexity, speed and size."""
-    header = ["", *LABELS.values(), "perplexity", "tokens/s", "latency s", "size MB"]
-    rows = [header, *([side["label"], *_cells(side)] for side in sides)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    )
+def figures_table(sides: Sequence[dict[str, Any]]) -> str:
+    """One column a side, every figure a line.  sides: of results()."""
+    rows = [["", *(side["label"] for side in sides)]]
+    for kind in KINDS:
+        scores = [side["rouge"][kind] for side in sides]
+        rows.append([LABELS[kind], *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in scores)])
+    for name, (label, spec) in FIGURES.items():
+        rows.append([label, *(shown(side[name], spec) for side in sides)])
+    rows.append(["weights, MB", *(_megabytes(side) for side in sides)])
+    return _aligned(rows)
+
+
+def comparison_table(sides: Sequence[dict[str, Any]]) -> str:
+    """One line a side, to compare several runs.  sides: of results()."""
+    header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "tokens/s", "weights, MB"]
+    rows = [
+        [
+            side["label"],
+            *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
+            *(shown(side[name], FIGURES[name][1]) for name in ("perplexity", "tokens_per_s")),
+            _megabytes(side),
+        ]
+        for side in sides
+    ]
+    return _aligned([header, *rows])
 
 
 def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
@@ -138,19 +159,21 @@ def main(paths: Sequence[str]) -> int:
     except BaichuanError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
-    print(table([side for run in runs for side in run["sides"]]))
+    print(comparison_table([side for run in runs for side in run["sides"]]))
     return 0
 
 
-def _cells(side: dict[str, Any]) -> list[str]:
-    rouge = (side["rouge"][kind] for kind in KINDS)
-    return [
-        *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rouge),
-        shown(side["perplexity"], ".3f"),
-        f"{side['tokens_per_s']:.1f}",
-        f"{side['latency_s']:.2f}",
-        f"{side['bytes'] / 1e6:.1f}",
-    ]
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def _megabytes(side: dict[str, Any]) -> str:
+    return f"{side['bytes'] / 1e6:.1f}"
 
 
 def _finite(value: Any) -> Any:

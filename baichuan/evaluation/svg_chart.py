@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 90, 330, 70  # pixels
+LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 108, 320, 60  # pixels
 BAR_HEIGHT, BAR_GAP, GROUP_GAP, TOP, AXIS = 16, 3, 12, 26, 22
 
 

@@ -1,0 +1,235 @@
+"""Measure summaries: python summarize.py --test_trt_llm --test_hf --engine_dir FOLDER --hf_model_dir CHECKPOINT"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from baichuan.checkpoint.hf import resolve_folder
+from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.comm import Communicator
+from baichuan.config import SamplingConfig, to_json
+from baichuan.engine import Engine, check_world, read_engine
+from baichuan.errors import BaichuanError, ConfigError
+from baichuan.evaluation.datasets import load_samples
+from baichuan.evaluation.journal import run_all
+from baichuan.evaluation.rouge import TOKENIZER, Rouge
+from baichuan.evaluation.sides import EngineSide, HfSide, Side
+from baichuan.evaluation.summarize import Evaluation, Request
+from baichuan.evaluation.tasks import Task, make_task
+from baichuan.evaluation.wording import decoding
+from baichuan.runtime import open_session
+from baichuan.tokenizer import Tokenizer
+
+logger = logging.getLogger("baichuan.summarize")
+
+BELOW_THRESHOLD = 1  # exit code
+DEFAULT_VERSION = "v1_13b"  # of --test_hf alone; an engine knows its version
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    add_model_version(parser, default=None)
+    sides = parser.add_argument_group("sides: either or both")
+    sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
+    sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
+    sides.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
+    sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
+    sides.add_argument("--tokenizer_dir", help="folder with tokenizer.model, if it is not that of --hf_model_dir")
+    sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
+    sides.add_argument("--hf_device", choices=("auto", "cpu", "cuda"), default="auto", help="of the transformers model")
+    work = parser.add_argument_group("articles")
+    work.add_argument(
+        "--dataset_path", help="json, jsonl, csv or parquet file or folder; none: the hub's cnn_dailymail"
+    )
+    work.add_argument("--batch_size", type=int, default=DEFAULTS.batch_size, help="articles of one batch")
+    work.add_argument("--max_ite", type=int, default=DEFAULTS.max_iterations, help="batches at most")
+    work.add_argument("--output_len", type=int, default=DEFAULTS.output_len, help="tokens of a summary at most")
+    work.add_argument(
+        "--max_input_length", type=int, default=DEFAULTS.max_input_length, help="tokens of a prompt: its last ones"
+    )
+    choice = parser.add_argument_group("decoding, the same on both sides")
+    choice.add_argument("--num_beams", type=int, default=DEFAULTS.sampling.num_beams, help="1 = no beam search")
+    choice.add_argument("--top_k", type=int, default=DEFAULTS.sampling.top_k, help="1 = greedy, 0 = all tokens")
+    choice.add_argument("--top_p", type=float, default=DEFAULTS.sampling.top_p, help="0 or 1 = all tokens")
+    for name in ("temperature", "repetition_penalty", "length_penalty"):
+        choice.add_argument(f"--{name}", type=float, default=getattr(DEFAULTS.sampling, name))
+    choice.add_argument("--random_seed", type=int, default=DEFAULTS.sampling.random_seed)
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--eval_ppl", action="store_true", help="perplexity of articles with their highlights")
+    judging.add_argument("--check_accuracy", action="store_true", help="exit code 1 if the engine's ROUGE-1 is too low")
+    judging.add_argument("--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="for --check_accuracy")
+    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and report.html")
+    return run_script(parser, argv, summarize)
+
+
+def summarize(args: argparse.Namespace, comm: Communicator) -> int:
+    check_flags(args, comm)
+    request = request_of(args)
+    engine = None
+    if args.test_trt_llm:
+        engine = read_engine(Path(args.engine_dir))
+        check_world(engine, comm, args.model_version)
+    output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
+    tokenizer = only_rank_zero(comm, lambda: Tokenizer(tokenizer_folder(args)))
+    loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engine))
+    tasks, data_settings = comm.gather_objects(loaded)[0]
+    sides = open_sides(args, comm, engine)
+    evaluation = Evaluation(
+        sides,
+        tasks,
+        request,
+        tokenizer,
+        rouge=Rouge() if comm.rank == 0 else None,
+        scoring=args.eval_ppl or (args.test_trt_llm and args.test_hf),
+    )
+    only_rank_zero(comm, evaluation.check)
+    settings = {**data_settings, **run_settings(args, request, comm)}
+    run_all(evaluation, settings, output_dir, shows=comm.rank == 0)
+    return verdict(args, comm, evaluation)
+
+
+def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise ConfigError for flags that exclude or lack each other."""
+    if not (args.test_trt_llm or args.test_hf):
+        raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
+    if args.test_hf and not args.hf_model_dir:
+        raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
+    if not (args.tokenizer_dir or args.hf_model_dir):
+        raise ConfigError("texts need a tokenizer; give --hf_model_dir or --tokenizer_dir")
+    if args.check_accuracy and not args.test_trt_llm:
+        raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
+    if comm.world_size > 1 and not args.test_trt_llm:
+        raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Raises ConfigError for values out of range."""
+    sampling = SamplingConfig(
+        num_beams=args.num_beams,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        repetition_penalty=args.repetition_penalty,
+        length_penalty=args.length_penalty,
+        random_seed=args.random_seed,
+    )
+    return Request(sampling, args.batch_size, args.max_ite, args.output_len, args.max_input_length, args.eval_ppl)
+
+
+def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
+    """make()'s value on rank 0 and None elsewhere; its BaichuanError is raised on every rank."""
+    value = failure = None
+    if comm.rank == 0:
+        try:
+            value = make()
+        except BaichuanError as error:
+            failure = error
+    if failure := comm.gather_objects(failure)[0]:
+        raise failure
+    return value
+
+
+def prepared_folder(output_dir: str | None) -> Path | None:
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def tokenizer_folder(args: argparse.Namespace) -> Path:
+    return Path(args.tokenizer_dir) if args.tokenizer_dir else resolve_folder(args.hf_model_dir)
+
+
+def load_tasks(
+    args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engine: Engine | None
+) -> tuple[list[Task], dict[str, Any]]:
+    """The articles as prompts, and what the report says of them."""
+    path = Path(args.dataset_path) if args.dataset_path else None
+    dataset = load_samples(path, request.batch_size * request.max_iterations)
+    limit = engine.build.max_input_len if engine else None  # an engine scores what it takes as a prompt
+    tasks = [make_task(sample, tokenizer, request.max_input_length, limit) for sample in dataset.samples]
+    if cut := sum(task.left_out > 0 for task in tasks):
+        logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
+    return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
+
+
+def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | None) -> list[Side]:
+    """The engine on every rank, then the transformers model on rank 0."""
+    sides: list[Side] = []
+    if engine:
+        session = open_session(engine.folder, comm, args.model_version)
+        sides.append(EngineSide(engine, session))
+        if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
+            logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
+    if args.test_hf:
+        near = session.executor.device if engine else None
+        version = args.model_version or (engine.model.model_version if engine else DEFAULT_VERSION)
+        hf = only_rank_zero(comm, lambda: open_hf(args, version, near))
+        sides += [hf] if hf else []
+    return sides
+
+
+def open_hf(args: argparse.Namespace, model_version: str, near) -> HfSide:
+    """The transformers model; near: the engine's device, which it shares if that is a GPU."""
+    import torch
+
+    from baichuan.hf import load_hf_model
+
+    device = torch.device("cuda" if args.hf_device == "auto" and torch.cuda.is_available() else "cpu")
+    if args.hf_device != "auto":
+        device = torch.device(args.hf_device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("hf_device cuda needs a GPU and PyTorch sees none; use --hf_device cpu")
+    if device.type == "cuda" and near is not None and near.type == "cuda":
+        device = near
+    folder = resolve_folder(args.hf_model_dir)
+    return HfSide(load_hf_model(folder, model_version, DTYPES[args.data_type], device), str(args.hf_model_dir))
+
+
+def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:
+    """What the figures were obtained with."""
+    return {
+        "batch_size": request.batch_size,
+        "max_ite": request.max_iterations,
+        "output_len": request.output_len,
+        "max_input_length": request.max_input_length,
+        "decoding": decoding(request.sampling),
+        "sampling": to_json(request.sampling),
+        "eval_ppl": request.eval_ppl,
+        "rouge_tokenizer": TOKENIZER,
+        "world_size": comm.world_size,
+        "tokenizer_dir": args.tokenizer_dir or args.hf_model_dir,
+    }
+
+
+def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation) -> int:
+    """Exit code, the same on every rank."""
+    if not args.check_accuracy:
+        return 0
+    threshold = args.tensorrt_llm_rouge1_threshold
+    score = evaluation.figures(EngineSide.key).rouge["rouge1"].value if comm.rank == 0 else None
+    score = comm.gather_objects(score)[0]
+    if score >= threshold:
+        return 0
+    if comm.rank == 0:
+        print(
+            f"{Path(__file__).name}: the engine's ROUGE-1 is {score:.2f} and at least {threshold:g} is required; "
+            "compare with --test_hf, or build with a finer quantisation",
+            file=sys.stderr,
+        )
+    return BELOW_THRESHOLD
+
+
+if __name__ == "__main__":
+    sys.exit(main())
