@@ -32,13 +32,18 @@ READ_BYTES = 64 << 20  # of a weight at a time, in float32
 
 
 def calibrate(
-    checkpoint: Checkpoint, model: ModelConfig, samples: Sequence[Sequence[int]], scratch: Path
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    samples: Sequence[Sequence[int]],
+    scratch: Path,
+    device: str | None = None,
 ) -> list[LayerRanges]:
-    """The ranges of every layer over the samples, each a sequence of token ids; on the GPU where there is one.
+    """The ranges of every layer over the samples, each a sequence of token ids.
 
-    scratch: a folder for the hidden states, 4 * hidden_size bytes a token.
+    scratch: a folder for the hidden states, 4 * hidden_size bytes a token.  device: "cpu" or "cuda"; None = the GPU
+    where there is one.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     longest, tokens = max(map(len, samples)), sum(map(len, samples))
     logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
     steps = list(_steps(samples, TOKENS_PER_STEP[device]))

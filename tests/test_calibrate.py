@@ -44,7 +44,7 @@ def hooked_ranges(model, samples):
 def test_ranges_are_what_hooks_on_the_transformers_model_see(model, tmp_path, monkeypatch):
     monkeypatch.setitem(calibration.TOKENS_PER_STEP, "cpu", 50)  # several steps, of two or three samples each
     samples = make_samples(model)
-    ranges = calibrate(make_checkpoint(model), model, samples, tmp_path)
+    ranges = calibrate(make_checkpoint(model), model, samples, tmp_path, "cpu")
     expected, qkv = hooked_ranges(model, samples)
     assert len(ranges) == model.num_layers
     for layer, seen in enumerate(ranges):
@@ -64,7 +64,7 @@ def test_ranges_are_what_hooks_on_the_transformers_model_see(model, tmp_path, mo
 
 def test_the_same_texts_give_the_same_ranges(tmp_path):
     def run(samples):
-        return calibrate(make_checkpoint(ROTARY), ROTARY, samples, tmp_path)
+        return calibrate(make_checkpoint(ROTARY), ROTARY, samples, tmp_path, "cpu")
 
     samples = make_samples(ROTARY)
     for one, other in zip(run(samples), run(samples), strict=True):
@@ -73,3 +73,17 @@ def test_the_same_texts_give_the_same_ranges(tmp_path):
             assert torch.equal(one.linears[name].x, other.linears[name].x)
     different = run(make_samples(ROTARY, seed=1))
     assert not torch.allclose(different[0].linears["qkv"].x, run(samples)[0].linears["qkv"].x), "the negative control"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
+def test_the_gpu_sees_what_the_cpu_sees(model, tmp_path):
+    on_cpu, on_gpu = (
+        calibrate(make_checkpoint(model), model, make_samples(model), tmp_path, device) for device in ("cpu", "cuda")
+    )
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert (one.k, one.v) == (pytest.approx(other.k, rel=1e-4), pytest.approx(other.v, rel=1e-4))
+        for name, seen in one.linears.items():
+            # both in float32, sums in another order
+            torch.testing.assert_close(seen.x, other.linears[name].x, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen.y, other.linears[name].y, rtol=1e-4, atol=1e-5)
