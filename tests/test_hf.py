@@ -266,3 +266,21 @@ def test_nothing_that_it_judges_is_imported():
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert not judged & set(node.module.split(".")), node.module
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float16", 0.01), ("bfloat16", 0.08)])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_gpu_computes_what_the_cpu_does(version, dtype, tolerance):
+    """Left-padded prompts and one cached step; tolerances in standard deviations, 20 roundings of the dtype."""
+    tiny = small(version)
+    tokens = torch.randint(101, (3, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 40).tril(20).flip(1).long()  # 21, 22 and 23 ids
+    expected = logits(tiny, tokens, attention_mask=mask)
+    on_gpu = copy.deepcopy(tiny).to("cuda", getattr(torch, dtype))
+    with torch.no_grad():
+        first = on_gpu(tokens[:, :39].cuda(), attention_mask=mask[:, :39].cuda())
+        last = on_gpu(tokens[:, 39:].cuda(), attention_mask=mask.cuda(), past_key_values=first.past_key_values)
+    found = torch.cat((first.logits, last.logits), 1).float().cpu()
+    assert found.isfinite().all()
+    assert (found - expected)[mask.bool()].abs().max() <= tolerance * expected.std()
