@@ -212,4 +212,4 @@ def _count(generations: Sequence[Generation]) -> int:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x > 700 else math.exp(x)

@@ -1,0 +1,241 @@
+"""What an evaluation leaves behind: its JSON, its texts, and a page that needs nothing else and escapes everything."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from bigram_side import BigramSide, evaluation_of
+
+from baichuan.config import SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.evaluation import html_report, report
+from baichuan.evaluation.datasets import Sample
+from baichuan.evaluation.rouge import KINDS, Rouge
+from baichuan.evaluation.summarize import Request
+from baichuan.evaluation.svg_chart import Bar, bar_chart, nice_end
+from baichuan.evaluation.wording import decoding
+
+NASTY = "</div><script>alert(1)</script>&amp; \"x\" 'y' <img src=http://e.example/a.png>"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+SAMPLING = SamplingConfig(top_k=1, repetition_penalty=1.0)
+SETTINGS = {
+    "dataset": "data/articles.jsonl",
+    "scored_tokens_limit": None,
+    "batch_size": 2,
+    "output_len": 12,
+    "max_input_length": 40,
+    "decoding": decoding(SAMPLING),
+    "sampling": {"top_k": 1},
+}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where tags are not closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def rouge() -> Rouge:
+    return Rouge()
+
+
+def run(rouge, answers=("the river rose", "the river fell"), samples=None, **request):
+    samples = samples or [
+        Sample("one", "Rain for days. The river rose. " * 3, "The river rose."),
+        Sample("two", "It is dry.", "No rain."),
+        Sample("three", "Snow.", "Snow fell."),
+    ]
+    sides = [BigramSide(f"s{i}", i, answer=lambda prompt, text=text: text) for i, text in enumerate(answers)]
+    evaluation = evaluation_of(sides, samples, Request(SAMPLING, 2, 20, 12, 40, **request), rouge, scoring=True)
+    for tasks in evaluation.batches():
+        evaluation.run(tasks)
+    return evaluation
+
+
+def written(evaluation, folder, settings=SETTINGS, complete=True):
+    samples = [report.sample_values(sample) for sample in evaluation.samples]
+    report.write(folder, report.results(evaluation, settings, complete), samples)
+    return report.read_results(folder / "results.json"), (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_hold_every_figure(rouge, tmp_path):
+    evaluation = run(rouge, eval_ppl=True)
+    values, _ = written(evaluation, tmp_path)
+    assert (values["articles"], values["batches"], values["articles_cut"], values["complete"]) == (3, 2, 1, True)
+    for side in values["sides"]:
+        figures = evaluation.figures(side["key"])
+        for kind in KINDS:
+            assert side["rouge"][kind] == vars(figures.rouge[kind])
+        assert (side["latency_s"], side["perplexity"]) == (figures.latency_s, figures.perplexity)
+        assert side["new_tokens"] == 3 * 12  # the answers are cut at 12 tokens
+        assert side["tokens_per_s"] == pytest.approx(side["new_tokens"] / side["latency_s"])
+    assert values["agreement"] == vars(evaluation.agreement())
+    assert values["settings"] == SETTINGS
+    assert {"baichuan", "python", "torch", "transformers", "rouge_score", "evaluate"} <= set(values["versions"])
+
+
+def test_summaries_hold_the_texts_of_both_sides(rouge, tmp_path):
+    evaluation = run(rouge)
+    written(evaluation, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "summaries.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == ["one", "two", "three"]
+    assert lines[0]["summaries"]["s0"]["text"] == "the river ro" and lines[0]["identical_prefix"] == 10
+    assert lines[0]["left_out_tokens"] == len(lines[0]["article"] + " TL;DR:") - 40
+    assert lines[1]["highlights"] == "No rain." and lines[1]["left_out_tokens"] == 0
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(rouge, tmp_path):
+    _, html = written(run(rouge), tmp_path)
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert not {"src", "href", "srcset", "action", "data"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import|https?:|//", html.split("</style>")[0])
+    policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
+    assert "default-src 'none'" in policy
+    assert "prefers-color-scheme: dark" in html
+    assert {tag for tag, _ in page.tags} >= {"svg", "rect", "details", "table"}
+
+
+def test_everything_is_escaped(rouge, tmp_path):
+    evaluation = run(rouge, answers=(NASTY[:12], NASTY[6:18]), samples=[Sample(NASTY, NASTY, NASTY)])
+    for side in evaluation.sides:
+        side.label = side.facts["device"] = side.facts["dtype"] = NASTY
+    settings = {**dict.fromkeys(SETTINGS, NASTY), NASTY: {NASTY: NASTY}}
+    _, html = written(evaluation, tmp_path, settings)
+    page = Page(html)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    shown = "".join(page.texts)
+    assert shown.count("<script>alert(1)</script>") > 10 and "&amp; \"x\" 'y'" in shown
+
+
+def test_control_characters_do_not_reach_the_page():
+    assert html_report.text("a\x00b\x1bc\x9fd\te\n") == "a\ufffdb\ufffdc\ufffdd\te\n"
+
+
+def test_the_page_shows_figures_texts_and_where_the_sides_part(rouge, tmp_path):
+    values, html = written(run(rouge, eval_ppl=True), tmp_path)
+    shown = "".join(Page(html).texts)
+    for side in values["sides"]:
+        assert side["label"] in shown and f"{side['perplexity']:.3f}" in shown
+        assert f"{side['rouge']['rouge1']['value']:.2f}" in shown
+    assert "1 of them cut to their end" in shown and "they part after 10 tokens" in shown
+    assert "the river <mark>ro</mark>" in html and "the river <mark>fe</mark>" in html
+    assert "character by character" in shown and "not complete" not in shown
+    assert "The run is not complete" in written(run(rouge), tmp_path, complete=False)[1]
+
+
+def test_one_side_alone_has_neither_agreement_nor_marks(rouge, tmp_path):
+    values, html = written(run(rouge, answers=("the river rose",)), tmp_path)
+    assert values["agreement"] is None and values["sides"][0]["perplexity"] is None
+    assert "Agreement" not in html and "<mark>" not in html and ">–<" in html
+
+
+def test_long_runs_show_their_first_articles(rouge, tmp_path, monkeypatch):
+    monkeypatch.setattr(html_report, "MAX_ARTICLES", 2)
+    _, html = written(run(rouge), tmp_path)
+    assert html.count("<details") == 2 and "The first 2 of 3" in html
+    assert len((tmp_path / "summaries.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_is_not_finite_is_text_in_json_and_on_the_page(rouge, tmp_path):
+    evaluation = run(rouge, eval_ppl=True)
+    evaluation.sides[0].table.fill_(math.nan)
+    evaluation.run(evaluation.batches()[0])
+    values, html = written(evaluation, tmp_path)
+    assert values["sides"][0]["perplexity"] == "nan" and values["agreement"]["mean_kl"] == "nan"
+    assert "<td>nan</td>" in html and "nan" in report.figures_table(values["sides"])
+    assert isinstance(values["sides"][1]["perplexity"], float)
+
+
+def test_bars_and_whiskers_are_to_scale():
+    svg = bar_chart("T", {"A": [Bar("side0", "a", 20.0, 10.0, 40.0), Bar("side1", "b", 5.0)]})
+    widths = [float(attributes["width"]) for tag, attributes in Page(svg).tags if tag == "rect"]
+    assert widths[0] == pytest.approx(4 * widths[1], abs=0.3)  # coordinates have one decimal
+    left, right = re.search(r'd="M([\d.]+) [\d.]+H([\d.]+)', svg).groups()
+    start = float(next(attributes["x"] for tag, attributes in Page(svg).tags if tag == "rect"))
+    assert float(left) - start == pytest.approx(widths[0] / 2, abs=0.2)
+    assert float(right) - start == pytest.approx(widths[0] * 2, abs=0.2)
+    assert svg.count("<path") == 1
+
+
+@pytest.mark.parametrize(
+    ("largest", "end"), [(0, 1), (0.03, 0.05), (1, 1), (1.1, 2), (20, 20), (20.1, 50), (87, 100), (101, 200)]
+)
+def test_axes_end_at_round_numbers(largest, end):
+    assert nice_end(largest) == pytest.approx(end)
+
+
+def test_tables(rouge, tmp_path):
+    values, _ = written(run(rouge, eval_ppl=True), tmp_path)
+    first = values["sides"][0]
+    lines = report.figures_table(values["sides"]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("  ")[-1] == "side s1" and f"{first['rouge']['rouge1']['value']:.2f} [" in lines[1]
+    rows = report.comparison_table([*values["sides"], *values["sides"]]).splitlines()
+    assert len(rows) == 5
+    assert rows[1].split() == [
+        *("side", "s0"),
+        *(f"{first['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
+        *(f"{first['perplexity']:.3f}", f"{first['tokens_per_s']:.1f}", "5.0"),
+    ]
+
+
+def test_only_runs_over_the_same_articles_are_compared(rouge, tmp_path, capsys):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    written(run(rouge), folders[0])
+    written(run(rouge), folders[1], {**SETTINGS, "batch_size": 1})
+    written(run(rouge), folders[2], {**SETTINGS, "output_len": 13})
+    paths = [str(folder / "results.json") for folder in folders]
+    assert report.main(paths[:2]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert report.main(paths) == 2
+    assert "output_len is 12 in one run and 13 in another" in capsys.readouterr().err
+    written(run(rouge, samples=[Sample("1", "a", "b")]), folders[1])
+    assert report.main(paths[:2]) == 2
+    assert "over 3 articles and another over 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("{", "is not JSON"), ("[]", "was not written by"), ('{"format": 0}', "was not written by")],
+)
+def test_files_that_are_no_results(tmp_path, content, sentence, monkeypatch):
+    path = tmp_path / "results.json"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        report.read_results(path)
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        report.read_results(path)
+    monkeypatch.setattr(report, "MAX_RESULTS_BYTES", 0)
+    with pytest.raises(ConfigError, match="larger than 0 bytes"):
+        report.read_results(path)
