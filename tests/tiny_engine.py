@@ -1,8 +1,9 @@
-"""Engines made from the tiny golden checkpoints, whose weights come from hf.py's reading of them."""
+"""Engines made from the tiny golden checkpoints, whose weights come from hf.py's reading of them, and articles."""
 
 from __future__ import annotations
 
-from functools import partial
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 
 import goldens
@@ -13,8 +14,15 @@ from baichuan.checkpoint.plan import plan_hub
 from baichuan.checkpoint.source import known
 from baichuan.config import BuildConfig, QuantConfig
 from baichuan.engine import Engine
+from baichuan.evaluation.datasets import Sample
 from baichuan.hf import load_hf_model
 
+SAMPLES = [
+    Sample("en", "The council met on Monday and it does n't plan to build the bridge.", "No bridge will be built."),
+    Sample("zh", "喜马拉雅山位于中国与尼泊尔之间，珠穆朗玛峰是世界最高的山峰。", "珠峰最高。"),
+    Sample("short", "Rain.", "Rain fell."),
+    *(Sample(f"n{n}", "Rivers rose in the north for " + "many " * n + "days.", "Rivers rose.") for n in range(8)),
+]
 LIMITS = dict(max_batch_size=8, max_input_len=256, max_output_len=64, max_beam_width=4)
 
 
@@ -29,3 +37,14 @@ def build(folder: Path, version: str, quant: QuantConfig | None = None, tp_size:
 
 def _plan_rank(tensors, model, quant, tp_size, rank):
     return plan_hub(tensors, model, quant, rank, tp_size)
+
+
+@cache
+def engine(version: str, tp_size: int = 1, weights: str = "none") -> Engine:
+    """build(), once for all tests of a process; the folder goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="tiny-engine-")
+    _folders.append(folder)
+    return build(Path(folder.name), version, QuantConfig(weights), tp_size)
+
+
+_folders: list[tempfile.TemporaryDirectory] = []

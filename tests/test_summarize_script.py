@@ -1,0 +1,194 @@
+"""summarize.py as its users start it: flags, what it prints and writes, exit codes, mpirun, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import goldens
+import pytest
+from tiny_engine import SAMPLES, engine
+
+import summarize
+from baichuan.comm import run_ranks
+from baichuan.engine import Engine
+from baichuan.errors import BaichuanError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def articles(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "articles.jsonl"
+    rows = [{"id": s.id, "article": s.article, "highlights": s.highlights} for s in SAMPLES[:4]]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def flags(built: Engine, version: str, articles: Path, *more: str) -> list[str]:
+    checkpoint = str(goldens.checkpoint(version))
+    given = ["--test_trt_llm", "--test_hf", "--data_type", "fp32", "--hf_model_dir", checkpoint, "--output_len", "12"]
+    return [*given, "--engine_dir", str(built.folder), "--dataset_path", str(articles), *more]
+
+
+def test_the_script_prints_and_saves(articles, tmp_path, capsys):
+    more = ["--batch_size", "3", "--eval_ppl", "--output_dir", str(tmp_path / "new/out")]
+    assert summarize.main(flags(engine("v2_13b"), "v2_13b", articles, *more)) == 0
+    out = capsys.readouterr().out
+    assert f"Article: {SAMPLES[0].article}" in out and f"Highlights: {SAMPLES[0].highlights}" in out
+    assert "Summary (engine, float32): " in out and "Summary (Hugging Face, float32): " in out
+    assert "4 of 4 summaries are identical" in out and "greedy decoding" in out
+    values = json.loads((tmp_path / "new/out/results.json").read_text(encoding="utf-8"))
+    assert values["complete"] and [side["key"] for side in values["sides"]] == ["engine", "hf"]
+    folder = engine("v2_13b").folder
+    assert values["sides"][0]["bytes"] == sum(path.stat().st_size for path in folder.glob("*.engine"))
+    assert values["settings"]["sampling"]["repetition_penalty"] == 1.0
+    assert (tmp_path / "new/out/report.html").stat().st_size > 5000
+
+
+def test_each_side_alone(articles, capsys):
+    both = flags(engine("v1_7b"), "v1_7b", articles)
+    assert summarize.main([flag for flag in both if flag != "--test_hf"]) == 0
+    assert "Hugging Face" not in capsys.readouterr().out
+    assert summarize.main([*(flag for flag in both if flag != "--test_trt_llm"), "--model_version", "v1_7b"]) == 0
+    assert "engine, float32" not in capsys.readouterr().out
+
+
+def test_the_old_spelling_of_the_checkpoints_flag(articles):
+    given = flags(engine("v1_7b"), "v1_7b", articles)
+    given[given.index("--hf_model_dir")] = "--hf_model_location"
+    assert summarize.main([*given, "--max_ite", "1"]) == 0
+
+
+@pytest.mark.parametrize(("threshold", "code"), [("0", 0), ("100", 1)])
+def test_check_accuracy(articles, capsys, threshold, code):
+    more = ["--check_accuracy", "--tensorrt_llm_rouge1_threshold", threshold]
+    assert summarize.main(flags(engine("v1_7b"), "v1_7b", articles, *more)) == code
+    sentence = "the engine's ROUGE-1 is"
+    assert (sentence in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda given: given[2:], "nothing to measure; give --test_trt_llm, --test_hf, or both"),
+        (lambda given: [*given, "--max_ite", "0"], "max_ite 0 is out of range"),
+        (lambda given: [*given, "--output_len", "65"], "max_output_len 65 is out of the engine's range 1 to 64"),
+        (lambda given: [*given, "--batch_size", "9", "--max_ite", "1"], None),  # four articles are one batch of four
+        (lambda given: [*given, "--num_beams", "2", "--top_k", "3"], "num_beams 2 searches and does not sample"),
+        (lambda given: [*given, "--num_beams", "5"], "num_beams 5 is over the engine's max_beam_width 4"),
+        (lambda given: [*given, "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),
+        (lambda given: [*given, "--dataset_path", "/nowhere.json"], "dataset_path /nowhere.json does not exist"),
+        (lambda given: [*given, "--model_version", "v1_13b"], "holds a v1_7b model, not v1_13b"),
+        (lambda given: [*given, "--engine_dir", "/nowhere"], "build an engine into /nowhere first"),
+        (lambda given: [*given, "--tokenizer_dir", "/nowhere"], "there is no tokenizer at /nowhere"),
+        (lambda given: [*given, "--output_dir", "/proc/none"], "output_dir /proc/none cannot be made"),
+    ],
+)
+def test_wrong_flags_give_one_sentence(articles, capsys, change, sentence):
+    code = summarize.main(change(flags(engine("v1_7b"), "v1_7b", articles)))
+    err = capsys.readouterr().err
+    if sentence is None:
+        assert code == 0
+    else:
+        assert code == 2 and sentence in err.splitlines()[-1] and "error: " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--test_hf"], "--test_hf needs a checkpoint"),
+        (["--test_trt_llm"], "texts need a tokenizer"),
+        (["--test_hf", "--hf_model_dir", "x", "--check_accuracy"], "--check_accuracy judges the engine"),
+        (["--test_hf", "--hf_model_dir", "x", "--data_type", "int8"], "invalid choice"),
+    ],
+)
+def test_flags_that_lack_another(given, sentence, capsys):
+    try:
+        assert summarize.main(given) == 2
+    except SystemExit as stop:  # argparse's own
+        assert stop.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_defaults_are_the_old_examples(monkeypatch):
+    seen = {}
+
+    def stop(parser, argv, body):
+        seen.update(vars(parser.parse_args(argv)))
+        return 0
+
+    monkeypatch.setattr(summarize, "run_script", stop)
+    summarize.main([])
+    expected = dict(
+        data_type="fp16", batch_size=1, max_ite=20, output_len=100, max_input_length=923, num_beams=1, top_k=1
+    )
+    assert expected.items() <= seen.items() and seen["tensorrt_llm_rouge1_threshold"] == 15.0
+    assert (seen["temperature"], seen["repetition_penalty"]) == (1.0, 1.0)
+
+
+def command(given: list[str], ranks: int = 1) -> list[str]:
+    script = [sys.executable, str(ROOT / "summarize.py"), *given]
+    if ranks == 1:
+        return script
+    mpirun = Path(sys.executable).parent / "mpirun"
+    return [str(mpirun), "-n", str(ranks), "--allow-run-as-root", "--oversubscribe", *script]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_under_mpirun_rank_zero_alone_prints_and_every_rank_gives_the_verdict(articles, tmp_path):
+    more = ["--output_dir", str(tmp_path), "--check_accuracy", "--tensorrt_llm_rouge1_threshold", "100"]
+    given = flags(engine("v1_7b", 2), "v1_7b", articles, *more)
+    done = subprocess.run(command(given, 2), env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("Article: ") == done.stdout.count("4 of 4 summaries are identical") == 1
+    assert done.stderr.count("the engine's ROUGE-1 is") == 1
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["world_size"] == 2
+    # An error of rank 0 alone is every rank's: nobody waits for it.
+    wrong = flags(engine("v1_7b", 2), "v1_7b", tmp_path / "none.json")
+    done = subprocess.run(
+        command(wrong, 2), env=environment(), capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "none.json does not exist" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_real_sigint_leaves_the_report(articles, tmp_path):
+    rows = articles.read_text().splitlines() * 500
+    (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    more = ["--output_dir", str(tmp_path), "--max_ite", "2000"]
+    given = flags(engine("v1_7b"), "v1_7b", tmp_path / "many.jsonl", *more)
+    process = subprocess.Popen(
+        command(given), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Summary (Hugging Face"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert process.returncode == 2 and "stopped by Ctrl-C" in err
+    assert values["complete"] is False and 1 <= values["articles"] < 2000
+    assert f"{values['articles']} articles of 2000, the run was stopped" in out
+
+
+def test_an_error_in_one_rank_is_every_ranks():
+    def fail(comm):
+        def make():
+            raise ConfigError("x is wrong; make it right")
+
+        with pytest.raises(BaichuanError, match="x is wrong"):
+            summarize.only_rank_zero(comm, make)
+        return summarize.only_rank_zero(comm, lambda: comm.rank)
+
+    assert run_ranks(2, fail) == [0, None]
