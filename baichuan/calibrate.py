@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def calibrate(
         _HiddenStates(scratch / "hidden", tokens, model.hidden_size) as hidden,
         Progress("calibrating", model.num_layers * tokens, "token") as progress,
     ):
-        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(sum(map(list, samples), []), device="cpu"), hidden)
+        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples)), device="cpu"), hidden)
         spec = attention_spec(model, 0, 1)
         ops = _ObservingOps(spec, longest)
         buffers = _Buffers(checkpoint)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -111,7 +112,7 @@ def _run(tasks: Mapping[Any, Callable], processes: int):
     if processes == 1:
         yield from ((key, task()) for key, task in tasks.items())
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
         futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
         try:
             for future in as_completed(futures):
@@ -123,6 +124,11 @@ def _run(tasks: Mapping[Any, Callable], processes: int):
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    torch.set_num_threads(1)
 
 
 def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[str, list[float]]]) -> list[LayerScales]:

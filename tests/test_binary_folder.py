@@ -1,8 +1,11 @@
 """The binary folder as a whole: converted, read back, turned into engines' weights, and damaged."""
 
 import configparser
+import multiprocessing
+import os
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from baichuan.checkpoint.plan_calibrated import plan_binary, plan_fp8
 from baichuan.comm import run_ranks
 from baichuan.config import QuantConfig
 from baichuan.convert import ConvertRequest, convert
-from baichuan.errors import CheckpointError, ConfigError
+from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.reference import ReferenceExecutor
 from baichuan.records import Step
 
@@ -357,3 +360,25 @@ def test_a_failed_conversion_leaves_no_folder_that_loads(tmp_path):
     with pytest.raises(CheckpointError, match="not finite"):
         convert(request, make_samples(ROTARY), {})
     assert list((tmp_path / "1-gpu").iterdir()) == []
+
+
+def dying_checkpoint():
+    """Ends the process that opens it, unless it is the one that started the others."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(9)
+    return make_checkpoint(ROTARY)
+
+
+def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("baichuan.convert.BYTES_PER_PROCESS", 1)
+    request = ConvertRequest(tmp_path, ROTARY, dying_checkpoint, processes=2)
+    with pytest.raises(UnsupportedError, match="one of the 2 writing processes was killed.* --processes 1"):
+        convert(request, make_samples(ROTARY), {})
+    assert list((tmp_path / "1-gpu").iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    request = ConvertRequest(tmp_path, ROTARY, partial(make_checkpoint, ROTARY), processes=1)
+    with pytest.raises(UnsupportedError, match="needs 0.02 GB on the disk of .* and 0.00 GB are free"):
+        convert(request, make_samples(ROTARY), {})
