@@ -1,0 +1,162 @@
+"""Several tokens times a quantised matrix on the tensor cores; the weight is dequantised on its way to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import INTERPRETED, start_dependents, to_dtype, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the product is cut up."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _int4_to_dtype(packed, dtype: tl.constexpr):
+    """(even, odd) input channels of bytes that hold two signed nibbles."""
+    if INTERPRETED or dtype != tl.float16:
+        byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
+        return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 e, o, t, bias;
+        mov.b32 bias, 0x64086408;
+        shr.u32 t, $4, 4;
+        lop3.b32 e, $4, 0x0F0F0F0F, 0x08080808, 0x6A;
+        lop3.b32 o, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+        prmt.b32 t, e, 0x64646464, 0x4140;
+        sub.f16x2 $0, t, bias;
+        prmt.b32 t, e, 0x64646464, 0x4342;
+        sub.f16x2 $1, t, bias;
+        prmt.b32 t, o, 0x64646464, 0x4140;
+        sub.f16x2 $2, t, bias;
+        prmt.b32 t, o, 0x64646464, 0x4342;
+        sub.f16x2 $3, t, bias;
+        }""",
+        "=r,=r,=r,=r,r",
+        [packed],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _gemm(
+    x, x_scale, weight, scale,
+    num_rows, in_features, out_features,
+    y,
+    INT4: tl.constexpr, GROUP: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    band = tl.program_id(0) // (BAND * blocks_n)  # programs that run together share rows of x and of the weight
+    band_height = tl.minimum(blocks_m - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * blocks_n)
+    m = (band * BAND + place % band_height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = place // band_height * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
+    w_rows = tl.minimum(n, out_features - 1).to(tl.int64)[None, :]
+    exact: tl.constexpr = x.dtype.element_ty == tl.int8
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if exact else tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x_rows + k[None, :], (k < in_features)[None, :], other=0.0)
+        if INT4:
+            pair = start // 2 + tl.arange(0, BLOCK_K // 2)
+            inside = (pair < in_features // 2)[:, None]
+            packed = tl.load(weight + w_rows * (in_features // 2) + pair[:, None], inside, other=0)
+            even, odd = _int4_to_dtype(packed, a.dtype)
+            b = tl.trans(tl.interleave(tl.trans(even), tl.trans(odd)))  # [BLOCK_K, BLOCK_N]
+            if GROUP > 0:
+                group = scale + w_rows * (in_features // GROUP)
+                b *= tl.load(group + (k // GROUP)[:, None], (k < in_features)[:, None], other=0.0).to(a.dtype)
+        else:
+            b = tl.load(weight + w_rows * in_features + k[:, None], (k < in_features)[:, None], other=0.0)
+            if b.dtype != a.dtype:
+                b = to_dtype(b, a.dtype)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    result = acc.to(tl.float32)
+    if X_SCALE:
+        if ROW_SCALES:
+            result *= tl.load(x_scale + m, m < num_rows, other=0.0)[:, None]
+        else:
+            result *= tl.load(x_scale)
+    if GROUP == 0:
+        result *= tl.load(scale + n, n < out_features, other=0.0).to(tl.float32)[None, :]
+    target = y + m.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(target, result.to(y.dtype.element_ty), (m < num_rows)[:, None] & (n < out_features)[None, :])
+
+
+GEMM = KernelSpec(_gemm, ("x", "x_scale", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
+
+
+def choose_tile(num_rows: int, x_dtype: torch.dtype) -> Tile:
+    """Narrow and deep for few rows, where memory is the limit; wide for many, where the tensor cores are."""
+    if x_dtype == torch.float32:
+        return Tile(16, 32, 64, 4, 2)
+    if num_rows <= 16:
+        return Tile(16, 32, 256, 4, 4)
+    if num_rows <= 32:
+        return Tile(32, 32, 256, 4, 4)
+    if num_rows <= 64:
+        return Tile(64, 64, 128, 4, 4)
+    return Tile(128, 128, 128 if x_dtype.itemsize == 1 else 64, 8, 3)
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype,
+    x_scale: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """y = (x @ W(weight)ᵀ) * scale * x_scale for the quantised types of records.py.
+
+    x: [num_rows, in_features] of a float type, or int8 or e4m3 with x_scale [1] or [num_rows];
+    weight: [out_features, in_features] int8 or e4m3, or [out_features, in_features / 2] uint8;
+    scale: [out_features] or, for uint8, [out_features, groups] -> [num_rows, out_features]
+    """
+    num_rows, in_features = x.shape
+    out_features = weight.shape[0]
+    int4 = weight.dtype == torch.uint8
+    groups = scale.shape[1] if int4 else 1
+    tile = tile or choose_tile(num_rows, x.dtype)
+    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
+    GEMM.launch(
+        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n),),
+        (x, scale if x_scale is None else x_scale, weight, scale),
+        (num_rows, in_features, out_features),
+        (y,),
+        {
+            "INT4": int4,
+            "GROUP": 0 if groups == 1 else in_features // groups,
+            "X_SCALE": x_scale is not None,
+            "ROW_SCALES": x_scale is not None and x_scale.numel() > 1,
+            "PRECISION": "ieee",
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "BAND": 8,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y

@@ -1,0 +1,94 @@
+"""Prefill's new keys and values, rotated if the model wants it, on their way into the KV cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import quantise, start_dependents, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.records import AttentionSpec, LayerCache, Step
+
+BLOCK_TOKENS = 16
+
+
+@triton.jit
+def as_cached(x, scale, dtype: tl.constexpr):
+    """x float32 as a cache of this dtype stores it."""
+    if dtype == tl.int8 or dtype == tl.float8e4nv:
+        return quantise(x, tl.load(scale), dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _store_kv(
+    qkv, cos, sin, cu_seqlens, context_lengths, k_scale, v_scale,
+    num_heads, capacity,
+    q_out, k_cache, v_cache,
+    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    head, row = tl.program_id(1), tl.program_id(2)
+    first = tl.load(cu_seqlens + row)
+    new = tl.load(cu_seqlens + row + 1) - first
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if tl.program_id(0) * BLOCK_T < new:
+        positions = tl.load(context_lengths + row) - new + tokens
+        half = tl.arange(0, HALF_BLOCK)
+        mask = (tokens < new)[:, None] & (half < HEAD_DIM // 2)[None, :]
+        source = (first + tokens).to(tl.int64)[:, None] * (3 * num_heads * HEAD_DIM) + head * HEAD_DIM + half[None, :]
+        target = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
+        target += positions[:, None] * HEAD_DIM + half[None, :]
+        k_source = qkv + source + num_heads * HEAD_DIM
+        v_source = k_source + num_heads * HEAD_DIM
+        k1 = tl.load(k_source, mask, other=0.0)
+        k2 = tl.load(k_source + HEAD_DIM // 2, mask, other=0.0)
+        v1 = tl.load(v_source, mask, other=0.0).to(tl.float32)
+        v2 = tl.load(v_source + HEAD_DIM // 2, mask, other=0.0).to(tl.float32)
+        dtype = k1.dtype
+        if ROTARY:
+            angle = positions[:, None] * (HEAD_DIM // 2) + half[None, :]
+            c, s = tl.load(cos + angle, mask, other=0.0), tl.load(sin + angle, mask, other=0.0)
+            x1, x2 = k1.to(tl.float32), k2.to(tl.float32)
+            k1, k2 = (x1 * c - x2 * s).to(dtype), (x2 * c + x1 * s).to(dtype)
+            x1 = tl.load(qkv + source, mask, other=0.0).to(tl.float32)
+            x2 = tl.load(qkv + source + HEAD_DIM // 2, mask, other=0.0).to(tl.float32)
+            tl.store(q_out + source, (x1 * c - x2 * s).to(dtype), mask)
+            tl.store(q_out + source + HEAD_DIM // 2, (x2 * c + x1 * s).to(dtype), mask)
+        cached: tl.constexpr = k_cache.dtype.element_ty
+        tl.store(k_cache + target, as_cached(k1.to(tl.float32), k_scale, cached), mask)
+        tl.store(k_cache + target + HEAD_DIM // 2, as_cached(k2.to(tl.float32), k_scale, cached), mask)
+        tl.store(v_cache + target, as_cached(v1, v_scale, cached), mask)
+        tl.store(v_cache + target + HEAD_DIM // 2, as_cached(v2, v_scale, cached), mask)
+
+
+STORE_KV = KernelSpec(
+    _store_kv,
+    ("qkv", "cos", "sin", "cu_seqlens", "context_lengths", "k_scale", "v_scale"),
+    ("num_heads", "capacity"),
+    ("q_out", "k_cache", "v_cache"),
+)
+
+
+def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step) -> None:
+    """Store the step's k and v in the cache, quantised where it is; with RoPE rotate q, in qkv itself, and k before.
+
+    qkv: [num_tokens, 3 * num_heads * head_dim]; cos, sin: [capacity, head_dim / 2] float32, unread without RoPE.
+    """
+    k_scale, v_scale = (qkv if scale is None else scale for scale in (cache.k_scale, cache.v_scale))
+    STORE_KV.launch(
+        (cdiv(step.max_new_tokens, BLOCK_TOKENS), spec.num_heads, step.batch_size),
+        (qkv, cos, sin, step.cu_seqlens, step.context_lengths, k_scale, v_scale),
+        (spec.num_heads, cache.k.shape[2]),
+        (qkv, cache.k, cache.v),
+        {
+            "HEAD_DIM": spec.head_dim,
+            "ROTARY": spec.rotary,
+            "HALF_BLOCK": next_power_of_2(spec.head_dim // 2),
+            "BLOCK_T": BLOCK_TOKENS,
+        },
+    )

@@ -1,0 +1,73 @@
+"""Residual addition and RMS norm, quantising the result where the next GEMM wants integers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import GIVEN, NONE, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, next_power_of_2
+
+
+@triton.jit
+def _add_rms_norm(
+    x, residual, weight, scale,
+    width,
+    total, out, out_scale,
+    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    offsets = row.to(tl.int64) * width + columns
+    w = tl.load(weight + columns, mask, other=0.0)
+    wait_for_inputs(OVERLAP)
+    r = tl.load(x + offsets, mask, other=0.0)
+    if HAS_RESIDUAL:
+        r = (r.to(tl.float32) + tl.load(residual + offsets, mask, other=0.0).to(tl.float32)).to(r.dtype)
+        tl.store(total + offsets, r, mask)
+    r = r.to(tl.float32)
+    inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(r * r, 0) / width + EPS)
+    normed = (r * inverse_rms).to(w.dtype).to(tl.float32) * w.to(tl.float32)
+    normed = normed.to(w.dtype).to(tl.float32)
+    store_row(normed, row, columns, mask, scale, scale, out, out_scale, width, QUANTISE, False, False)
+
+
+ADD_RMS_NORM = KernelSpec(
+    _add_rms_norm, ("x", "residual", "weight", "scale"), ("width",), ("total", "out", "out_scale")
+)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    quantised: torch.dtype | None = None,
+    input_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(norm of x + residual, x + residual, scale) as ops.Ops.add_rms_norm says.
+
+    With `quantised` (int8 or float8_e4m3fn) the norm comes as such numbers: with input_scale [1], or int8 with
+    max / 127 of each token.  x, residual: [num_tokens, hidden_size] -> the scale is [1] or [num_tokens] float32.
+    """
+    num_tokens, width = x.shape
+    total = x if residual is None else torch.empty_like(x)
+    out = torch.empty_like(x, dtype=quantised or x.dtype)
+    scale = input_scale
+    mode = NONE if quantised is None else GIVEN
+    if quantised is not None and scale is None:
+        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=x.device), PER_TOKEN
+    block = next_power_of_2(width)
+    ADD_RMS_NORM.launch(
+        (num_tokens,),
+        (x, x if residual is None else residual, weight, x if scale is None else scale),
+        (width,),
+        (total, out, x if scale is None else scale),
+        {"EPS": eps, "HAS_RESIDUAL": residual is not None, "QUANTISE": mode, "BLOCK": block},
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out, total, scale

@@ -1,0 +1,143 @@
+"""Attention of many new tokens a sequence to the KV cache, which holds them already."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.records import AttentionSpec, LayerCache, Step
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend_block(
+    q, acc, total, largest, k_start, q_positions, context, slope, scale, k_base, v_base,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018)."""
+    keys = k_start + tl.arange(0, BLOCK_K)
+    dims = tl.arange(0, DIM_BLOCK)
+    offsets = keys[:, None] * HEAD_DIM + dims[None, :]
+    if MASKED or DIM_BLOCK != HEAD_DIM:
+        inside = (keys < context)[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_base + offsets, inside, other=0.0)
+        v = tl.load(v_base + offsets, inside, other=0.0)
+    else:
+        k = tl.load(k_base + offsets)
+        v = tl.load(v_base + offsets)
+    scores = tl.dot(q, tl.trans(to_dtype(k, q.dtype)), input_precision=PRECISION) * scale
+    if ALIBI:
+        scores += slope * (keys[None, :] - q_positions[:, None]).to(tl.float32)
+    if MASKED:
+        scores = tl.where(keys[None, :] <= q_positions[:, None], scores, -1e30)
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    p = tl.exp2(scores - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(q.dtype), to_dtype(v, q.dtype), acc, input_precision=PRECISION)
+    return acc, total, new_largest
+
+
+@triton.jit
+def _prefill_attention(
+    qkv, slopes, cu_seqlens, context_lengths, k_cache, v_cache, k_scale, v_scale,
+    num_heads, capacity,
+    out,
+    SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ALIBI: tl.constexpr,
+    QUANTISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    head, row = tl.program_id(1), tl.program_id(2)
+    first = tl.load(cu_seqlens + row)
+    new = tl.load(cu_seqlens + row + 1) - first
+    block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the longest rows of the triangle start first
+    if block >= 0:
+        context = tl.load(context_lengths + row)
+        tokens = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        dims = tl.arange(0, DIM_BLOCK)
+        q_mask = (tokens < new)[:, None] & (dims < HEAD_DIM)[None, :]
+        places = (first + tokens).to(tl.int64)[:, None] * (num_heads * HEAD_DIM)
+        columns = head * HEAD_DIM + dims[None, :]
+        q = tl.load(qkv + 3 * places + columns, q_mask, other=0.0)
+        q_positions = context - new + tokens
+        cache_offset = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
+        scale = SOFTMAX_SCALE * LOG2_E
+        if QUANTISED:
+            scale = scale * tl.load(k_scale)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + head) * LOG2_E
+        acc = tl.zeros((BLOCK_Q, DIM_BLOCK), tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        largest = tl.full((BLOCK_Q,), -1e30, tl.float32)
+        seen_by_all = (context - new + block * BLOCK_Q + 1) // BLOCK_K * BLOCK_K
+        end = tl.minimum(context - new + (block + 1) * BLOCK_Q, context)
+        for k_start in range(0, seen_by_all, BLOCK_K):
+            acc, total, largest = _attend_block(
+                q, acc, total, largest, k_start, q_positions, context, slope, scale,
+                k_cache + cache_offset, v_cache + cache_offset,
+                HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, False, PRECISION,
+            )  # fmt: skip
+        for k_start in range(seen_by_all, end, BLOCK_K):
+            acc, total, largest = _attend_block(
+                q, acc, total, largest, k_start, q_positions, context, slope, scale,
+                k_cache + cache_offset, v_cache + cache_offset,
+                HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, True, PRECISION,
+            )  # fmt: skip
+        acc = acc / total[:, None]
+        if QUANTISED:
+            acc = acc * tl.load(v_scale)
+        tl.store(out + places + columns, acc.to(out.dtype.element_ty), q_mask)
+
+
+PREFILL_ATTENTION = KernelSpec(
+    _prefill_attention,
+    ("qkv", "slopes", "cu_seqlens", "context_lengths", "k_cache", "v_cache", "k_scale", "v_scale"),
+    ("num_heads", "capacity"),
+    ("out",),
+)
+
+
+def prefill_attention(
+    qkv: Tensor, slopes: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step,
+    block_q: int = 128, block_k: int = 64, num_warps: int = 8, num_stages: int = 2,
+) -> Tensor:  # fmt: skip
+    """Causal attention of the step's q, as store_kv left it, to the cache.
+
+    qkv: [num_tokens, 3 * num_heads * head_dim]; slopes: [num_heads] float32, unread with RoPE
+    -> [num_tokens, num_heads * head_dim]
+    """
+    out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
+    if qkv.dtype == torch.float32:  # twice the bytes a tile
+        block_q, block_k, num_stages = 64, 32, 1
+    block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
+    quantised = cache.k_scale is not None
+    PREFILL_ATTENTION.launch(
+        (cdiv(step.max_new_tokens, block_q), spec.num_heads, step.batch_size),
+        (qkv, slopes, step.cu_seqlens, step.context_lengths, cache.k, cache.v,
+         cache.k_scale if quantised else qkv, cache.v_scale if quantised else qkv),
+        (spec.num_heads, cache.k.shape[2]),
+        (out,),
+        {
+            "SOFTMAX_SCALE": spec.head_dim**-0.5,
+            "HEAD_DIM": spec.head_dim,
+            "DIM_BLOCK": max(16, next_power_of_2(spec.head_dim)),
+            "ALIBI": not spec.rotary,
+            "QUANTISED": quantised,
+            "PRECISION": "ieee",
+            "BLOCK_Q": block_q,
+            "BLOCK_K": block_k,
+        },
+        num_warps=num_warps if block_q > 64 else 4,
+        num_stages=num_stages,
+    )  # fmt: skip
+    return out

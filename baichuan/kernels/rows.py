@@ -1,0 +1,83 @@
+"""Work on whole rows: gathering them, and quantising what a GEMM takes as integers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import GIVEN, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+
+
+@triton.jit
+def _gather_rows(
+    table, rows,
+    width,
+    out,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    row = tl.load(rows + tl.program_id(0)).to(tl.int64)
+    value = tl.load(table + row * width + columns, mask)
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + columns, value, mask)
+
+
+GATHER_ROWS = KernelSpec(_gather_rows, ("table", "rows"), ("width",), ("out",))
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """table[rows].  table: [n, width]; rows: [m] int64 in [0, n) -> [m, width]"""
+    width = table.shape[1]
+    out = torch.empty(rows.shape[0], width, dtype=table.dtype, device=table.device)
+    block = min(next_power_of_2(width), 1024)
+    GATHER_ROWS.launch((rows.shape[0], cdiv(width, block)), (table, rows), (width,), (out,), {"BLOCK": block})
+    return out
+
+
+@triton.jit
+def _quantise_rows(
+    x, smoother, scale,
+    width,
+    out, out_scale,
+    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
+    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, SMOOTH, ROW_SCALES)
+
+
+QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))
+
+
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """quantise(x / smoother, scale) of quant/scaled.py and the scale.
+
+    x: [num_tokens, width]; smoother: [width] float32; scale: [1] or [num_tokens] float32, None = max / 127 of each
+    token, for int8.
+    """
+    num_tokens, width = x.shape
+    out = torch.empty_like(x, dtype=dtype)
+    mode, row_scales = GIVEN, scale is not None and scale.numel() > 1
+    if scale is None:
+        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=x.device), PER_TOKEN
+    block = next_power_of_2(width)
+    QUANTISE_ROWS.launch(
+        (num_tokens,),
+        (x, scale if smoother is None else smoother, scale),
+        (width,),
+        (out, scale),
+        {"QUANTISE": mode, "SMOOTH": smoother is not None, "ROW_SCALES": row_scales, "BLOCK": block},
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out, scale

@@ -1,0 +1,69 @@
+"""The gated activation of the MLP, quantising the result where the next GEMM wants integers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import GIVEN, NONE, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+
+
+@triton.jit
+def silu(x):
+    """x / (1 + e^-x), float32"""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _silu_mul(
+    gate_up, smoother, scale,
+    width,
+    out, out_scale,
+    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    source = gate_up + row.to(tl.int64) * 2 * width + columns
+    gate = tl.load(source, mask, other=0.0).to(tl.float32)
+    up = tl.load(source + width, mask, other=0.0).to(tl.float32)
+    value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, SMOOTH, False)
+
+
+SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))
+
+
+def silu_mul(
+    gate_up: Tensor,
+    quantised: torch.dtype | None = None,
+    input_scale: Tensor | None = None,
+    smoother: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(silu(gate) * up, scale).  gate_up: [num_tokens, 2 * width] -> [num_tokens, width]
+
+    With `quantised` the result is divided by smoother [width], if any, and comes as int8 or float8_e4m3fn: with
+    input_scale [1], or int8 with max / 127 of each token; the scale is [1] or [num_tokens] float32.
+    """
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(num_tokens, width, dtype=quantised or gate_up.dtype, device=gate_up.device)
+    scale = input_scale
+    mode = NONE if quantised is None else GIVEN
+    block = min(next_power_of_2(width), 2048)
+    if quantised is not None and scale is None:
+        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=gate_up.device), PER_TOKEN
+        block = next_power_of_2(width)  # the maximum is over the whole row
+    SILU_MUL.launch(
+        (num_tokens, cdiv(width, block)),
+        (gate_up, gate_up if smoother is None else smoother, gate_up if scale is None else scale),
+        (width,),
+        (out, gate_up if scale is None else scale),
+        {"QUANTISE": mode, "SMOOTH": smoother is not None, "BLOCK": block},
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out, scale

@@ -1,0 +1,114 @@
+"""One record for each Triton kernel, for two consumers: PyTorch launches it, TensorRT takes its PTX ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel whose arguments are input pointers, int32 scalars, output pointers, then constexprs, in this order.
+
+    An input that a constexpr switches off is still passed: any tensor stands for it, and it is not read.
+    """
+
+    kernel: triton.runtime.JITFunction
+    inputs: tuple[str, ...]
+    scalars: tuple[str, ...]
+    outputs: tuple[str, ...]  # an output may be written in part, and may lie in an input's memory
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        pointers_and_scalars = len(self.inputs) + len(self.scalars) + len(self.outputs)
+        return tuple(self.kernel.arg_names[pointers_and_scalars:])
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        inputs: Sequence[Tensor],
+        scalars: Sequence[int],
+        outputs: Sequence[Tensor],
+        constants: Mapping[str, object],
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ) -> None:
+        """Run the kernel on the current stream.
+
+        Where the GPU can (compute capability 9.0 on), it starts while the kernel before it still runs; each kernel
+        waits for that one itself, by primitives.wait_for_inputs, which the constant OVERLAP switches on.
+        """
+        overlap = overlaps(inputs[0].device)
+        self.kernel[tuple(grid)](
+            *inputs,
+            *scalars,
+            *outputs,
+            **_plain(constants),
+            OVERLAP=overlap,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=True,
+            **({"launch_pdl": True} if overlap else {}),
+        )
+
+    def compile(
+        self,
+        pointer_types: Sequence[torch.dtype],
+        constants: Mapping[str, object],
+        num_warps: int = 4,
+        num_stages: int = 3,
+        capability: int = 90,
+    ):
+        """The kernel compiled ahead of time, no GPU needed: .asm["ptx"], .asm["cubin"], .metadata.
+
+        pointer_types: of the inputs, then of the outputs.  Pointers and scalars are taken as multiples of 16.
+        """
+        inputs, outputs = pointer_types[: len(self.inputs)], pointer_types[len(self.inputs) :]
+        types = [f"*{TRITON_TYPES[t]}" for t in inputs]
+        types += ["i32"] * len(self.scalars)
+        types += [f"*{TRITON_TYPES[t]}" for t in outputs]
+        signature = dict(zip(self.kernel.arg_names, types + ["constexpr"] * len(self.constants), strict=True))
+        aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
+        given = {"OVERLAP": capability >= 90} | _plain(constants)
+        values = {name: given[name] for name in self.constants}
+        source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        return triton.compile(source, target=target, options=options)
+
+
+def _plain(constants: Mapping[str, object]) -> dict[str, object]:
+    return {name: value.value if isinstance(value, tl.constexpr) else value for name, value in constants.items()}
+
+
+@lru_cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device may start before the one before them has ended."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9,)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()

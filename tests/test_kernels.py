@@ -1,0 +1,337 @@
+"""The Triton kernels against PyTorch in float64: in Triton's interpreter, or on the GPU where there is one.
+
+float16 results carry one rounding of 2^-11 (relative, worst case); ROUNDED leaves room for two of them in a row.
+"""
+
+import pytest
+import torch
+from kernel_device import DEVICE, relative_error
+from torch.nn import functional as F
+
+from baichuan import position
+from baichuan.kernels.decode_attention import choose_splits, decode_attention
+from baichuan.kernels.gemm import Tile, gemm
+from baichuan.kernels.gemv import NormInput, gemv
+from baichuan.kernels.gemv_8bit import gemv_8bit
+from baichuan.kernels.gemv_int4 import gemv_int4
+from baichuan.kernels.gemv_w8a8 import gemv_w8a8
+from baichuan.kernels.kv_store import store_kv
+from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.prefill_attention import prefill_attention
+from baichuan.kernels.rows import gather_rows, quantise_rows
+from baichuan.kernels.silu import silu_mul
+from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
+from baichuan.quant.scaled import quantise, scale_for
+from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
+from baichuan.records import AttentionSpec, Int4Weight, LayerCache, Step
+
+ROUNDED = 1e-3
+FLOAT32 = 2e-6  # float32 sums of a few hundred terms
+EPS = 1e-6
+DTYPES = [torch.float16, torch.float32]
+
+
+def bound(dtype) -> float:
+    return FLOAT32 if dtype == torch.float32 else ROUNDED
+
+
+def normal(*shape, seed=0, dtype=torch.float16, scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+
+
+def reference_norm(x, residual, weight):
+    r = (x if residual is None else x + residual).double()
+    return r * torch.rsqrt(r.square().mean(-1, keepdim=True) + EPS) * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_add_rms_norm(dtype, with_residual):
+    x, weight = normal(5, 200, dtype=dtype), normal(200, seed=1, dtype=dtype)
+    residual = normal(5, 200, seed=2, dtype=dtype) if with_residual else None
+    normed, total, scale = add_rms_norm(x, residual, weight, EPS)
+    assert relative_error(normed, reference_norm(x, residual, weight)) < bound(dtype)
+    assert torch.equal(total, x if residual is None else x + residual)
+    assert scale is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("static", [True, False])
+def test_add_rms_norm_quantises_the_very_numbers_it_would_have_returned(dtype, static):
+    if dtype == torch.float8_e4m3fn and not static:
+        pytest.skip("e4m3 activations have static scales")
+    x, residual, weight = normal(6, 256), normal(6, 256, seed=1), normal(256, seed=2)
+    given = torch.tensor([0.02], device=DEVICE) if static else None
+    plain, total, _ = add_rms_norm(x, residual, weight, EPS)
+    quantised, quantised_total, scale = add_rms_norm(x, residual, weight, EPS, dtype, given)
+    expected_scale = given if static else scale_for(plain.float().abs().amax(-1), torch.int8)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(total, quantised_total)
+    assert torch.equal(quantised.float(), quantise(plain, scale.view(-1, 1), dtype).float())
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.03]), torch.tensor([0.01, 0.02, 0.03, 0.5])])
+def test_quantise_rows(smooth, scale):
+    x = normal(4, 96)
+    x[2] = 0
+    smoother = (normal(96, seed=1, dtype=torch.float32).abs() + 0.1) if smooth else None
+    smoothed = x.float() / smoother if smooth else x.float()
+    scale = None if scale is None else scale.to(DEVICE)
+    q, used = quantise_rows(x, torch.int8, scale, smoother)
+    expected = scale_for(smoothed.abs().amax(-1), torch.int8) if scale is None else scale
+    assert torch.equal(used, expected)
+    assert torch.equal(q, quantise(smoothed, expected.view(-1, 1), torch.int8))
+
+
+def test_gather_rows():
+    table, rows = normal(11, 70), torch.tensor([3, 0, 10, 3], device=DEVICE)
+    assert torch.equal(gather_rows(table, rows), table[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(dtype):
+    gate_up = normal(3, 2 * 150, dtype=dtype, scale=3)
+    gate, up = gate_up.double().chunk(2, -1)
+    result, scale = silu_mul(gate_up)
+    assert relative_error(result, F.silu(gate) * up) < bound(dtype)
+    smoother = normal(150, seed=1, dtype=torch.float32).abs() + 0.1
+    quantised, scale = silu_mul(gate_up, torch.int8, smoother=smoother)
+    assert torch.equal(quantised, quantise(result.float() / smoother, scale[:, None], torch.int8))
+
+
+SMALL = dict(block_n=2, num_warps=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False, None])
+def test_gemv(dtype, gate, with_residual):
+    """in_features is no multiple of the block, out_features none of the rows of a program."""
+    x, weight = normal(1, 176, dtype=dtype), normal(34 if gate else 17, 176, seed=1, dtype=dtype, scale=0.1)
+    operand, dense = x, x.double()
+    if with_residual is not None:
+        residual = normal(1, 176, seed=2, dtype=dtype) if with_residual else None
+        norm_weight = normal(176, seed=3, dtype=dtype)
+        total = torch.full_like(x, torch.nan) if with_residual else x
+        operand = NormInput(x, residual, norm_weight, EPS, total)
+        dense = reference_norm(x, residual, norm_weight)
+    expected = dense @ weight.double().T
+    if gate:
+        expected = F.silu(expected[:, :17]) * expected[:, 17:]
+    y = gemv(operand, weight, dtype, gated=gate, block_k=128, **SMALL)
+    assert relative_error(y, expected) < 2 * bound(dtype)
+    if with_residual:
+        assert torch.equal(operand.total, x + residual)
+
+
+def test_gemv_gives_float32_without_rounding():
+    x, weight = normal(1, 176), normal(17, 176, seed=1)
+    y = gemv(x, weight, torch.float32, block_k=128, **SMALL)
+    assert relative_error(y, x.double() @ weight.double().T) < FLOAT32
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_gemv_int8(gate, with_norm):
+    x = normal(1, 304)
+    q, scale = quantise_int8(normal(36 if gate else 18, 304, seed=1, dtype=torch.float32))
+
+    def run(operand):
+        return gemv_8bit(operand, q, scale, torch.float16, gated=gate, block_k=64, **SMALL)
+
+    check_quantised_gemv(x, with_norm, q.double() * scale.double()[:, None], gate, run)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+def test_gemv_int4(gate, group_size):
+    """12 chunks of 32 channels: a block of words is not filled, and a group of 128 is split over none."""
+    x = normal(1, 384)
+    packed, scale = quantise_int4(normal(36 if gate else 18, 384, seed=1, dtype=torch.float32), group_size, x.dtype)
+    packed, scale = packed.to(DEVICE), scale.to(DEVICE)
+
+    def run(operand):
+        return gemv_int4(operand, packed, scale, x.dtype, gated=gate, block_k=32, **SMALL)
+
+    check_quantised_gemv(x, True, dequantise(Int4Weight(packed, scale)).double(), gate, run)
+
+
+def check_quantised_gemv(x, with_norm, dense_weight, gate, run):
+    operand, dense = x, x.double()
+    if with_norm:
+        residual, norm_weight = normal(*x.shape, seed=2), normal(x.shape[1], seed=3)
+        operand = NormInput(x, residual, norm_weight, EPS, torch.full_like(x, torch.nan))
+        dense = reference_norm(x, residual, norm_weight)
+    expected = dense @ dense_weight.to(dense.device).T
+    if gate:
+        half = dense_weight.shape[0] // 2
+        expected = F.silu(expected[:, :half]) * expected[:, half:]
+    assert relative_error(run(operand), expected) < 2 * ROUNDED
+    if with_norm:
+        assert torch.equal(operand.total, x + residual)
+
+
+def test_gemv_fp8():
+    x, input_scale = normal(1, 304), torch.tensor([0.01], device=DEVICE)
+    weight = normal(18, 304, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
+    scale = normal(18, seed=2, dtype=torch.float32).abs()
+    quantised = quantise(x, input_scale, torch.float8_e4m3fn)
+    expected = quantised.double() @ weight.double().T * scale.double() * input_scale.double()
+    y = gemv_8bit(x, weight, scale, torch.float16, input_scale, block_k=64, **SMALL)
+    assert relative_error(y, expected) < ROUNDED
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_gemv_w8a8_is_exact(gate):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (1, 304), generator=generator).to(DEVICE, torch.int8)
+    weight = torch.randint(-127, 128, (36 if gate else 18, 304), generator=generator).to(DEVICE, torch.int8)
+    scale, one = torch.ones(len(weight), device=DEVICE), torch.ones(1, device=DEVICE)
+    integers = x.double() @ weight.double().T
+    if gate:
+        factor = torch.tensor([1e-4], device=DEVICE)
+        gate_part, up = (integers * factor).chunk(2, -1)
+        y = gemv_w8a8(x, weight, scale, factor, torch.float32, gated=True, block_k=64, **SMALL)
+        assert relative_error(y, F.silu(gate_part) * up) < FLOAT32
+    else:
+        y = gemv_w8a8(x, weight, scale, one, torch.float32, block_k=64, **SMALL)
+        assert torch.equal(y.double(), integers)
+
+
+TILE = Tile(16, 32, 64, 4, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [None, 0, 32])
+def test_gemm_of_quantised_weights(dtype, group_size):
+    """19 rows, 40 columns and 96 input channels: no block is filled."""
+    x, weight = normal(19, 96, dtype=dtype), normal(40, 96, seed=1, dtype=torch.float32)
+    if group_size is None:
+        q, scale = quantise_int8(weight)
+        expected = q.double() * scale.double()[:, None]
+    else:
+        q, scale = quantise_int4(weight, group_size, dtype)
+        expected = dequantise(Int4Weight(q, scale)).double()
+    y = gemm(x, q, scale, dtype, tile=TILE)
+    assert relative_error(y, x.double() @ expected.T) < bound(dtype)
+
+
+@pytest.mark.parametrize("row_scales", [True, False])
+def test_gemm_w8a8(row_scales):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (19, 96), generator=generator).to(DEVICE, torch.int8)
+    weight = torch.randint(-127, 128, (40, 96), generator=generator).to(DEVICE, torch.int8)
+    scale = torch.rand(40, generator=generator).to(DEVICE)
+    x_scale = torch.rand(19 if row_scales else 1, generator=generator).to(DEVICE)
+    expected = x.double() @ weight.double().T * scale.double() * x_scale.double()[:, None]
+    assert relative_error(gemm(x, weight, scale, torch.float32, x_scale, TILE), expected) < FLOAT32
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter cannot multiply e4m3 matrices")
+def test_gemm_fp8():
+    x = normal(19, 96, dtype=torch.float32).to(torch.float8_e4m3fn)
+    weight = normal(40, 96, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
+    scale, x_scale = torch.rand(40, device=DEVICE), torch.rand(1, device=DEVICE)
+    expected = x.double() @ weight.double().T * scale.double() * x_scale.double()
+    assert relative_error(gemm(x, weight, scale, torch.float16, x_scale, TILE), expected) < ROUNDED
+
+
+HEADS, DIM, CAPACITY = 3, 32, 96
+UNTOUCHED = 96  # exact in every type of cache, and no key that occurs
+KV_TYPES = {"dtype": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class Attention:
+    """A cache that the kernels write, beside what the sequences' k and v have been, for the plain formula."""
+
+    def __init__(self, rotary, kv_type, dtype, rows):
+        self.spec = AttentionSpec(HEADS, 2, 2 * HEADS, DIM, rotary)
+        self.dtype = dtype
+        scales = [None, None] if kv_type is None else [torch.tensor([s], device=DEVICE) for s in (0.03, 0.025)]
+        empty = torch.full((rows, HEADS, CAPACITY, DIM), UNTOUCHED, device=DEVICE).to(kv_type or dtype)
+        self.cache = LayerCache(empty, empty.clone(), *scales)
+        self.cos, self.sin = position.rope_table(CAPACITY, DIM, DEVICE)
+        self.slopes = position.alibi_slopes(2 * HEADS)[2 : 2 + HEADS].to(DEVICE)
+        self.history = [[] for _ in range(rows)]  # each (k, v) of one step, [new, HEADS, DIM] as stored
+
+    def expected(self, qkv, step):
+        """ops.Ops.attention in float64, for k and v rounded as the cache rounds them."""
+        out = []
+        for row, past in enumerate(self.history):
+            new = slice(int(step.cu_seqlens[row]), int(step.cu_seqlens[row + 1]))
+            q, k, v = qkv[new].unflatten(-1, (3, HEADS, DIM)).unbind(1)
+            positions = step.positions[new]
+            if self.spec.rotary:
+                cos, sin = self.cos[positions], self.sin[positions]
+                q, k = (position.rotate(each, cos, sin).to(self.dtype) for each in (q, k))
+            past.append([
+                dequantise_kv(quantise_kv(each, scale, self.cache.k.dtype), scale)
+                for each, scale in ((k, self.cache.k_scale), (v, self.cache.v_scale))
+            ])  # fmt: skip
+            keys, values = (torch.cat(each).double().transpose(0, 1) for each in zip(*past, strict=True))
+            scores = q.double().transpose(0, 1) @ keys.mT / DIM**0.5
+            distance = torch.arange(keys.shape[1], device=DEVICE) - positions[:, None]
+            if not self.spec.rotary:
+                scores += self.slopes.double()[:, None, None] * distance
+            scores.masked_fill_(distance > 0, -torch.inf)
+            out.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+    def prefill(self, qkv, step):
+        qkv = qkv.clone()
+        store_kv(qkv, self.cos, self.sin, self.cache, self.spec, step)
+        return prefill_attention(qkv, self.slopes, self.cache, self.spec, step, block_q=16, block_k=16)
+
+    def decode(self, qkv, step, splits):
+        return decode_attention(
+            qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, splits, block_k=16, num_warps=1
+        )
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("kv", KV_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_prefill_chunk_decode(rotary, kv, dtype):
+    """Ragged prompts, a further chunk of them, then single tokens with the keys split in several ways."""
+    past = [0, 0]
+    attention = Attention(rotary, KV_TYPES[kv], dtype, len(past))
+    for number, lengths in enumerate([[37, 1], [1, 20], [1, 1], [1, 1], [1, 1]]):
+        step = Step.of([[0] * n for n in lengths], past, device=DEVICE)
+        past = [p + n for p, n in zip(past, lengths, strict=True)]
+        qkv = normal(sum(lengths), 3 * HEADS * DIM, seed=number, dtype=dtype)
+        expected = attention.expected(qkv, step)
+        splits = {2: 1, 3: 2, 4: 8}.get(number)
+        result = attention.decode(qkv, step, splits) if splits else attention.prefill(qkv, step)
+        assert relative_error(result, expected) < bound(dtype)
+    for row, length in enumerate(past):
+        assert (attention.cache.k[row, :, length:].float() == UNTOUCHED).all(), "nothing beyond the context is written"
+        keys = torch.cat([k for k, _ in attention.history[row]]).transpose(0, 1)
+        stored = dequantise_kv(attention.cache.k[row, :, :length], attention.cache.k_scale)
+        assert relative_error(stored, keys) < 1e-6 or rotary and relative_error(stored, keys) < 3e-3
+
+
+def test_decode_attention_leaves_padding_alone():
+    attention = Attention(True, None, torch.float16, 2)
+    step = Step.of([[0], [0]], device=DEVICE)
+    step.context_lengths[1] = 0
+    for splits in (1, 4):
+        out = attention.decode(normal(2, 3 * HEADS * DIM), step, splits)
+        assert (out[1] == 0).all()
+        assert (attention.cache.k[1] == UNTOUCHED).all()
+
+
+def test_attention_bound_notices_a_wrong_slope():
+    attention = Attention(False, None, torch.float16, 1)
+    step = Step.of([[0] * 60], device=DEVICE)
+    qkv = normal(60, 3 * HEADS * DIM)
+    expected = attention.expected(qkv, step)
+    attention.slopes = attention.slopes * 1.01
+    assert relative_error(attention.prefill(qkv, step), expected) > ROUNDED
+
+
+def test_choose_splits():
+    assert choose_splits(40, 200) == 1  # too few keys to be worth combining
+    assert choose_splits(40, 4096) == 8  # 320 programs
+    assert choose_splits(40 * 64, 4096) == 1  # enough programs without
+    assert choose_splits(1, 1 << 20) == 64
