@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,8 +114,10 @@ def _run(tasks: Mapping[Any, Callable], processes: int):
     if processes == 1:
         yield from ((key, task()) for key, task in tasks.items())
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        with _ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
+            futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -126,9 +130,16 @@ def _run(tasks: Mapping[Any, Callable], processes: int):
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    torch.set_num_threads(1)
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's business
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[str, list[float]]]) -> list[LayerScales]:
