@@ -23,7 +23,7 @@ STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --panel: #f5f6f8; --ink: #1c2024; --quiet: #5b6470;
   --line: #d9dde3; --side0: #2563c9; --side1: #b4540a; --mark: #fde9c8; --warn: #8a1c1c }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --panel: #1e2327; --ink: #e6e9ec; --quiet: #9aa5b1;
-  --line: #363d44; --side0: #6ea8ff; --side1: #f0a35e; --mark: #54411f; --warn: #ff9d9d } }
+  --line: #363d44; --side0: #3f7ad6; --side1: #bf6a26; --mark: #54411f; --warn: #ff9d9d } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", sans-serif }
@@ -36,9 +36,10 @@ p { margin: .4rem 0; max-width: 75ch }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal }
 thead th { color: var(--quiet); font-weight: 500; font-size: .85rem }
 td small { display: block; color: var(--quiet) }
+.name { display: inline-block; margin-right: 1em }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .45em }
 .side0 { fill: var(--side0); background: var(--side0) } .side1 { fill: var(--side1); background: var(--side1) }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem }
@@ -106,7 +107,7 @@ def _heading(values: dict[str, Any]) -> list[str]:
 
 
 def _figures(figures: Sequence[dict[str, Any]], sides: Sequence[_Side]) -> list[str]:
-    columns = [*LABELS.values(), "Perplexity", "Tokens/s", "Latency, s", "Weights, MB", "Device"]
+    columns = [*LABELS.values(), "Perplexity", "Tokens/s", "Latency, s", "Weights, MB"]
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("Side", *columns))
     lines = [f'<h2>Figures</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>']
     for side, figure in zip(sides, figures, strict=True):
@@ -114,7 +115,6 @@ def _figures(figures: Sequence[dict[str, Any]], sides: Sequence[_Side]) -> list[
         cells = [f"{r['value']:.2f}<small>{r['low']:.1f} to {r['high']:.1f}</small>" for r in rouge]
         cells.append(shown(figure["perplexity"], ".3f"))
         cells += [f"{figure['tokens_per_s']:.1f}", f"{figure['latency_s']:.2f}", f"{figure['bytes'] / 1e6:.1f}"]
-        cells.append(text(figure["device"]))
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr><td><span class="key {side.css}"></span>{text(side.label)}</td>{row}</tr>')
     lines.append("</tbody></table></div>")
@@ -141,7 +141,9 @@ def _charts(figures: Sequence[dict[str, Any]], sides: Sequence[_Side]) -> list[s
         )
         for kind in KINDS
     }
-    legend = "".join(f'<span class="key {side.css}"></span>{text(side.label)} &nbsp; ' for side in sides)
+    legend = "".join(
+        f'<span class="name"><span class="key {side.css}"></span>{text(side.label)}</span> ' for side in sides
+    )
     speed = bar_chart("Tokens per second", {"Tokens/s": bars(lambda figure: figure["tokens_per_s"])})
     return [
         f'<h2>Scores</h2><p>{legend}</p><div class="charts">',

@@ -57,7 +57,7 @@ def _grid(end: float, scale: float, bottom: float) -> str:
         value = end * step / 5
         x = LABEL_WIDTH + value * scale
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{_number(value)}</text>')
     return "".join(parts)
 
 
@@ -75,5 +75,9 @@ def _bar(bar: Bar, y: float, scale: float) -> str:
             f'<path class="whisker" fill="none" d="M{low:.1f} {middle:.1f}H{high:.1f}'
             f'M{low:.1f} {middle - 4:.1f}v8M{high:.1f} {middle - 4:.1f}v8"/>'
         )
-    parts.append(f'<text x="{label_x:.1f}" y="{middle + 4.5:.1f}">{bar.value:.1f}</text>')
+    parts.append(f'<text x="{label_x:.1f}" y="{middle + 4.5:.1f}">{bar.value:,.1f}</text>')
     return "".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
