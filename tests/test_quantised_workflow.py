@@ -163,7 +163,6 @@ def test_wrong_flags_of_the_conversion(workflow, tmp_path, capsys, flags, messag
 def test_a_float_engine_differs_from_an_int4_one(workflow):
     """The negative control of the bounds above: the engines really are quantised."""
 
-
     model = read_model_config(Path(workflow.checkpoint), VERSION, "float32")
     source = weight.WeightSource(Path(workflow.checkpoint))
     ids = torch.randint(1000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
