@@ -9,20 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from baichuan.checkpoint.hf import resolve_folder
+from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.cli import Parser, add_model_version, run_script
 from baichuan.comm import Communicator
-from baichuan.config import SamplingConfig, to_json
+from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
 from baichuan.engine import Engine, check_world, read_engine
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.evaluation.datasets import load_samples
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import TOKENIZER, Rouge
-from baichuan.evaluation.sides import EngineSide, HfSide, Side
+from baichuan.evaluation.sides import EngineSide, HfSide, Side, enough_memory
 from baichuan.evaluation.summarize import Evaluation, Request
 from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
+from baichuan.executors.memory import require_host_memory
 from baichuan.runtime import open_session
+from baichuan.self_check import float32_bytes
 from baichuan.tokenizer import Tokenizer
 
 logger = logging.getLogger("baichuan.summarize")
@@ -180,21 +185,22 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | No
     return sides
 
 
-def open_hf(args: argparse.Namespace, model_version: str, near) -> HfSide:
+def open_hf(args: argparse.Namespace, model_version: str, near: torch.device | None) -> HfSide:
     """The transformers model; near: the engine's device, which it shares if that is a GPU."""
-    import torch
-
     from baichuan.hf import load_hf_model
 
-    device = torch.device("cuda" if args.hf_device == "auto" and torch.cuda.is_available() else "cpu")
-    if args.hf_device != "auto":
-        device = torch.device(args.hf_device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    kind = args.hf_device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("hf_device cuda needs a GPU and PyTorch sees none; use --hf_device cpu")
-    if device.type == "cuda" and near is not None and near.type == "cuda":
-        device = near
-    folder = resolve_folder(args.hf_model_dir)
-    return HfSide(load_hf_model(folder, model_version, DTYPES[args.data_type], device), str(args.hf_model_dir))
+    device = near if near is not None and near.type == kind else torch.device(kind)
+    folder, dtype = resolve_folder(args.hf_model_dir), DTYPES[args.data_type]
+    model = read_model_config(folder, model_version, dtype)
+    size = float32_bytes(model) * BYTES_PER_ELEMENT[dtype] // BYTES_PER_ELEMENT["float32"]
+    require_host_memory(size, f"the transformers model in {args.data_type}")  # it is read there, also for a GPU
+    with enough_memory():
+        return HfSide(load_hf_model(folder, model_version, dtype, device), str(args.hf_model_dir))
 
 
 def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:

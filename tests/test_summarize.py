@@ -20,7 +20,7 @@ from baichuan import progress
 from baichuan.comm import Solo, run_ranks
 from baichuan.config import SamplingConfig
 from baichuan.engine import Engine
-from baichuan.errors import ConfigError
+from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import Rouge
@@ -151,6 +151,17 @@ def test_beams_with_a_penalty_are_refused_on_the_transformers_side():
     config = SamplingConfig(top_k=1, num_beams=2, repetition_penalty=1.1)
     with pytest.raises(ConfigError, match="repetition_penalty 1.1 with num_beams 2"):
         hf_side("v1_7b").check([[1]], config, 5)
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    side = HfSide(load_hf_model(goldens.checkpoint("v1_7b"), "v1_7b"), "x")
+    monkeypatch.setattr(side.model, "forward", fail)
+    for call in (lambda: side.generate([[5]], GREEDY, 2), lambda: side.score([5])):
+        with pytest.raises(UnsupportedError, match="--hf_device cpu"):
+            call()
 
 
 # Prompts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from baichuan.config import SamplingConfig, to_json
 from baichuan.engine import Engine
-from baichuan.errors import ConfigError
+from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.sampling import Sampler
 from baichuan.session import Generation, Session
 
@@ -64,6 +65,18 @@ class EngineSide:
         return self._session.score([ids])[0]
 
 
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise UnsupportedError where the transformers model runs out of a GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UnsupportedError(
+            "the GPU's memory does not suffice for the transformers model beside what is there; "
+            "use a smaller --batch_size, --hf_device cpu, or one run for each side"
+        ) from None
+
+
 @dataclass
 class HfSide:
     """A transformers model on one device, in batches padded on the left.
@@ -98,6 +111,7 @@ class HfSide:
                 "penalises log probabilities where the engine penalises logits; leave one out, or --test_hf"
             )
 
+    @enough_memory()
     @torch.inference_mode()
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
         from transformers import GenerationConfig, LogitsProcessorList
@@ -130,6 +144,7 @@ class HfSide:
         )
         return [_until_end(row, ends) for row in output[:, longest:].tolist()]
 
+    @enough_memory()
     @torch.inference_mode()
     def score(self, ids) -> Tensor:
         return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float()
