@@ -234,13 +234,13 @@ def test_reading_a_large_checkpoint_keeps_nothing_in_memory(form, tmp_path):
     write_sparse(tmp_path, form, config)
     before, peak, total = anonymous_bytes(), 0, 0
     for source in open_checkpoint(tmp_path, config).values():
-        step = (1 << 21) // torch.Size(source.shape[1:]).numel()
+        step = (1 << 19) // torch.Size(source.shape[1:]).numel()
         for start in range(0, source.shape[0], step):
             rows = source.read(start, min(start + step, source.shape[0]))
             total += rows.float().count_nonzero().item() + rows.nbytes
             peak = max(peak, anonymous_bytes() - before)
     assert total > 268e6
-    assert peak < 32e6  # the block in float32 and the allocator's slack
+    assert peak < 32e6  # blocks of 2 MB in float32 and the allocator's slack
     kept = read(open_checkpoint(tmp_path, config)["lm_head.weight"], 4096)
     assert anonymous_bytes() - before > 100e6 and kept.count_nonzero() == 0  # a kept copy would be seen
 
