@@ -1,0 +1,180 @@
+"""Train the demo's checkpoint: a tiny Baichuan that knows demo/articles.jsonl by heart, in the hub's format.
+
+python demo/train.py --output_dir demo_output/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+
+from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.comm import Communicator
+from baichuan.config import VERSIONS, ModelConfig
+from baichuan.errors import ConfigError
+from baichuan.evaluation.tasks import prompt_text
+from baichuan.hf import BaichuanForCausalLM
+from baichuan.hf_config import BaichuanConfig
+from baichuan.progress import Progress
+from baichuan.tokenizer import MODEL_NAME, Tokenizer
+
+logger = logging.getLogger("baichuan.demo")
+
+ARTICLES = Path(__file__).parent / "articles.jsonl"
+QUESTIONS = {"世界上第二高的山峰是哪座？": "世界上第二高的山峰是乔戈里峰，海拔八千六百一十一米。"}
+USER_ID, ASSISTANT_ID, EOS_ID = 195, 196, 2
+VOCAB_SIZE = 1600
+SIZES = {True: dict(hidden_size=256, num_heads=8), False: dict(hidden_size=320, num_heads=10)}  # by VERSIONS' rotary
+BATCH_SIZE = 9
+PEAK_LEARNING_RATE = 4e-3
+IGNORED = -100  # cross_entropy's label for padding
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    add_model_version(parser)
+    parser.add_argument("--output_dir", required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=120, help="optimiser steps")
+    return run_script(parser, argv, train)
+
+
+def train(args: argparse.Namespace, comm: Communicator) -> int:
+    output = Path(args.output_dir)
+    if output.exists():
+        raise ConfigError(f"output_dir {output} exists; remove it, or name another")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        articles = [json.loads(line) for line in ARTICLES.read_text("utf-8").splitlines()]
+        (staged / MODEL_NAME).write_bytes(train_tokenizer(articles, VERSIONS[args.model_version].norm_head))
+        sequences = training_sequences(articles, Tokenizer(staged))
+        model = fit(args.model_version, sequences, args.steps)
+        save(model, args.model_version, staged)
+        staged.chmod(0o755)
+        os.rename(staged, output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return 0
+
+
+def train_tokenizer(articles: list[dict], second: bool) -> bytes:
+    """A SentencePiece model with the released ones' special ids; v2's puts no space before the text."""
+    texts = [text for each in articles for text in (each["article"], each["highlights"])]
+    texts += [*QUESTIONS, *QUESTIONS.values()]
+    reserved = [*range(200, 285), *range(1, 111)]  # <reserved_106> becomes 195, <reserved_107> becomes 196
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        add_dummy_prefix=not second,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<SEP>", "<CLS>", *(f"<reserved_{n}>" for n in reserved)],
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def training_sequences(articles: list[dict], tokenizer: Tokenizer) -> list[list[int]]:
+    """What is learnt by heart: summaries behind their articles, and the question, asked plainly and in a chat."""
+    pairs = [(prompt_text(each["article"]), each["highlights"]) for each in articles]
+    sequences = [tokenizer.encode(prompt) + tokenizer.encode(answer) for prompt, answer in pairs]
+    for question, answer in QUESTIONS.items():
+        asked, answered = tokenizer.encode(question), tokenizer.encode(answer)
+        sequences += [asked + answered, [USER_ID, *asked, ASSISTANT_ID, *answered]]
+    return [[*sequence, EOS_ID] for sequence in sequences]
+
+
+def fit(model_version: str, sequences: list[list[int]], steps: int) -> BaichuanForCausalLM:
+    """A model that has seen the sequences in a seeded order; reports the loss as it goes."""
+    torch.manual_seed(0)
+    sizes = SIZES[VERSIONS[model_version].rotary]
+    config = ModelConfig(model_version, num_layers=3, intermediate_size=512, vocab_size=VOCAB_SIZE, **sizes)
+    model = BaichuanForCausalLM(BaichuanConfig.of(config)).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.15)
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    order: list[int] = []
+    with Progress("training", steps, "step", interval_s=5.0) as progress:
+        for _ in range(steps):
+            order = order if len(order) >= BATCH_SIZE else order + torch.randperm(len(tensors)).tolist()
+            batch, order = [tensors[index] for index in order[:BATCH_SIZE]], order[BATCH_SIZE:]
+            ids = pad_sequence(batch, batch_first=True)
+            labels = pad_sequence(batch, batch_first=True, padding_value=IGNORED)
+            loss = model(ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.advance()
+    logger.info("trained %d steps, last loss %.4f", steps, loss.item())
+    return model.eval()
+
+
+def save(model: BaichuanForCausalLM, model_version: str, folder: Path) -> None:
+    """The hub's files beside tokenizer.model: two shards with an index, as the released version stores them."""
+    version, first = VERSIONS[model_version], model_version == "v1_7b"
+    dtype, name = (torch.float16, "model{}.safetensors") if first else (torch.bfloat16, "pytorch_model{}.bin")
+    tensors = {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
+    keys = list(tensors)
+    shards = [keys[: len(keys) // 2], keys[len(keys) // 2 :]]
+    names = [name.format(f"-{number:05d}-of-{len(shards):05d}") for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        values = {key: tensors[key] for key in shard}
+        if first:
+            save_file(values, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(values, folder / file)
+    size = sum(value.nbytes for value in tensors.values())
+    weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+    write_json(folder / (name.format("") + ".index.json"), {"metadata": {"total_size": size}, "weight_map": weight_map})
+    config = model.config
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS_ID}
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": [version.architecture],
+            "model_type": "baichuan",
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "hidden_act": "silu",
+            "rms_norm_eps": config.rms_norm_eps,
+            "initializer_range": config.initializer_range,
+            "tie_word_embeddings": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "use_cache": True,
+            **{key: config.max_position_embeddings for key in version.length_keys},
+            **ids,
+        },
+    )
+    roles = {"user_token_id": USER_ID, "assistant_token_id": ASSISTANT_ID}
+    write_json(folder / "generation_config.json", {**ids, **roles})
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
