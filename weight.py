@@ -59,7 +59,7 @@ def plan_rank(
     if source.binary_folder:
         return plan_binary(open_binary(source.binary_folder, model, tp_size), quant, rank)
     checkpoint = source.checkpoint(model, tp_size)
-    if quant.weights == "fp8" and source.fp8_scales:
+    if source.fp8_scales:
         scales = read_fp8_scales(source.fp8_scales, model.num_layers)
         return plan_fp8(checkpoint, model, quant, scales, rank, tp_size)
     calibrated = {"smooth_quant": "SmoothQuant", "fp8": "FP8"}.get(quant.weights)

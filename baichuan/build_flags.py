@@ -212,8 +212,8 @@ def quant_config(args: argparse.Namespace, model: ModelConfig) -> QuantConfig:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]} exclude each other; choose one")
     if args.weight_only_precision and not args.use_weight_only:
         raise ConfigError(f"--weight_only_precision {args.weight_only_precision} needs --use_weight_only; add it")
-    if args.quantized_fp8_model_path and not (args.enable_fp8 and args.model_dir):
-        raise ConfigError("--quantized_fp8_model_path needs --enable_fp8 and --model_dir; add them")
+    if args.quantized_fp8_model_path and not (args.model_dir and (args.enable_fp8 or args.fp8_kv_cache)):
+        raise ConfigError("--quantized_fp8_model_path needs --model_dir, and --enable_fp8 or --fp8_kv_cache; add them")
     if args.int8_kv_cache and args.fp8_kv_cache:
         raise ConfigError("--int8_kv_cache and --fp8_kv_cache exclude each other; choose one")
     weights = kinds[chosen[0]] if chosen else "none"

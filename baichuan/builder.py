@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.engine import Engine, publish, rank_file_name, staging, write_config
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
+from baichuan.processes import CONTEXT, run_tasks
 from baichuan.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -97,8 +96,7 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
 
 def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> None:
     """One process a rank; the bytes that they have written meet in one counter."""
-    context = multiprocessing.get_context("spawn")
-    counter, done = context.Value("q", 0), threading.Event()
+    counter, done = CONTEXT.Value("q", 0), threading.Event()
 
     def watch() -> None:
         while not done.wait(0.2):
@@ -106,21 +104,21 @@ def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Pr
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    tasks = {rank: partial(_write_rank, plan_rank, rank, path) for rank, path in enumerate(paths)}
     try:
-        with ProcessPoolExecutor(len(paths), context, _remember_counter, (counter,)) as pool:
-            list(pool.map(partial(_write_rank, plan_rank), range(len(paths)), paths))
+        for _ in run_tasks(tasks, len(tasks), "leave --parallel_build out", partial(_remember_counter, counter)):
+            pass
     finally:
         done.set()
         watcher.join()
 
 
-_counter = None  # of a writing process, set once when the pool starts it
+_counter = None  # of a writing process, set once when it starts: a shared counter reaches a process in no other way
 
 
 def _remember_counter(counter) -> None:
     global _counter
     _counter = counter
-    torch.set_num_threads(1)
 
 
 def _write_rank(plan_rank: PlanRank, rank: int, path: Path) -> None:

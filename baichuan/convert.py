@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +23,7 @@ from baichuan.checkpoint.source import Checkpoint
 from baichuan.config import ModelConfig, require_range
 from baichuan.engine import staging
 from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.processes import run_tasks
 from baichuan.progress import Progress
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import scale_for
@@ -102,44 +97,11 @@ def _write_all(writer: BinaryWriter, ranges: Sequence[LayerRanges], processes: i
     tasks |= {(None, name): partial(writer.write_global, name) for name in GLOBAL_NAMES}
     found = [{} for _ in ranges]
     with Progress("writing", len(tasks), "matrix") as progress:
-        for (layer, _), result in _run(tasks, min(processes, len(tasks))):
+        for (layer, _), result in run_tasks(tasks, min(processes, len(tasks)), "use fewer, e.g. --processes 1"):
             if layer is not None:
                 found[layer] |= result
             progress.advance()
     return found
-
-
-def _run(tasks: Mapping[Any, Callable], processes: int):
-    """(key, result) of each task as it is finished; several processes unless one is enough."""
-    if processes == 1:
-        yield from ((key, task()) for key, task in tasks.items())
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        with _ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
-            futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise UnsupportedError(
-                f"one of the {processes} writing processes was killed, most likely for lack of memory; "
-                "use fewer, e.g. --processes 1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's business
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[str, list[float]]]) -> list[LayerScales]:

@@ -45,7 +45,8 @@ def plan_hub(
         linear = LINEARS[name]
         sources = [checkpoint[f"model.layers.{index}.{source}.weight"] for source in linear.sources]
         rows, columns = linear.cut(sources[0].shape, rank, tp_size)
-        check_group_size(quant.group_size, columns[1] - columns[0], name)
+        if quant.weights == "int4":
+            check_group_size(quant.group_size, columns[1] - columns[0], name)
         pieces = [(source, rows) for source in sources]
         return [plan_rows(f"layers.{index}.{name}", pieces, _converter(quant.weights, quant, dtype), columns)]
 

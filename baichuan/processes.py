@@ -1,0 +1,61 @@
+"""Work shared out over processes, which end with this one whatever happens."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from baichuan.errors import UnsupportedError
+
+CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
+
+
+def run_tasks(
+    tasks: Mapping[Any, Callable[[], Any]], processes: int, remedy: str, prepare: Callable[[], None] | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """(key, result) of each task as it is finished; in this process where one is enough.
+
+    prepare is called first in each of several processes; it and the tasks are picklable.
+    Raises UnsupportedError, ending in `remedy`, when a process was killed.
+    """
+    if processes == 1:
+        yield from ((key, task()) for key, task in tasks.items())
+        return
+    with ProcessPoolExecutor(processes, CONTEXT, _prepare, (prepare,)) as pool:
+        with _ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
+            futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UnsupportedError(
+                f"one of {processes} processes was killed, most likely for lack of memory; {remedy}"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare(prepare: Callable[[], None] | None) -> None:
+    torch.set_num_threads(1)  # the processes share the cores
+    if prepare:
+        prepare()
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's business
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
