@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -144,7 +145,7 @@ def test_the_page_shows_figures_texts_and_where_the_sides_part(rouge, tmp_path):
     values, html = written(run(rouge, eval_ppl=True), tmp_path)
     shown = "".join(Page(html).texts)
     for side in values["sides"]:
-        assert side["label"] in shown and f"{side['perplexity']:.3f}" in shown
+        assert side["label"] in shown and f"{side['perplexity']:.4f}" in shown
         assert f"{side['rouge']['rouge1']['value']:.2f}" in shown
     assert "1 of them cut to their end" in shown and "they part after 10 tokens" in shown
     assert "the river <mark>ro</mark>" in html and "the river <mark>fe</mark>" in html
@@ -199,13 +200,27 @@ def test_tables(rouge, tmp_path):
     lines = report.figures_table(values["sides"]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split("  ")[-1] == "side s1" and f"{first['rouge']['rouge1']['value']:.2f} [" in lines[1]
-    rows = report.comparison_table([*values["sides"], *values["sides"]]).splitlines()
-    assert len(rows) == 5
-    assert rows[1].split() == [
-        *("side", "s0"),
-        *(f"{first['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
-        *(f"{first['perplexity']:.3f}", f"{first['tokens_per_s']:.1f}", "5.0"),
+
+
+def test_the_comparison_has_each_engine_and_the_transformers_model_once(rouge, tmp_path):
+    first, _ = written(run(rouge, eval_ppl=True), tmp_path)
+    for side, key, label in zip(first["sides"], ("engine", "hf"), ("engine, a", "Hugging Face, b"), strict=True):
+        side["key"], side["label"] = key, label
+    second = copy.deepcopy(first)
+    second["sides"][0]["label"] = "engine, c"
+    alone = {**copy.deepcopy(first), "sides": first["sides"][:1], "agreement": None}
+    rows = report.comparison_table([first, second, alone]).splitlines()
+    assert [re.split("  +", row)[0] for row in rows] == ["", "engine, a", "Hugging Face, b", "engine, c", "engine, a"]
+    side = first["sides"][0]
+    figures = [
+        *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
+        f"{side['perplexity']:.4f}",
+        f"{first['agreement']['mean_kl']:.2e}",
+        f"{side['tokens_per_s']:.1f}",
+        "5.0",
     ]
+    assert re.split("  +", rows[1])[1:] == figures
+    assert re.split("  +", rows[2])[4] == re.split("  +", rows[4])[4] == "–"
 
 
 def test_only_runs_over_the_same_articles_are_compared(rouge, tmp_path, capsys):

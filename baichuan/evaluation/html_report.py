@@ -113,7 +113,7 @@ def _figures(figures: Sequence[dict[str, Any]], sides: Sequence[_Side]) -> list[
     for side, figure in zip(sides, figures, strict=True):
         rouge = (figure["rouge"][kind] for kind in KINDS)
         cells = [f"{r['value']:.2f}<small>{r['low']:.1f} to {r['high']:.1f}</small>" for r in rouge]
-        cells.append(shown(figure["perplexity"], ".3f"))
+        cells.append(shown(figure["perplexity"], ".4f"))
         cells += [f"{figure['tokens_per_s']:.1f}", f"{figure['latency_s']:.2f}", f"{figure['bytes'] / 1e6:.1f}"]
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr><td><span class="key {side.css}"></span>{text(side.label)}</td>{row}</tr>')

@@ -28,7 +28,7 @@ RESULTS_NAME, SUMMARIES_NAME, HTML_NAME = "results.json", "summaries.jsonl", "re
 MAX_RESULTS_BYTES = 16 << 20
 PACKAGES = ("torch", "transformers", "sentencepiece", "evaluate", "rouge_score", "datasets", "numpy", "triton")
 FIGURES = {  # of SideFigures: name for people, format
-    "perplexity": ("perplexity", ".3f"),
+    "perplexity": ("perplexity", ".4f"),
     "latency_s": ("total latency, s", ".3f"),
     "tokens_per_s": ("tokens/s", ".1f"),
 }
@@ -123,19 +123,23 @@ def figures_table(sides: Sequence[dict[str, Any]]) -> str:
     return _aligned(rows)
 
 
-def comparison_table(sides: Sequence[dict[str, Any]]) -> str:
-    """One line a side, to compare several runs.  sides: of results()."""
-    header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "tokens/s", "weights, MB"]
-    rows = [
-        [
-            side["label"],
-            *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
-            *(shown(side[name], FIGURES[name][1]) for name in ("perplexity", "tokens_per_s")),
-            _megabytes(side),
-        ]
-        for side in sides
-    ]
-    return _aligned([header, *rows])
+def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
+    """One line a side, to compare several runs; the same transformers model once.  runs: of results()"""
+    header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "KL to HF, nats", "tokens/s", "weights, MB"]
+    rows: dict[Any, list[str]] = {}
+    for number, run in enumerate(runs):
+        for side in run["sides"]:
+            kl = run["agreement"]["mean_kl"] if run["agreement"] and side["key"] == "engine" else None
+            row = [
+                side["label"],
+                *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
+                shown(side["perplexity"], FIGURES["perplexity"][1]),
+                shown(kl, ".2e"),
+                shown(side["tokens_per_s"], FIGURES["tokens_per_s"][1]),
+                _megabytes(side),
+            ]
+            rows.setdefault(side["label"] if side["key"] == "hf" else (number, side["key"]), row)
+    return _aligned([header, *rows.values()])
 
 
 def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
@@ -159,7 +163,7 @@ def main(paths: Sequence[str]) -> int:
     except BaichuanError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
-    print(comparison_table([side for run in runs for side in run["sides"]]))
+    print(comparison_table(runs))
     return 0
 
 
