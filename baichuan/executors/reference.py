@@ -17,12 +17,15 @@ from baichuan.records import AttentionSpec, LayerCache, ModelWeights, Step, Weig
 
 
 class ReferenceOps:
-    """ops.Ops on CPU tensors."""
+    """ops.Ops on CPU tensors; its attention on any device."""
 
-    def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int):
+    def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device | str = "cpu"):
         self.comm = comm
-        self.slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
-        self.cos, self.sin = position.rope_table(capacity, spec.head_dim) if spec.rotary else (None, None)
+        self.slopes = self.cos = self.sin = None
+        if spec.rotary:
+            self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
+        else:
+            self.slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads].to(device)
 
     def embedding(self, tokens, weight):
         return F.embedding(tokens, weight)
@@ -41,6 +44,8 @@ class ReferenceOps:
         if spec.rotary:
             cos, sin = self.cos[step.positions], self.sin[step.positions]
             q, k = (position.rotate(each, cos, sin).to(qkv.dtype) for each in (q, k))
+        if step.max_new_tokens == 1 and step.tokens.shape[0] == step.batch_size:
+            return self._attend_decode(q, k, v, cache, step)
         starts = step.cu_seqlens.tolist()
         out = torch.empty_like(q)
         for row, context in enumerate(step.context_lengths.tolist()):
@@ -50,20 +55,31 @@ class ReferenceOps:
             cache.v[row, :, past:context] = quantise_kv(v[new], cache.v_scale, cache.v.dtype).transpose(0, 1)
             keys = dequantise_kv(cache.k[row, :, :context], cache.k_scale)  # [heads, context, dim] float32
             values = dequantise_kv(cache.v[row, :, :context], cache.v_scale)
-            out[new] = self._attend(q[new], keys, values, spec, past).to(q.dtype)
+            mask = self._mask(step.positions[new, None], context)  # [heads or none, new, context]
+            attended = F.scaled_dot_product_attention(q[new].float().transpose(0, 1), keys, values, mask)
+            out[new] = attended.transpose(0, 1)
         return out.flatten(1)
 
-    def _attend(self, q, keys, values, spec, past):  # q: [new, heads, dim] -> [new, heads, dim] float32
-        new, context = q.shape[0], keys.shape[1]
-        q = q.float().transpose(0, 1)
-        distance = torch.arange(context) - torch.arange(past, context)[:, None]  # [new, context], 0 on the diagonal
-        if spec.rotary:
-            mask = None if new == 1 else distance.gt(0).float().masked_fill_(distance > 0, -torch.inf)
-        else:
-            mask = self.slopes[:, None, None] * distance
-            if new > 1:
-                mask.masked_fill_(distance > 0, -torch.inf)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(0, 1)
+    def _attend_decode(self, q, k, v, cache: LayerCache, step: Step):
+        """attention for one new token a sequence, all sequences at once.  q, k, v: [batch_size, heads, dim]"""
+        rows = torch.arange(step.batch_size, device=q.device)
+        cache.k[rows, :, step.positions] = quantise_kv(k, cache.k_scale, cache.k.dtype)
+        cache.v[rows, :, step.positions] = quantise_kv(v, cache.v_scale, cache.v.dtype)
+        context = step.max_context_length
+        keys = dequantise_kv(cache.k[: step.batch_size, :, :context], cache.k_scale)  # [batch, heads, context, dim]
+        values = dequantise_kv(cache.v[: step.batch_size, :, :context], cache.v_scale)
+        mask = self._mask(step.positions[:, None, None, None], context)  # [batch, heads or 1, 1, context]
+        return F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, mask).flatten(1).to(q.dtype)
+
+    def _mask(self, positions: Tensor, context: int) -> Tensor:
+        """What SDPA does to the scores: hide keys behind the query, and add ALiBi's bias where there is one.
+
+        positions: of the queries, [..., 1]; broadcast over the heads for ALiBi.
+        """
+        distance = torch.arange(context, device=positions.device) - positions
+        if self.slopes is None:
+            return distance <= 0
+        return (self.slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.float().chunk(2, dim=-1)
@@ -99,8 +115,8 @@ class ReferenceExecutor:
         self.ops = ReferenceOps(self.spec, self.comm, capacity)
         self.caches = tuple(
             LayerCache(
-                torch.empty(shape, dtype=self.cache_dtype),
-                torch.empty(shape, dtype=self.cache_dtype),
+                torch.zeros(shape, dtype=self.cache_dtype),
+                torch.zeros(shape, dtype=self.cache_dtype),
                 layer.k_scale,
                 layer.v_scale,
             )
