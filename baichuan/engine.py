@@ -102,7 +102,7 @@ def read_engine(folder: Path) -> Engine:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); build an engine into {folder} first") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{path} is not JSON ({error}); build the engine again") from None
     ours = values.get("baichuan") if isinstance(values, dict) else None
     if not isinstance(ours, dict):

@@ -1,0 +1,39 @@
+"""Sessions on the reference executor over the golden checkpoints, one rank or several as threads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import goldens
+
+import weight
+from baichuan.checkpoint.hub_config import read_model_config
+from baichuan.comm import Communicator, Solo, run_ranks
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfig
+from baichuan.executors.reference import ReferenceExecutor
+from baichuan.records import ModelWeights
+from baichuan.session import Session
+
+GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)  # the goldens never stop
+LIMITS = BuildConfig(max_batch_size=8, max_beam_width=4)
+
+
+def model(version: str, dtype: str = "float32") -> ModelConfig:
+    return read_model_config(goldens.checkpoint(version), version, dtype)
+
+
+def weights(version: str, dtype: str = "float32", rank: int = 0, tp_size: int = 1) -> ModelWeights:
+    source = weight.WeightSource(goldens.checkpoint(version))
+    return weight.load_rank(source, model(version, dtype), QuantConfig(), rank, tp_size)
+
+
+def session(version: str, dtype: str = "float32", comm: Communicator | None = None, **limits) -> Session:
+    comm = comm or Solo()
+    loaded = weights(version, dtype, comm.rank, comm.world_size)
+    executor = ReferenceExecutor(model(version, dtype), QuantConfig(), loaded, comm)
+    return Session(executor, model(version, dtype), replace(LIMITS, **limits))
+
+
+def on_ranks(version: str, dtype: str, tp_size: int, body):
+    """body(session) of rank 0 when tp_size ranks run it together."""
+    return run_ranks(tp_size, lambda comm: body(session(version, dtype, comm)))[0]

@@ -1,0 +1,166 @@
+"""The engine folder: complete or not there, and refused when anything in it was changed."""
+
+import json
+import os
+
+import pytest
+import tiny_engine
+
+from baichuan import builder, engine, manifest
+from baichuan.comm import Solo, run_ranks
+from baichuan.engine import CONFIG_NAME, read_engine
+from baichuan.errors import BaichuanError, ConfigError, EngineError, UnsupportedError
+from baichuan.runtime import open_session
+
+VERSION = "v1_7b"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_engine.build(tmp_path / "engine", VERSION)
+    return tmp_path / "engine"
+
+
+def rank_file(folder, rank=0):
+    return read_engine(folder).rank_file(rank)
+
+
+def refused(folder, match, **kwargs):
+    with pytest.raises(BaichuanError, match=match) as error:
+        open_session(folder, Solo(), **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_engine_opens(folder):
+    assert open_session(folder, Solo(), VERSION).model.model_version == VERSION
+    assert sorted(path.name for path in folder.iterdir()) == ["baichuan_float32_tp1_rank0.engine", CONFIG_NAME]
+    values = json.loads((folder / CONFIG_NAME).read_text())
+    assert values["builder_config"]["num_layers"] == 3
+    assert values["plugin_config"]["gpt_attention_plugin"] == "float32"
+
+
+def test_a_truncated_file_is_refused(folder):
+    os.truncate(rank_file(folder), rank_file(folder).stat().st_size - 1)
+    refused(folder, "truncated")
+
+
+@pytest.mark.parametrize("place", [0, 9, -1])
+def test_one_flipped_bit_is_refused(folder, place):
+    content = bytearray(rank_file(folder).read_bytes())
+    content[place] ^= 1
+    rank_file(folder).write_bytes(content)
+    refused(folder, "SHA-256")
+
+
+def test_a_missing_file_is_refused(folder):
+    rank_file(folder).unlink()
+    refused(folder, "missing")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"num_layers": 3', '"num_layers": 4'), ('"max_batch_size": 8', '"max_batch_size": 9')]
+)
+def test_an_edited_config_is_refused(folder, old, new):
+    path = folder / CONFIG_NAME
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    refused(folder, "edited")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "not json", '{"baichuan": {"format": 99}}', "[" * 100000])
+def test_a_config_that_is_no_engines_is_refused(folder, content):
+    (folder / CONFIG_NAME).write_text(content)
+    refused(folder, "build")
+
+
+def test_a_huge_config_is_refused(folder):
+    os.truncate(folder / CONFIG_NAME, engine.MAX_CONFIG_BYTES + 1)
+    refused(folder, "larger")
+
+
+def test_no_folder_at_all(tmp_path):
+    refused(tmp_path / "nothing", "build an engine")
+
+
+def test_another_version_and_another_world_are_refused(folder):
+    refused(folder, "v1_7b model, not v2_7b", model_version="v2_7b")
+    with pytest.raises(EngineError, match="built for 1 rank"):
+        run_ranks(2, lambda comm: open_session(folder, comm))
+
+
+def test_one_bad_rank_file_stops_every_rank(tmp_path):
+    tiny_engine.build(tmp_path, VERSION, tp_size=2)
+    rank_file(tmp_path, 1).unlink()
+    sentences = []
+
+    def run(comm):
+        try:
+            open_session(tmp_path, comm)
+        except EngineError as error:
+            sentences.append(str(error))
+
+    run_ranks(2, run)
+    assert len(sentences) == 2 and "rank1" in sentences[0] == sentences[1]
+
+
+def snapshot(folder):
+    return {path.name: manifest.describe(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("function", ["write_tensors", "write_config", "publish"])
+def test_a_build_that_fails_leaves_the_old_engine(folder, monkeypatch, function):
+    before = snapshot(folder)
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builder, function, fail)
+    with pytest.raises(OSError):
+        tiny_engine.build(folder, "v2_13b", tp_size=2)
+    assert snapshot(folder) == before
+    open_session(folder, Solo(), VERSION)
+
+
+def test_a_refused_check_leaves_the_old_engine(folder, monkeypatch):
+    before = snapshot(folder)
+    original = builder.build_engine
+
+    def refuse(_):
+        raise EngineError("the check fails")
+
+    monkeypatch.setattr(tiny_engine, "build_engine", lambda request: original(request, refuse))
+    with pytest.raises(EngineError, match="the check fails"):
+        tiny_engine.build(folder, VERSION, tp_size=2)
+    assert snapshot(folder) == before
+
+
+def test_a_new_engine_replaces_the_old_one_and_its_files(tmp_path):
+    tiny_engine.build(tmp_path, VERSION, tp_size=2)
+    (tmp_path / "notes.txt").write_text("the user's own")
+    (tmp_path / ".building-999999999-x").mkdir()  # an interrupted build's, its process gone
+    tiny_engine.build(tmp_path, VERSION)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["baichuan_float32_tp1_rank0.engine", CONFIG_NAME, "notes.txt"]
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(folder, tmp_path):
+    tiny_engine.build(tmp_path / "again", VERSION)
+    assert read_engine(folder).files == read_engine(tmp_path / "again").files
+
+
+def test_resources_are_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UnsupportedError, match=r"needs 0\.\d\d GB on the disk"):
+        tiny_engine.build(tmp_path / "a", VERSION)
+    monkeypatch.undo()
+    monkeypatch.setattr(builder, "PROCESS_BYTES", 1 << 50)
+    with pytest.raises(UnsupportedError, match="host memory"):
+        tiny_engine.build(tmp_path / "a", VERSION)
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        tiny_engine.build(tmp_path / "file" / "engine", VERSION)

@@ -1,0 +1,107 @@
+"""The model and the reference executor against the original code's numbers."""
+
+from dataclasses import replace
+
+import golden_sessions
+import goldens
+import pytest
+import torch
+from golden_sessions import GREEDY
+from goldens import FLOAT32_TOLERANCE, LENGTHS, VERSIONS_WITH_GOLDENS
+
+from baichuan import position
+from baichuan.config import QuantConfig
+from baichuan.executors.reference import ReferenceExecutor
+from baichuan.records import Step
+from baichuan.session import Session
+
+TP_SIZES = [("v1_7b", 1), ("v1_7b", 2), ("v1_7b", 4), ("v2_13b", 1), ("v2_13b", 2), ("v2_13b", 5)]
+# Largest and mean difference of logits whose standard deviation is about 3, from the goldens' README: rounding every
+# activation to 11 (float16) or 8 (bfloat16) bits.
+ROUNDED = {"float16": (0.07, 0.008), "bfloat16": (0.5, 0.07)}
+
+
+def prompts(version):
+    return [goldens.golden(version)[f"ids_{length}"].tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize(("version", "tp_size"), TP_SIZES)
+def test_float32_equals_the_original(version, tp_size):
+    golden = goldens.golden(version)
+
+    def run(session):
+        scores = session.score(prompts(version))
+        return scores, [session.generate([prompt], GREEDY, 24, keep_logits=True)[0] for prompt in prompts(version)]
+
+    scores, generations = golden_sessions.on_ranks(version, "float32", tp_size, run)
+    for length, logits, generation in zip(LENGTHS, scores, generations, strict=True):
+        assert (logits - golden[f"logits_{length}"]).abs().max() <= FLOAT32_TOLERANCE
+        assert generation.ids == golden[f"gen_{length}"].tolist()
+        assert (generation.logits - golden[f"gen_logits_{length}"]).abs().max() <= FLOAT32_TOLERANCE
+        assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize(("version", "tp_size"), TP_SIZES[::2])
+def test_lower_precisions_are_near_the_original(version, tp_size, dtype):
+    scores = golden_sessions.on_ranks(version, dtype, tp_size, lambda session: session.score(prompts(version)))
+    largest, mean = ROUNDED[dtype]
+    for length, logits in zip(LENGTHS, scores, strict=True):
+        error = (logits - goldens.golden(version)[f"logits_{length}"]).abs()
+        assert error.max() <= largest
+        assert error.mean() <= mean
+
+
+@pytest.mark.parametrize("version", VERSIONS_WITH_GOLDENS)
+@pytest.mark.parametrize("max_num_tokens", [0, 20, 7])
+def test_a_ragged_batch_in_chunks_equals_single_prompts(version, max_num_tokens):
+    session = golden_sessions.session(version, max_num_tokens=max_num_tokens)
+    generations = session.generate(prompts(version), GREEDY, 24)
+    expected = [goldens.golden(version)[f"gen_{length}"].tolist() for length in LENGTHS]
+    assert [generation.ids for generation in generations] == expected
+
+
+def score_with(version, monkeypatch=None, **changes):
+    """Logits of the prompt of 33 tokens from changed weights."""
+    weights = replace(golden_sessions.weights(version), **changes)
+    model = golden_sessions.model(version)
+    session = Session(ReferenceExecutor(model, QuantConfig(), weights), model, golden_sessions.LIMITS)
+    return session.score([prompts(version)[2]])[0]
+
+
+def distance(version, logits):
+    return (logits - goldens.golden(version)["logits_33"]).abs().max()
+
+
+def test_a_head_that_is_not_normalised_is_noticed():
+    raw = golden_sessions.weights("v2_13b").lm_head
+    lengths = torch.rand(raw.weight.shape[0], 1) + 0.5
+    assert distance("v2_13b", score_with("v2_13b")) <= FLOAT32_TOLERANCE
+    assert distance("v2_13b", score_with("v2_13b", lm_head=replace(raw, weight=raw.weight * lengths))) > 0.1
+
+
+def test_wrong_slopes_are_noticed(monkeypatch):
+    right = position.alibi_slopes
+    monkeypatch.setattr(position, "alibi_slopes", lambda heads: right(heads).roll(1))
+    assert distance("v2_13b", score_with("v2_13b")) > 0.1
+
+
+def test_wrong_positions_are_noticed(monkeypatch):
+    right = position.rope_table
+    monkeypatch.setattr(position, "rope_table", lambda *args: [each.roll(1, 0) for each in right(*args)])
+    assert distance("v1_7b", score_with("v1_7b")) > 0.01
+
+
+def test_the_cache_can_be_reordered_grown_and_shrunk():
+    version, golden = "v1_7b", goldens.golden("v1_7b")
+    session = golden_sessions.session(version)
+    executor = session.executor
+    executor.reset(4, 64)
+    step = Step.of([prompts(version)[1], prompts(version)[2]])
+    logits = executor.forward(step)
+    for parents in ([1, 0, 1, 0], [2, 1], [1]):  # prompt 2, prompt 1, ...
+        chosen = torch.tensor(parents)
+        executor.reorder_cache(chosen)
+        step = step.next(logits.argmax(-1)[chosen], chosen)
+        logits = executor.forward(step)
+    assert logits.argmax(-1).tolist() == [golden["gen_7"][3]]
