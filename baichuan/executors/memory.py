@@ -35,3 +35,14 @@ def require_host_memory(size: int, what: str) -> None:
             f"{what} needs {size / 1e9:.2f} GB of host memory and {available / 1e9:.2f} GB are free; "
             "use a smaller batch, shorter lengths or more ranks"
         )
+
+
+def require_device_memory(size: int, what: str, device: torch.device) -> None:
+    """Raise UnsupportedError unless `size` bytes of the GPU's memory are free, PyTorch's unused blocks included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    if size > free:
+        raise UnsupportedError(
+            f"{what} needs {size / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free; "
+            "use a smaller batch, shorter lengths, more ranks or an 8-bit KV cache"
+        )

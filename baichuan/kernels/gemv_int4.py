@@ -18,6 +18,8 @@ from baichuan.kernels.planes import make_planes
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv
 
+CHUNK = 32  # input channels in 16 bytes, which one group holds
+
 
 @triton.jit
 def _offset_nibbles(word):

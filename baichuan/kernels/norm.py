@@ -48,14 +48,17 @@ def add_rms_norm(
     eps: float,
     quantised: torch.dtype | None = None,
     input_scale: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(norm of x + residual, x + residual, scale) as ops.Ops.add_rms_norm says.
 
     With `quantised` (int8 or float8_e4m3fn) the norm comes as such numbers: with input_scale [1], or int8 with
     max / 127 of each token.  x, residual: [num_tokens, hidden_size] -> the scale is [1] or [num_tokens] float32.
+    x + residual is written to `total` if given.
     """
     num_tokens, width = x.shape
-    total = x if residual is None else torch.empty_like(x)
+    if total is None:
+        total = x if residual is None else torch.empty_like(x)
     out = torch.empty_like(x, dtype=quantised or x.dtype)
     scale = input_scale
     mode = NONE if quantised is None else GIVEN

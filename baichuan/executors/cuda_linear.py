@@ -1,0 +1,141 @@
+"""`linear` on a GPU: for each type of weight and number of rows the kernel that measures fastest (docs/performance.md).
+
+What comes before a product may still be pending: a norm or a gated activation is computed by the kernel that suits the
+product, inside the GEMV, on the way into its integers, or by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baichuan.comm import Communicator
+from baichuan.errors import UnsupportedError
+from baichuan.executors.cuda_products import fp8_product, int8_product, product
+from baichuan.kernels.dequantise import dequantise_to
+from baichuan.kernels.gemm import gemm
+from baichuan.kernels.gemv import NormInput, gemv
+from baichuan.kernels.gemv_8bit import gemv_8bit
+from baichuan.kernels.gemv_int4 import CHUNK, gemv_int4
+from baichuan.kernels.gemv_w8a8 import gemv_w8a8
+from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.rows import quantise_rows
+from baichuan.kernels.silu import silu_mul
+from baichuan.quant.smoothquant import quantise_input
+from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
+
+
+@dataclass(frozen=True)
+class GatedInput:
+    """silu(gate) * up, still to be computed."""
+
+    gate_up: Tensor  # [num_tokens, 2 * intermediate]
+
+
+Input = Tensor | NormInput | GatedInput
+
+GEMM_ROWS = 256  # more rows than this are dequantised once and multiplied by cuBLAS
+
+
+def num_rows(x: Input) -> int:
+    return _tensor_of(x).shape[0]
+
+
+def _tensor_of(x: Input) -> Tensor:
+    match x:
+        case NormInput():
+            return x.x
+        case GatedInput():
+            return x.gate_up
+    return x
+
+
+def materialise(x: Input) -> Tensor:
+    """The pending operation's result in the model's dtype."""
+    match x:
+        case NormInput():
+            return add_rms_norm(x.x, x.residual, x.weight, x.eps, total=x.total)[0]
+        case GatedInput():
+            return silu_mul(x.gate_up)[0]
+    return x
+
+
+class CudaLinear:
+    """x @ Wᵀ accumulated in float32 (W8A8: int32) and rounded once."""
+
+    def __init__(self, comm: Communicator, own_kernels: bool):
+        self.comm = comm
+        self.own_kernels = own_kernels  # False = PyTorch's products alone (build.py --use_gemm_plugin off)
+
+    def __call__(self, x: Input, weight: Weight, out_dtype: torch.dtype) -> Tensor:
+        """x: [num_tokens, in_features] -> [num_tokens, out_features]"""
+        if self._one_row(x, weight):
+            return self._gemv(x, weight, out_dtype, gated=False)
+        match weight:
+            case DenseWeight(w):
+                return product(materialise(x), w, out_dtype)
+            case Int8Weight(q, scale) | Int4Weight(q, scale):
+                x = materialise(x)
+                if self.own_kernels and x.shape[0] <= GEMM_ROWS:
+                    return gemm(x, q, scale, out_dtype)
+                return product(x, dequantise_to(q, scale, x.dtype), out_dtype)
+            case SmoothQuantWeight(q, scale):
+                x8, x_scale = self._quantised(x, weight)
+                if self.own_kernels:
+                    return gemm(x8, q, scale, out_dtype, x_scale)
+                return int8_product(x8, x_scale, q, scale, out_dtype)
+            case Fp8Weight(q, scale, input_scale):
+                x8, _ = self._quantised(x, weight)
+                return fp8_product(x8, input_scale, q, scale, out_dtype)
+        raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
+
+    def gated(self, x: Input, weight: Weight, dtype: torch.dtype) -> Input:
+        """silu(first half of x @ Wᵀ) * second half, perhaps pending."""
+        if self._one_row(x, weight):
+            return self._gemv(x, weight, dtype, gated=True)
+        return GatedInput(self(x, weight, dtype))
+
+    def _one_row(self, x: Input, weight: Weight) -> bool:
+        """Whether a GEMV kernel takes this product."""
+        if not self.own_kernels or num_rows(x) != 1:
+            return False
+        match weight:
+            case DenseWeight():
+                return True
+            case Int4Weight(packed, scale):
+                return packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0
+            case _:
+                return weight.weight.shape[1] % 16 == 0
+
+    def _gemv(self, x: Input, weight: Weight, out_dtype: torch.dtype, gated: bool) -> Tensor:
+        if isinstance(x, GatedInput):
+            x = materialise(x)
+        match weight:
+            case DenseWeight(w):
+                return gemv(x, w, out_dtype, gated)
+            case Int8Weight(q, scale):
+                return gemv_8bit(x, q, scale, out_dtype, gated=gated)
+            case Fp8Weight(q, scale, input_scale):
+                return gemv_8bit(x, q, scale, out_dtype, input_scale, gated)
+            case Int4Weight(packed, scale):
+                return gemv_int4(x, packed, scale, out_dtype, gated)
+            case SmoothQuantWeight(q, scale):
+                x8, x_scale = self._quantised(x, weight)
+                return gemv_w8a8(x8, q, scale, x_scale, out_dtype, gated)
+        raise UnsupportedError(f"the CUDA executor has no GEMV for {type(weight).__name__}")
+
+    def _quantised(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
+        """x as 8-bit numbers with a scale for each row or for all, by the kernel that also makes x."""
+        smoother = getattr(weight, "smoother", None)
+        scale, dtype = weight.input_scale, weight.weight.dtype
+        if scale is None and smoother is not None and self.comm.world_size > 1:
+            return quantise_input(materialise(x), weight, self.comm)  # a token's maximum is over the ranks
+        match x:
+            case NormInput() if smoother is None:
+                q, _, scale = add_rms_norm(x.x, x.residual, x.weight, x.eps, dtype, scale, x.total)
+                return q, scale
+            case GatedInput():
+                return silu_mul(x.gate_up, dtype, scale, smoother)
+        return quantise_rows(materialise(x), dtype, scale, smoother)

@@ -1,0 +1,113 @@
+"""ops.Ops on a GPU.
+
+A norm, a linear and a gated activation return what is still to be computed, and the op that consumes it chooses the
+kernel: a norm is folded into the GEMV or the quantisation after it, silu_mul into the GEMV before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baichuan import position
+from baichuan.comm import Communicator
+from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, materialise
+from baichuan.executors.reference import ReferenceOps
+from baichuan.kernels.decode_attention import choose_splits, decode_attention
+from baichuan.kernels.gemv import NormInput
+from baichuan.kernels.kv_store import store_kv
+from baichuan.kernels.prefill_attention import prefill_attention
+from baichuan.kernels.rows import gather_rows
+from baichuan.records import AttentionSpec, LayerCache, Step, Weight
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What build.py lets the user choose about the kernels."""
+
+    own_attention: bool = True  # --use_gpt_attention_plugin; else PyTorch's
+    own_gemm: bool = True  # --use_gemm_plugin; else PyTorch's
+    split_keys: bool = True  # --multi_block_mode
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ Wᵀ, still to be computed."""
+
+    x: Input
+    weight: Weight
+
+
+class CudaOps:
+    """ops.Ops for sequences of up to `capacity` tokens.  Nothing waits for the GPU with own_attention."""
+
+    def __init__(
+        self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device, switches: Switches
+    ):
+        self.comm, self.switches = comm, switches
+        self.multiply = CudaLinear(comm, switches.own_gemm)
+        slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
+        self.slopes = slopes.to(device)
+        unread = self.slopes, self.slopes
+        self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device) if spec.rotary else unread
+        if not switches.own_attention:
+            self.library = ReferenceOps(spec, comm, capacity, device)
+
+    def embedding(self, tokens, weight):
+        return gather_rows(weight, tokens)
+
+    def add_rms_norm(self, x, residual, weight, eps):
+        x = self._tensor(x)
+        total = x if residual is None else torch.empty_like(x)
+        return NormInput(x, residual, weight, eps, total), total
+
+    def linear(self, x: Input, weight: Weight) -> Product:
+        return Product(x, weight)
+
+    def attention(self, qkv: Product, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
+        qkv = self._tensor(qkv)
+        if not self.switches.own_attention:
+            return self.library.attention(qkv, cache, spec, step)
+        if step.max_new_tokens == 1:
+            splits = self.splits(step, spec)
+            return decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits)
+        store_kv(qkv, self.cos, self.sin, cache, spec, step)
+        return prefill_attention(qkv, self.slopes, cache, spec, step)
+
+    def splits(self, step: Step, spec: AttentionSpec) -> int:
+        """Into how many blocks a decode step's keys are split."""
+        if not self.switches.split_keys:
+            return 1
+        return choose_splits(step.batch_size * spec.num_heads, step.max_context_length)
+
+    def silu_mul(self, gate_up: Product) -> Input:
+        if isinstance(gate_up, Product):
+            return self.multiply.gated(gate_up.x, gate_up.weight, _dtype(gate_up.x))
+        return GatedInput(gate_up)
+
+    def all_reduce(self, x):
+        return self.comm.all_reduce(self._tensor(x))
+
+    def select_rows(self, x: Input, rows) -> Input:
+        if isinstance(x, NormInput) and x.x.shape[0] == rows.shape[0] == 1:
+            return x  # the one row there is
+        return gather_rows(materialise(x), rows)
+
+    def head(self, x: Input, weight: Weight, vocab_size: int) -> Tensor:
+        return self.comm.all_gather(self.multiply(x, weight, torch.float32))[:, :vocab_size]
+
+    def _tensor(self, x) -> Tensor:
+        """x, computed if it is pending."""
+        return self.multiply(x.x, x.weight, _dtype(x.x)) if isinstance(x, Product) else materialise(x)
+
+
+def _dtype(x: Input) -> torch.dtype:
+    """The model's dtype, which a pending operation's operands have."""
+    match x:
+        case NormInput():
+            return x.x.dtype
+        case GatedInput():
+            return x.gate_up.dtype
+    return x.dtype

@@ -1,0 +1,53 @@
+"""A quantised matrix written out in a float type, for products whose arithmetic dwarfs the copy."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.primitives import start_dependents, to_float32
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+
+
+@triton.jit
+def _dequantise(
+    weight, scale,
+    width,
+    out,
+    INT4: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    stored = tl.load(weight + row * width + columns, mask, other=0)
+    if INT4:
+        byte = stored.to(tl.int8, bitcast=True)
+        # both nibbles of a byte lie in one group, or the group is the whole row
+        factor = tl.load(scale + row * (2 * width // GROUP) + 2 * columns // GROUP, mask, other=0.0).to(tl.float32)
+        even = ((byte << 4) >> 4).to(tl.float32) * factor
+        odd = (byte >> 4).to(tl.float32) * factor
+        both = tl.interleave(even, odd)
+        target = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        tl.store(out + row * 2 * width + target, both.to(out.dtype.element_ty), target < 2 * width)
+    else:
+        value = to_float32(stored) * tl.load(scale + row)
+        tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask)
+
+
+DEQUANTISE = KernelSpec(_dequantise, ("weight", "scale"), ("width",), ("out",))
+
+
+def dequantise_to(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dense matrix, rounded to dtype.  weight: [out_features, in_features] int8 or [out_features, in_features / 2]
+    uint8; scale: [out_features] or, for uint8, [out_features, groups] -> [out_features, in_features]"""
+    int4 = weight.dtype == torch.uint8
+    rows, width = weight.shape
+    in_features = width * 2 if int4 else width
+    out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+    block = min(next_power_of_2(width), 2048)
+    constants = {"INT4": int4, "GROUP": in_features // scale.shape[1] if int4 else 0, "BLOCK": block}
+    DEQUANTISE.launch((rows, cdiv(width, block)), (weight, scale), (width,), (out,), constants)
+    return out

@@ -1,0 +1,57 @@
+"""Timing on a GPU: captured graphs, events, weights rotated out of the caches, and the ceilings of this very GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+CACHE_BYTES = 256 << 20  # several times the second-level cache of any GPU so far
+
+
+def copies_beyond_cache(bytes_each: int) -> int:
+    """How many copies of an operand outgrow the caches together."""
+    return max(2, -(-CACHE_BYTES // max(bytes_each, 1)))
+
+
+def seconds(calls: Sequence[Callable[[], object]], replays: int = 5, calls_per_graph: int = 0) -> float:
+    """Time of one call: the median over replays of a graph that goes through `calls` in turn, at least 20 in all."""
+    count = calls_per_graph or max(20, len(calls))
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            calls[index % len(calls)]()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / count)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, read and written bytes counted."""
+    source = torch.empty(2 << 30, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)], calls_per_graph=3)
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """Operations a second of a size³ matrix product by cuBLAS, on random numbers."""
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    if dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device="cuda")
+        time = seconds([lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float16)], calls_per_graph=5)
+    elif dtype == torch.int8:
+        a, b = (torch.randint(-127, 128, (size, size), device="cuda", dtype=torch.int8) for _ in range(2))
+        time = seconds([lambda: torch._int_mm(a, b.t())], calls_per_graph=5)
+    else:
+        time = seconds([lambda: torch.mm(a, b.t())], calls_per_graph=5)
+    return 2 * size**3 / time

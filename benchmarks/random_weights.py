@@ -1,0 +1,106 @@
+"""One rank's weights of any precision, drawn on the device itself: full-size models in seconds, nothing on disk.
+
+Activations stay of order 1 and no two matrices are alike, so that caches and compression help nobody.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.records import (
+    DenseWeight,
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    LayerWeights,
+    ModelWeights,
+    SmoothQuantWeight,
+    Weight,
+)
+
+INT8_DEVIATION = 73.3  # of uniform integers in [-127, 127]
+INT4_DEVIATION = 4.6  # of uniform integers in [-8, 7]
+
+
+class RandomWeights:
+    """Draws the parts of a model; the same seed gives the same numbers on the same kind of device."""
+
+    def __init__(self, model: ModelConfig, quant: QuantConfig, device: torch.device | str, seed: int = 0):
+        self.model, self.quant, self.device = model, quant, torch.device(device)
+        self.dtype = getattr(torch, model.dtype)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def rank(self, tp_size: int = 1) -> ModelWeights:
+        """The weights of one of tp_size ranks."""
+        model, quant = self.model, self.quant
+        hidden, intermediate = model.hidden_size, model.intermediate_size // tp_size
+        vocab_rows = -(-model.vocab_size // tp_size)
+        kv_scale = self._full(1, 0.04) if quant.kv_cache == "int8" else self._full(1, 0.01)
+
+        def layer() -> LayerWeights:
+            return LayerWeights(
+                input_norm=self._norm(hidden),
+                qkv=self.linear(3 * hidden // tp_size, hidden, absorbed=True),
+                o_proj=self.linear(hidden, hidden // tp_size, absorbed=False),
+                post_norm=self._norm(hidden),
+                gate_up=self.linear(2 * intermediate, hidden, absorbed=True),
+                down_proj=self.linear(hidden, intermediate, absorbed=False),
+                k_scale=None if quant.kv_cache == "none" else kv_scale,
+                v_scale=None if quant.kv_cache == "none" else kv_scale,
+            )
+
+        return ModelWeights(
+            embedding=self._normal((model.vocab_size, hidden), 1.0),
+            layers=tuple(layer() for _ in range(model.num_layers)),
+            norm=self._norm(hidden),
+            lm_head=self.linear(vocab_rows, hidden, True)
+            if quant.quantize_lm_head
+            else self._dense(vocab_rows, hidden),
+        )
+
+    def linear(self, out_features: int, in_features: int, absorbed: bool) -> Weight:
+        """A matrix of the quantisation.  absorbed: a norm before it holds its SmoothQuant smoother."""
+        shape, deviation = (out_features, in_features), in_features**-0.5
+        match self.quant.weights:
+            case "none":
+                return self._dense(*shape)
+            case "int8":
+                return Int8Weight(
+                    self._integers(shape, -127, 128), self._full(out_features, deviation / INT8_DEVIATION)
+                )
+            case "int4":
+                groups = in_features // (self.quant.group_size or in_features)
+                packed = self._integers((out_features, in_features // 2), 0, 256, torch.uint8)
+                scale = torch.full(
+                    (out_features, groups), deviation / INT4_DEVIATION, dtype=self.dtype, device=self.device
+                )
+                return Int4Weight(packed, scale)
+            case "smooth_quant":
+                return SmoothQuantWeight(
+                    weight=self._integers(shape, -127, 128),
+                    scale=self._full(out_features, deviation / INT8_DEVIATION),
+                    input_scale=None if self.quant.per_token else self._full(1, 0.03),
+                    smoother=None if absorbed else self._full(in_features, 1.0),
+                )
+            case "fp8":
+                weight = self._normal(shape, 16.0).to(torch.float8_e4m3fn)
+                return Fp8Weight(weight, self._full(out_features, deviation / 16), self._full(1, 0.02))
+        raise ValueError(self.quant.weights)
+
+    def _dense(self, out_features: int, in_features: int) -> DenseWeight:
+        return DenseWeight(self._normal((out_features, in_features), in_features**-0.5))
+
+    def _norm(self, width: int) -> Tensor:
+        return 1 + self._normal((width,), 0.1)
+
+    def _normal(self, shape: tuple[int, ...], deviation: float) -> Tensor:
+        x = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return x.normal_(0, deviation, generator=self.generator)
+
+    def _integers(self, shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype = torch.int8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device).random_(low, high, generator=self.generator)
+
+    def _full(self, size: int, value: float) -> Tensor:
+        return torch.full((size,), value, dtype=torch.float32, device=self.device)

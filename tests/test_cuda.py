@@ -1,0 +1,124 @@
+"""The CUDA executor on a GPU: the original code's numbers, graphs, and that every run is the same run."""
+
+import goldens
+import pytest
+import torch
+from kernel_device import DEVICE, relative_error, to_device
+
+import weight
+from baichuan.checkpoint.hub_config import read_model_config
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfig
+from baichuan.errors import UnsupportedError
+from baichuan.executors.cuda import CudaExecutor
+from baichuan.executors.cuda_graph import padded_batch_size
+from baichuan.executors.cuda_ops import Switches
+from baichuan.records import Step
+from baichuan.session import Session
+from benchmarks.random_weights import RandomWeights
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")]
+
+GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
+SMALL = ModelConfig("v1_7b", 256, 3, 2, 512, 400)
+MAX_ERROR = {"float32": 2e-4, "float16": 0.1, "bfloat16": 0.6}  # on logits of deviation 3: the goldens' README
+
+
+def executor(model=SMALL, quant=None, switches=None, seed=0) -> CudaExecutor:
+    quant = quant or QuantConfig()
+    return CudaExecutor(model, quant, RandomWeights(model, quant, DEVICE, seed).rank(), switches=switches)
+
+
+@pytest.mark.parametrize("dtype", MAX_ERROR)
+@pytest.mark.parametrize("version", goldens.VERSIONS_WITH_GOLDENS)
+@pytest.mark.parametrize("own", [True, False], ids=["our kernels", "PyTorch's"])
+def test_logits_and_tokens_of_the_original_code(version, dtype, own):
+    if version == "v2_13b" and dtype == "float16":
+        pytest.skip("the goldens of the 13B model were made in bfloat16")
+    checkpoint, golden = goldens.checkpoint(version), goldens.golden(version)
+    model = read_model_config(checkpoint, version, dtype)
+    weights = to_device(weight.load_rank(weight.WeightSource(checkpoint), model, QuantConfig()))
+    cuda = CudaExecutor(model, QuantConfig(), weights, switches=Switches(own, own))
+    session = Session(cuda, model, BuildConfig(max_batch_size=4))
+    prompts = [golden[f"ids_{length}"].tolist() for length in goldens.LENGTHS]
+    for length, logits in zip(goldens.LENGTHS, session.score(prompts), strict=True):
+        assert (logits.cpu() - golden[f"logits_{length}"]).abs().max() < MAX_ERROR[dtype]
+    if dtype == "float32":
+        results = session.generate(prompts, GREEDY, 24)
+        assert [result.ids for result in results] == [golden[f"gen_{length}"].tolist() for length in goldens.LENGTHS]
+
+
+@pytest.mark.parametrize(
+    "quant", [QuantConfig(), QuantConfig("int4", group_size=64, kv_cache="int8")], ids=["dense", "int4"]
+)
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_a_graph_computes_what_the_kernels_compute_without_it(quant, rows):
+    prompts = [list(range(5 + row, 25 + 2 * row)) for row in range(rows)]
+    logits = {}
+    for captures in (True, False):
+        cuda = executor(quant=quant)
+        cuda.captures = captures
+        logits[captures] = greedy_logits(cuda, prompts, steps=6)
+    assert torch.equal(logits[True], logits[False]) or padded_batch_size(rows) != rows
+    assert relative_error(logits[True], logits[False]) < 5e-3  # another padded batch is another product
+
+
+def greedy_logits(cuda, prompts, steps):
+    cuda.reset(len(prompts), 64)
+    step, kept = Step.of(prompts, device=DEVICE), []
+    for _ in range(steps):
+        kept.append(cuda.forward(step).clone())
+        step = step.next(kept[-1].argmax(-1))
+    return torch.stack(kept)
+
+
+def test_two_hundred_steps_twice_are_the_same_tokens():
+    prompts = [[7, 8, 9], [10] * 40]
+    limits = BuildConfig(max_batch_size=2, max_output_len=200)
+    sampling = SamplingConfig(top_k=20, top_p=0.9, temperature=1.0, random_seed=3, eos_id=-1)
+    texts = []
+    for _ in range(2):
+        session = Session(executor(), SMALL, limits)
+        texts += [[result.ids for result in session.generate(prompts, sampling, 200)] for _ in range(2)]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert len(set(texts[0][0])) > 50
+
+
+def test_graphs_survive_a_smaller_request_and_a_larger_one_is_right():
+    """The caches stay as they are for a request that fits, padding rows included, and grow for one that does not."""
+    cuda = executor()
+    alone = greedy_logits(executor(), [[1, 2, 3]], 4)
+    for rows in (4, 1, 3, 1):
+        prompts = [[1, 2, 3]] * rows
+        assert relative_error(greedy_logits(cuda, prompts, 4)[:, 0], alone[:, 0]) < 5e-3
+    cuda.reset(2, 5000)
+    long = [list(range(1, 301)) * 10, [1, 2, 3]]
+    step = Step.of(long, device=DEVICE)
+    cuda.forward(step)
+    following = cuda.forward(step.next(torch.tensor([5, 6], device=DEVICE)))
+    fresh = executor()
+    fresh.reset(2, 3001)
+    again = fresh.forward(Step.of([[*long[0], 5], [*long[1], 6]], device=DEVICE))
+    assert relative_error(following, again) < 5e-3  # 3000 keys in several splits, against one prefill
+
+
+def test_reordered_rows_continue_their_parents():
+    cuda = executor()
+    cuda.reset(4, 32)
+    step = Step.of([[1, 2, 3], [4, 5]], device=DEVICE)
+    cuda.forward(step)
+    parents, tokens = torch.tensor([1, 1, 0], device=DEVICE), torch.tensor([9, 10, 11], device=DEVICE)
+    cuda.reorder_cache(parents)
+    logits = cuda.forward(step.next(tokens, parents))
+    whole = executor()
+    whole.reset(3, 32)
+    expected = whole.forward(Step.of([[4, 5, 9], [4, 5, 10], [1, 2, 3, 11]], device=DEVICE))
+    assert relative_error(logits, expected) < 5e-3
+
+
+def test_too_large_a_cache_is_refused_with_its_size():
+    with pytest.raises(UnsupportedError, match="GB of GPU memory"):
+        executor().reset(100_000, 1 << 20)
+
+
+def test_padded_batch_sizes():
+    assert [padded_batch_size(n) for n in (1, 2, 3, 5, 8, 9, 63, 65, 200, 257)] == [1, 2, 4, 8, 8, 16, 64, 96, 224, 384]

@@ -1,0 +1,86 @@
+"""The CUDA executor's ops against the reference executor on tiny models of every precision: in Triton's interpreter
+and float32, or on the GPU where there is one.
+"""
+
+import pytest
+import torch
+from kernel_device import DEVICE, relative_error, to_device
+
+from baichuan.comm import Solo
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.memory import KV_DTYPES
+from baichuan.executors.reference import ReferenceExecutor
+from baichuan.model import attention_spec, forward
+from baichuan.records import LayerCache, Step
+from benchmarks.random_weights import RandomWeights
+
+MODELS = {
+    version: ModelConfig(version, 64, 2, 2, 96, 34, dtype="float32") for version in ("v1_7b", "v2_13b")
+}  # 7B: RoPE, 13B: ALiBi
+FLOAT32_SUMS = 1e-5  # another order of summation, through two layers
+OFFSET_SUMS = 1e-4  # int4's GEMV sums numbers near 128 and 2048, which costs a few bits of float32
+ROUNDED_INPUTS = 0.02  # an input that rounds to the neighbouring 8-bit number moves by up to a 127th of the maximum
+QUANTS = {
+    "dense": (QuantConfig(), FLOAT32_SUMS),
+    "int8": (QuantConfig("int8", quantize_lm_head=True), FLOAT32_SUMS),
+    "int4": (QuantConfig("int4"), OFFSET_SUMS),
+    "int4 in groups": (QuantConfig("int4", group_size=32), OFFSET_SUMS),
+    "smooth_quant": (QuantConfig("smooth_quant"), ROUNDED_INPUTS),
+    "smooth_quant per token": (QuantConfig("smooth_quant", per_token=True), ROUNDED_INPUTS),
+    "fp8": (QuantConfig("fp8"), ROUNDED_INPUTS),
+    "int8 cache": (QuantConfig(kv_cache="int8"), ROUNDED_INPUTS),
+}
+CAPACITY = 24
+
+
+class OnDevice:
+    """CudaOps with its caches, as CudaExecutor has them, on any device."""
+
+    def __init__(self, model, quant, weights, rows, switches):
+        self.model, self.weights = model, weights
+        self.spec = attention_spec(model, 0, 1)
+        self.ops = CudaOps(self.spec, Solo(), CAPACITY, DEVICE, switches)
+        shape = (rows, self.spec.num_heads, CAPACITY, self.spec.head_dim)
+        dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
+        self.caches = [
+            LayerCache(*torch.zeros(2, *shape, dtype=dtype, device=DEVICE), layer.k_scale, layer.v_scale)
+            for layer in weights.layers
+        ]
+
+    def forward(self, step):
+        with torch.inference_mode():
+            return forward(self.ops, self.model, self.weights, self.caches, self.spec, step)
+
+
+ONE, THREE = [[3, 1, 4, 1]], [[9, 2, 6], [5], [3, 5]]
+
+
+@pytest.mark.parametrize(
+    "version, prompts, own",
+    [("v1_7b", ONE, True), ("v2_13b", THREE, True), ("v1_7b", THREE, False)],
+    ids=["7B, one row", "13B, three rows", "7B, PyTorch's own kernels"],
+)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_logits_are_the_reference_executors(version, prompts, own, quant):
+    quant, tolerance = QUANTS[quant]
+    model = MODELS[version]
+    weights = RandomWeights(model, quant, "cpu").rank()
+    reference = ReferenceExecutor(model, quant, weights)
+    reference.reset(len(prompts), CAPACITY)
+    ours = OnDevice(model, quant, to_device(weights), len(prompts), Switches(own, own))
+    step = Step.of(prompts, all_outputs=True)
+    for _ in range(3):  # a prefill and two decode steps
+        expected = reference.forward(step)
+        assert relative_error(ours.forward(to_device(step)), expected) < tolerance
+        step = step.next(expected[torch.isin(torch.arange(len(expected)), step.cu_seqlens[1:] - 1)].argmax(-1))
+
+
+def test_the_tolerance_notices_a_wrong_weight():
+    model = MODELS["v1_7b"]
+    weights, other = (RandomWeights(model, QuantConfig("int8"), "cpu", seed).rank() for seed in (0, 1))
+    reference = ReferenceExecutor(model, QuantConfig("int8"), weights)
+    reference.reset(1, CAPACITY)
+    ours = OnDevice(model, QuantConfig("int8"), to_device(other), 1, Switches())
+    step = Step.of([[1, 2, 3]])
+    assert relative_error(ours.forward(to_device(step)), reference.forward(step)) > ROUNDED_INPUTS
