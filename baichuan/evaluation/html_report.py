@@ -46,7 +46,7 @@ td small { display: block; color: var(--quiet) }
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font-size: 13px; font-family: inherit }
 svg .tick { fill: var(--quiet); font-size: 11px } svg .grid { stroke: var(--line) } svg .whisker { stroke: var(--ink) }
 .texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin: .6rem 0 1rem }
-.text { background: var(--panel); border-radius: 6px; padding: .8rem; max-height: 22rem; overflow: auto }
+.text { background: var(--panel); border-radius: 6px; padding: .8rem; max-height: 24rem; overflow: auto }
 .text div { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem }
 .text p { font-size: .8rem; margin: .6rem 0 0 }
 mark { background: var(--mark); color: inherit }
