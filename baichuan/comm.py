@@ -18,6 +18,7 @@ LEAVE_TIMEOUT_S = 5.0
 class Communicator(Protocol):
     rank: int
     world_size: int
+    capturable: bool  # whether a CUDA graph can hold its collectives
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, added in rank order in float32 and rounded once: the same bits on each rank."""
@@ -41,6 +42,7 @@ class Solo:
 
     rank = 0
     world_size = 1
+    capturable = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -55,7 +57,9 @@ class Solo:
 
 
 class _Gathering:
-    """The collectives, from one way of collecting every rank's tensor in rank order."""
+    """The collectives, from one way of collecting every rank's tensor in rank order, in host memory."""
+
+    capturable = False
 
     def _gather(self, x: Tensor) -> Tensor:  # [world_size, *x.shape]
         raise NotImplementedError

@@ -37,5 +37,15 @@ def open_executor(engine: Engine, comm: Communicator) -> Executor:
             f"engines of backend {engine.build.backend} cannot be run yet; build with --backend torch"
         )
     weights = assemble(read_tensors(engine.rank_file(comm.rank)), engine.model, engine.quant)
-    logger.info("running on the CPU with %d threads", torch.get_num_threads())
-    return ReferenceExecutor(engine.model, engine.quant, weights, comm)
+    if not torch.cuda.is_available():
+        logger.info("running on the CPU with %d threads", torch.get_num_threads())
+        return ReferenceExecutor(engine.model, engine.quant, weights, comm)
+    from baichuan.executors import cuda_comm  # imports Triton, which the CPU path does without
+    from baichuan.executors.cuda import CudaExecutor, Switches
+    from baichuan.executors.cuda_load import load_on_gpu
+
+    device = cuda_comm.gpu_of_rank(comm)
+    logger.info("running on %s", torch.cuda.get_device_name(device))
+    switches = Switches(engine.build.gpt_attention_plugin, engine.build.gemm_plugin, engine.build.multi_block_mode)
+    comm = cuda_comm.Nccl(comm, device) if comm.world_size > 1 else comm
+    return CudaExecutor(engine.model, engine.quant, load_on_gpu(weights, device), comm, switches)

@@ -35,7 +35,7 @@ class CudaExecutor:
         self.device = weights.embedding.device
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
         self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
-        self.captures = self.switches.own_attention and isinstance(self.comm, Solo)
+        self.captures = self.switches.own_attention and self.comm.capturable
         self.caches: tuple[LayerCache, ...] = ()
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums are float32 (ops.py)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
