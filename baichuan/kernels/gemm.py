@@ -57,7 +57,7 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 @triton.jit
 def _gemm(
     x, x_scale, weight, scale,
-    num_rows, in_features, out_features,
+    num_rows, in_features, width, out_features,
     y,
     INT4: tl.constexpr, GROUP: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,7 +72,7 @@ def _gemm(
     m = (band * BAND + place % band_height) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = place // band_height * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
-    w_rows = tl.minimum(n, out_features - 1).to(tl.int64)[None, :]
+    w_rows = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     exact: tl.constexpr = x.dtype.element_ty == tl.int8
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if exact else tl.float32)
     for start in range(0, in_features, BLOCK_K):
@@ -80,18 +80,22 @@ def _gemm(
         a = tl.load(x_rows + k[None, :], (k < in_features)[None, :], other=0.0)
         if INT4:
             pair = start // 2 + tl.arange(0, BLOCK_K // 2)
-            inside = (pair < in_features // 2)[:, None]
-            packed = tl.load(weight + w_rows * (in_features // 2) + pair[:, None], inside, other=0)
+            packed = tl.load(weight + w_rows * width + pair[None, :], (pair < width)[None, :], other=0)
             even, odd = _int4_to_dtype(packed, a.dtype)
-            b = tl.trans(tl.interleave(tl.trans(even), tl.trans(odd)))  # [BLOCK_K, BLOCK_N]
+            b = tl.interleave(even, odd)  # [BLOCK_N, BLOCK_K]
             if GROUP > 0:
-                group = scale + w_rows * (in_features // GROUP)
-                b *= tl.load(group + (k // GROUP)[:, None], (k < in_features)[:, None], other=0.0).to(a.dtype)
+                SPAN: tl.constexpr = min(BLOCK_K, GROUP)  # of the block's channels that share a scale
+                GROUPS: tl.constexpr = BLOCK_K // SPAN
+                group = start // GROUP + tl.arange(0, GROUPS)
+                groups = in_features // GROUP
+                s = tl.load(scale + w_rows * groups + group[None, :], (group < groups)[None, :], other=0.0)
+                b = tl.reshape(b, (BLOCK_N, GROUPS, SPAN)) * s.to(a.dtype)[:, :, None]
+                b = tl.reshape(b, (BLOCK_N, BLOCK_K))
         else:
-            b = tl.load(weight + w_rows * in_features + k[:, None], (k < in_features)[:, None], other=0.0)
+            b = tl.load(weight + w_rows * width + k[None, :], (k < in_features)[None, :], other=0.0)
             if b.dtype != a.dtype:
                 b = to_dtype(b, a.dtype)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     result = acc.to(tl.float32)
     if X_SCALE:
         if ROW_SCALES:
@@ -104,7 +108,9 @@ def _gemm(
     tl.store(target, result.to(y.dtype.element_ty), (m < num_rows)[:, None] & (n < out_features)[None, :])
 
 
-GEMM = KernelSpec(_gemm, ("x", "x_scale", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
+GEMM = KernelSpec(
+    _gemm, ("x", "x_scale", "weight", "scale"), ("num_rows", "in_features", "width", "out_features"), ("y",)
+)
 
 
 def choose_tile(num_rows: int, x_dtype: torch.dtype) -> Tile:
@@ -143,7 +149,7 @@ def gemm(
     GEMM.launch(
         (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n),),
         (x, scale if x_scale is None else x_scale, weight, scale),
-        (num_rows, in_features, out_features),
+        (num_rows, in_features, weight.shape[1], out_features),
         (y,),
         {
             "INT4": int4,
