@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from baichuan import chat, token_files
+from baichuan.checkpoint.hf import resolve_tokenizer
 from baichuan.cli import Parser, add_model_version, run_script
 from baichuan.comm import Communicator
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
@@ -56,16 +57,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
-    tokenizer = Tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
+    folder = resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
+    tokenizer = Tokenizer(folder) if folder else None
     session = open_session(Path(args.engine_dir), comm, args.model_version)
     sampling = sampling_config(args, session.model.model_version)
+    roles = None
     if args.chat:
-        roles = chat.role_ids(Path(args.tokenizer_dir))
+        roles = chat.role_ids(folder if folder.is_dir() else folder.parent)
         sampling = replace(sampling, stop_ids=tuple(roles))
         if args.input_text is None:
             converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
             return 0
-    prompts = read_prompts(args, tokenizer, sampling)
+    prompts = read_prompts(args, tokenizer, roles, sampling.pad_id)
     stream = None
     if args.streaming and comm.rank == 0:
         stream = TextPrinter(tokenizer, opening=f'Input: "{tokenizer.decode(prompts[0])}"\nOutput: "', closing='"')
@@ -114,18 +117,19 @@ def sampling_config(args: argparse.Namespace, model_version: str) -> SamplingCon
     return replace(SAMPLING_DEFAULTS[model_version], **given)
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, sampling: SamplingConfig) -> list[list[int]]:
-    """Every prompt's ids."""
+def read_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, roles: chat.ChatRoles | None, pad_id: int
+) -> list[list[int]]:
+    """Every prompt's ids; with roles, each text is a user's message."""
     if args.input_tokens:
-        prompts = token_files.read_prompts(Path(args.input_tokens), sampling.pad_id)
+        prompts = token_files.read_prompts(Path(args.input_tokens), pad_id)
         if args.streaming and len(prompts) > 1:
             raise ConfigError(f"--streaming prints one text and {len(prompts)} prompts are given; give one")
         return prompts
     texts = args.input_text or [DEFAULT_TEXT]
-    if not args.chat:
+    if roles is None:
         return [tokenizer.encode(text) for text in texts]
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
-    roles = chat.role_ids(Path(args.tokenizer_dir))
     return [chat.build_chat_prompt(tokenizer, [*system, {"role": "user", "content": text}], *roles) for text in texts]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from baichuan.checkpoint.hf import resolve_folder
+from baichuan.checkpoint.hf import resolve_folder, resolve_tokenizer
 from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.cli import Parser, add_model_version, run_script
 from baichuan.comm import Communicator
@@ -153,7 +153,7 @@ def prepared_folder(output_dir: str | None) -> Path | None:
 
 
 def tokenizer_folder(args: argparse.Namespace) -> Path:
-    return Path(args.tokenizer_dir) if args.tokenizer_dir else resolve_folder(args.hf_model_dir)
+    return resolve_tokenizer(args.tokenizer_dir or args.hf_model_dir)
 
 
 def load_tasks(

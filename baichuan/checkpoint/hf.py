@@ -59,8 +59,8 @@ def resolve_folder(name: str) -> Path:
     Raises CheckpointError when it is neither, or cannot be downloaded.
     """
     folder = Path(name)
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        folder = _download(name)
+    if _is_hub_id(name):
+        folder = _download_weights(name)
     if not name or not folder.is_dir():
         raise CheckpointError(
             f"{name} is no folder and no hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"
@@ -69,6 +69,14 @@ def resolve_folder(name: str) -> Path:
     if len(found) > 1:
         logger.info("%s holds both %s and %s; reading %s", name, found[0][0], found[1][0], found[0][0])
     return folder
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """Where a tokenizer is: the path `name`, or a download of the hub's model without its weights.
+
+    Raises CheckpointError when it cannot be downloaded.
+    """
+    return _download(name) if _is_hub_id(name) else Path(name)
 
 
 def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
@@ -93,19 +101,29 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     return tensors
 
 
-def _download(name: str) -> Path:
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def _download_weights(name: str) -> Path:
+    """The hub's model with weights of the first format that it has."""
     for form in FORMATS:
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, form.index, *form.patterns]))
-        except Exception as error:  # the hub's client lets the errors of its HTTP library through
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{name} is no folder here and cannot be downloaded from the hub ({reason}); check the name and the "
-                "connection, or give a folder"
-            ) from None
+        folder = _download(name, (form.index, *form.patterns))
         if form.files(folder):
             break
     return folder
+
+
+def _download(name: str, weights: tuple[str, ...] = ()) -> Path:
+    """The hub's files of this model: DOWNLOADED, and weights that match the patterns."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, *weights]))
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name} is no folder here and cannot be downloaded from the hub ({reason}); check the name and the "
+            "connection, or give a folder"
+        ) from None
 
 
 def _open_shards(folder: Path, form: Format) -> dict[str, TensorSource]:
