@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     say("4. Summaries of the articles: each engine, and transformers on the same checkpoint")
     results = []
     for name in PRECISIONS:
-        sides = ["--test_trt_llm", "--engine_dir", str(out / "engines" / name)]
-        if name == "fp32":
-            sides += ["--test_hf", "--data_type", "fp32"]
+        sides = ["--test_trt_llm", "--engine_dir", str(out / "engines" / name), "--test_hf", "--data_type", "fp32"]
         folder = out / "summaries" / name
         data = ["--hf_model_dir", checkpoint, "--dataset_path", str(ARTICLES), "--eval_ppl"]
         shape = ["--batch_size", "8", "--max_ite", "3", "--output_len", "60", "--output_dir", str(folder)]
