@@ -47,7 +47,7 @@ def calibrate(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     longest, tokens = max(map(len, samples)), sum(map(len, samples))
     logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
-    steps = list(_steps(samples, TOKENS_PER_STEP[device]))
+    steps = list(_steps(samples, TOKENS_PER_STEP[device], device))
     ranges = []
     with (
         torch.inference_mode(),
@@ -57,7 +57,7 @@ def calibrate(
     ):
         _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples)), device="cpu"), hidden)
         spec = attention_spec(model, 0, 1)
-        ops = _ObservingOps(spec, longest)
+        ops = _ObservingOps(spec, longest, device)
         buffers = _Buffers(checkpoint)
         for index in range(model.num_layers):
             layer = buffers.load(index)
@@ -80,16 +80,16 @@ def _run_layer(ops, layer: LayerWeights, model: ModelConfig, spec: AttentionSpec
     hidden[rows] = (x + residual).to("cpu")
 
 
-def _steps(samples: Sequence[Sequence[int]], limit: int) -> Iterator[tuple[int, Step]]:
+def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterator[tuple[int, Step]]:
     """The samples in steps of up to `limit` tokens, at least one sample each, with the number of tokens before."""
     first, batch, size = 0, [], 0
     for sample in samples:
         if batch and size + len(sample) > limit:
-            yield first, Step.of(batch, device=torch.get_default_device())
+            yield first, Step.of(batch, device=device)
             first, batch, size = first + size, [], 0
         batch.append(sample)
         size += len(sample)
-    yield first, Step.of(batch, device=torch.get_default_device())
+    yield first, Step.of(batch, device=device)
 
 
 def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
@@ -107,12 +107,8 @@ def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
 class _ObservingOps(ReferenceOps):
     """The reference's ops; linear also notes the magnitudes that it sees."""
 
-    def __init__(self, spec: AttentionSpec, capacity: int):
-        super().__init__(spec, Solo(), capacity)
-        device = torch.get_default_device()
-        self.slopes = self.slopes.to(device)
-        if spec.rotary:
-            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+    def __init__(self, spec: AttentionSpec, capacity: int, device: str):
+        super().__init__(spec, Solo(), capacity, device)
 
     def observe(self, layer: LayerWeights) -> _Observed:
         """From now on this layer's linears are observed."""

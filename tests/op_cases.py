@@ -1,0 +1,230 @@
+"""One table of op cases for every executor: what is asked, what ops.py says comes out, in float64, and how near.
+
+A case is a function of an executor's ops; it returns (result, expected).  `run(ops, value)` takes ops made by
+make_ops(spec, capacity) and `value`, which turns what an op returned into a CPU tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from baichuan.position import alibi_slopes
+from baichuan.quant.scaled import LIMITS
+from baichuan.quant.weight_only import quantise_int4, quantise_int8
+from baichuan.records import (
+    AttentionSpec,
+    DenseWeight,
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    LayerCache,
+    SmoothQuantWeight,
+    Step,
+)
+
+EPS = 1e-6
+CAPACITY = 40
+ROUNDING = 2e-6  # float32: sums of a few hundred terms, relative to the largest result
+HALF_ROUNDING = 2e-3  # float16: two roundings of 2^-11 in a row, and some room
+NEIGHBOUR = 2e-2  # an 8-bit number may be the neighbour of float64's where the quotient is at the border of two
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    spec: AttentionSpec
+    run: Callable  # (ops, value, device) -> (result, expected)
+    tolerance: float  # of max|result - expected| / max|expected|
+    dtype: torch.dtype = torch.float32
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rope(total_heads=4, first=0, heads=4):
+    return AttentionSpec(heads, first, total_heads, 16, True)
+
+
+def alibi(total_heads=5, first=0, heads=5):
+    return AttentionSpec(heads, first, total_heads, 16, False)
+
+
+def embedding(ops, value, device):
+    tokens, weight = torch.tensor([3, 0, 9, 3]), normal(10, 32)
+    return value(ops.embedding(tokens.to(device), weight.to(device))), weight[tokens].double()
+
+
+def add_rms_norm(with_residual, dtype):
+    def run(ops, value, device):
+        x, weight = normal(5, 64, dtype=dtype), normal(64, seed=1, dtype=dtype)
+        residual = normal(5, 64, seed=2, dtype=dtype) if with_residual else None
+        placed = [each if each is None else each.to(device) for each in (x, residual, weight)]
+        normed, total = ops.add_rms_norm(*placed, EPS)
+        r = x if residual is None else x + residual
+        n = r.double() / torch.sqrt(r.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
+        return torch.cat((value(normed), value(total))), torch.cat((n, r.double()))
+
+    return run
+
+
+def weights(kind):
+    """A weight record [48, 64], and a float64 function of x that is the formula of records.py."""
+    matrix = normal(48, 64, seed=3) / 8
+    if kind == "dense":
+        return DenseWeight(matrix), lambda x: x @ matrix.double().T
+    if kind == "int8":
+        q, scale = quantise_int8(matrix)
+        return Int8Weight(q, scale), lambda x: (x @ q.double().T) * scale.double()
+    if kind.startswith("int4"):
+        packed, scale = quantise_int4(matrix, 32 if "group" in kind else 0, torch.float32)
+        low, high = (packed & 15).long(), (packed >> 4).long()
+        q = torch.stack((low, high), -1).flatten(1)
+        q = torch.where(q > 7, q - 16, q).double()
+        dense = (q.unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1)
+        return Int4Weight(packed, scale), lambda x: x @ dense.T
+    smoother = (normal(64, seed=4).abs() + 0.5) if "smoother" in kind else None
+    static = torch.tensor([0.02]) if "static" in kind or kind == "fp8" else None
+    if kind == "fp8":
+        scale = torch.full((48,), 0.001)
+        q = (matrix / 0.001).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+        def fp8(x):
+            x8 = (x / 0.02).clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
+            return (x8 @ q.double().T) * 0.02 * 0.001
+
+        return Fp8Weight(q, scale, static), fp8
+    q, scale = quantise_int8(matrix)
+
+    def smooth_quant(x):
+        x = x.numpy() / (1.0 if smoother is None else smoother.double().numpy())
+        s = static.double().numpy() if static is not None else np.abs(x).max(1, keepdims=True) / 127
+        x8 = np.clip(np.rint(x / s), -127, 127)
+        return torch.from_numpy(x8 @ q.double().numpy().T * s) * scale.double()
+
+    return SmoothQuantWeight(q, scale, static, smoother), smooth_quant
+
+
+def placed(record, device):
+    return type(record)(**{k: v if v is None else v.to(device) for k, v in vars(record).items()})
+
+
+def linear(kind, tokens):
+    def run(ops, value, device):
+        record, formula = weights(kind)
+        x = normal(tokens, 64, seed=5)
+        return value(ops.linear(x.to(device), placed(record, device))), formula(x.double())
+
+    return run
+
+
+def head(ops, value, device):
+    weight, x = normal(12, 32), normal(3, 32, seed=1)
+    expected = x.double() @ weight.double().T
+    return value(ops.head(x.to(device), DenseWeight(weight.to(device)), 10)), expected[:, :10]
+
+
+def silu_mul(ops, value, device):
+    x = normal(4, 64) * 3
+    gate, up = x.double().chunk(2, -1)
+    return value(ops.silu_mul(x.to(device))), gate / (1 + torch.exp(-gate)) * up
+
+
+def select_rows(ops, value, device):
+    x, rows = normal(6, 32), torch.tensor([5, 0, 2])
+    return value(ops.select_rows(x.to(device), rows.to(device))), x[rows].double()
+
+
+def stored(x, scale, dtype):
+    """What float64 attention sees of a key or value that a cache of this type holds."""
+    if dtype not in LIMITS:
+        return x
+    q = (x / scale).clamp(-LIMITS[dtype], LIMITS[dtype])
+    return (q.round() if dtype == torch.int8 else q.float().to(dtype).double()) * scale
+
+
+def attention(spec, cache_dtype):
+    """A ragged prefill of lengths 5, 1, 9; a chunk that appends 3, 2, 1; a decode step of one each."""
+
+    def run(ops, value, device):
+        scale = 0.03 if cache_dtype in LIMITS else None
+        shape = (3, spec.num_heads, CAPACITY, spec.head_dim)
+        scales = [None if scale is None else torch.tensor([scale], device=device) for _ in range(2)]
+        cache = LayerCache(*(torch.zeros(shape, dtype=cache_dtype, device=device) for _ in range(2)), *scales)
+        past, keys, results, expected = [0, 0, 0], [[], [], []], [], []
+        for seed, lengths in enumerate(([5, 1, 9], [3, 2, 1], [1, 1, 1])):
+            step = Step.of([[0] * n for n in lengths], past)
+            qkv = normal(sum(lengths), 3 * spec.num_heads * spec.head_dim, seed=seed)
+            results.append(value(ops.attention(qkv.to(device), cache, spec, on_device(step, device))))
+            q, k, v = qkv.double().unflatten(-1, (3, spec.num_heads, spec.head_dim)).unbind(1)
+            if spec.rotary:
+                q, k = (turned(each, step.positions) for each in (q, k))
+            for row, part in enumerate(torch.arange(sum(lengths)).split(lengths)):
+                keys[row] += [(stored(k[t], scale, cache_dtype), stored(v[t], scale, cache_dtype)) for t in part]
+                expected += [attended(q[t], keys[row], int(step.positions[t]), spec) for t in part]
+            past = [a + b for a, b in zip(past, lengths, strict=True)]
+        return torch.cat(results), torch.stack(expected)
+
+    return run
+
+
+def turned(x, positions):
+    angle = positions.double()[:, None] * 10000.0 ** -(torch.arange(0, 16, 2).double() / 16)
+    pairs = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+def attended(q, keys, position, spec):
+    k, v = (torch.stack(each[: position + 1]) for each in zip(*keys, strict=True))  # [context, heads, dim]
+    scores = torch.einsum("hd,chd->hc", q, k) / spec.head_dim**0.5
+    if not spec.rotary:
+        slopes = alibi_slopes(spec.total_heads)[spec.first_head : spec.first_head + spec.num_heads].double()
+        scores += slopes[:, None] * (torch.arange(position + 1) - position)
+    return torch.einsum("hc,chd->hd", scores.softmax(-1), v).flatten()
+
+
+def on_device(step, device):
+    return type(step)(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(step).items()})
+
+
+CACHES = {"the dtype": (torch.float32, ROUNDING), "int8": (torch.int8, NEIGHBOUR), "fp8": (torch.float8_e4m3fn, 0.05)}
+SPECS = {"RoPE": rope(), "RoPE, second rank": rope(8, 4, 4), "ALiBi": alibi(), "ALiBi, second rank": alibi(10, 5, 5)}
+KINDS = {
+    "dense": ROUNDING,
+    "int8": ROUNDING,
+    "int4": 1e-4,  # a kernel may sum numbers with an offset, which costs a few bits of float32
+    "int4 group": 1e-4,
+    "smooth_quant": NEIGHBOUR,
+    "smooth_quant static": NEIGHBOUR,
+    "smooth_quant smoother": NEIGHBOUR,
+    "fp8": 0.05,  # e4m3 has 3 bits
+}
+CASES = [
+    Case("embedding", rope(), embedding, 0.0),
+    Case("add_rms_norm", rope(), add_rms_norm(True, torch.float32), ROUNDING),
+    Case("add_rms_norm without residual", rope(), add_rms_norm(False, torch.float32), ROUNDING),
+    Case("add_rms_norm in float16", rope(), add_rms_norm(True, torch.float16), HALF_ROUNDING),
+    Case("silu_mul", rope(), silu_mul, ROUNDING),
+    Case("select_rows", rope(), select_rows, 0.0),
+    Case("head", rope(), head, ROUNDING),
+    *(
+        Case(f"linear {kind}, {n} rows", rope(), linear(kind, n), bound)
+        for kind, bound in KINDS.items()
+        for n in (1, 7)
+    ),
+    *(
+        Case(f"attention {name}, cache in {kind}", spec, attention(spec, dtype), bound)
+        for name, spec in SPECS.items()
+        for kind, (dtype, bound) in CACHES.items()
+    ),
+]
+
+
+def error(result, expected) -> float:
+    """max|result - expected| / max|expected|; infinite where the result is not a number."""
+    found = float((result.double() - expected).abs().max() / expected.abs().max())
+    return found if found == found else float("inf")
