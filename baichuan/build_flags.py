@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 from dataclasses import fields, replace
 
@@ -79,7 +78,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("auto", "torch", "tensorrt", "tensorrt_rtx"),
         default="auto",
-        help="auto: tensorrt where it is installed and a GPU is there, else torch",
+        help="auto: torch, until TensorRT plans are built as well",
     )
     group.add_argument("--output_dir", default="engine_outputs", help="the engine folder")
     group.add_argument(
@@ -172,15 +171,13 @@ def check_flags(args: argparse.Namespace, backend: str) -> None:
 
 
 def choose_backend(name: str) -> str:
-    """`auto` resolved."""
-    if name != "auto":
-        return name
-    import torch
-
-    found = importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available()
-    backend = "tensorrt" if found else "torch"
-    logger.info("backend %s (auto: tensorrt %s)", backend, "and a GPU are there" if found else "or a GPU is missing")
-    return backend
+    """`auto` resolved.  Raises UnsupportedError for a backend that build.py does not build for yet."""
+    if name == "auto":
+        logger.info("backend torch (auto)")
+        return "torch"
+    if name != "torch":
+        raise UnsupportedError(f"--backend {name} is not available yet; use --backend torch")
+    return name
 
 
 def dummy_model(args: argparse.Namespace) -> ModelConfig:
