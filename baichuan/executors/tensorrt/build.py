@@ -1,0 +1,181 @@
+"""From weights to a plan on disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig
+from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.executors.tensorrt.api import Api, load
+from baichuan.executors.tensorrt.contract import Contract
+from baichuan.executors.tensorrt.drawing import write_svg
+from baichuan.executors.tensorrt.graph import Graph
+from baichuan.executors.tensorrt.lowering import lower, weight_names
+from baichuan.progress import Progress
+from baichuan.records import ModelWeights
+
+logger = logging.getLogger(__name__)
+
+FP8_TARGETS = ("8.9", "12.0", "12.1")  # the GPUs of TensorRT-RTX that multiply FP8
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What only a TensorRT build has."""
+
+    compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX: GPUs to build for; empty = all that can run the network
+    timing_cache: Path | None = None  # TensorRT: kernel timings, read before and written after the build
+    visualize: bool = False  # write the network as PLAN.svg
+    debug_output: bool = False  # tell a debug listener each layer's residual
+
+    def checked(self, api: Api, quant: QuantConfig) -> BuildOptions:
+        """These options for this module and quantisation.  Raises ConfigError for what they cannot have."""
+        targets = self.compute_capabilities
+        if not api.rtx:
+            if targets:
+                raise ConfigError(
+                    f"--compute_capability {' '.join(targets)} belongs to TensorRT-RTX; "
+                    "TensorRT builds for this machine's GPU, leave it out or use --backend tensorrt_rtx"
+                )
+            return self
+        if self.timing_cache:
+            logger.info("--timing_cache changes nothing: TensorRT-RTX times its kernels on the GPU that runs them")
+        if "fp8" in (quant.weights, quant.kv_cache):
+            targets = targets or FP8_TARGETS
+            if unable := sorted(set(targets) - set(FP8_TARGETS)):
+                raise ConfigError(
+                    f"compute capability {unable[0]} has no FP8; use {', '.join(FP8_TARGETS)}, or another quantisation"
+                )
+        if unknown := sorted(set(targets) - set(capabilities(api))):
+            raise ConfigError(
+                f"{api.name} {api.version} does not build for compute capability {unknown[0]}; "
+                f"use {', '.join(capabilities(api))}"
+            )
+        return replace(self, compute_capabilities=targets, timing_cache=None)
+
+
+def capabilities(api: Api) -> dict[str, str]:
+    """The compute capabilities that TensorRT-RTX builds for, and its names for them: 8.9 -> SM89."""
+    names = [name for name in api.trt.ComputeCapability.__members__ if name.startswith("SM")]
+    return {f"{name[2:-1]}.{name[-1]}": name for name in names}
+
+
+def build_plan(
+    config: ModelConfig,
+    quant: QuantConfig,
+    build: BuildConfig,
+    weights: ModelWeights,
+    rank: int,
+    output: Path,
+    options: BuildOptions | None = None,
+) -> dict:
+    """Write rank `rank`'s plan to `output`, complete or not at all; what its runtime needs to know, for config.json.
+
+    The plan is written while it is made; memory-mapped weights are read from their file when they are used.
+    Raises UnsupportedError when TensorRT is missing, refuses the network, or logs an error.
+    """
+    api = load(build.backend)
+    options = (options or BuildOptions()).checked(api, quant)
+    builder = api.trt.Builder(api.log)
+    graph = Graph(api, builder.create_network(_strongly_typed(api)), weight_names(weights))
+    contract, ops = lower(graph, config, quant, build, weights, rank)
+    contract = replace(contract, targets=options.compute_capabilities)
+    if options.debug_output:
+        contract = replace(contract, debug=_mark_debug(graph, ops.residuals))
+    if options.visualize:
+        write_svg(graph, output.with_suffix(".svg"))
+    logger.info("rank %d: %d layers lowered", rank, graph.network.num_layers)
+    settings = builder_config(api, builder, contract, options)
+    with Progress(f"building rank {rank}", 0, "step") as progress:
+        settings.progress_monitor = monitor = _monitor(api, progress)  # noqa: F841  TensorRT does not keep it alive
+        try:
+            with open(output, "wb") as file:
+                done = builder.build_serialized_network_to_stream(graph.network, settings, _writer(api, file))
+                os.fsync(file.fileno())
+            api.log.raise_errors(f"building {output.name}")
+            if not done:
+                raise UnsupportedError(
+                    f"{api.name} {api.version} built no plan and does not say why; use --backend torch"
+                )
+        except BaseException:
+            output.unlink(missing_ok=True)
+            raise
+    if options.timing_cache:
+        options.timing_cache.write_bytes(memoryview(settings.get_timing_cache().serialize()))
+    return contract.to_json()
+
+
+def builder_config(api: Api, builder, contract: Contract, options: BuildOptions):
+    """The IBuilderConfig: the contract's profiles, true float32, the targets."""
+    settings = builder.create_builder_config()
+    settings.clear_flag(api.trt.BuilderFlag.TF32)
+    for profile in contract.profiles:
+        shapes = builder.create_optimization_profile()
+        for spec in contract.inputs:
+            bounds = [spec.dims({name: sizes[k] for name, sizes in profile.sizes.items()}) for k in range(3)]
+            shapes.set_shape(spec.name, *bounds)
+        if settings.add_optimization_profile(shapes) < 0:
+            api.log.raise_errors(f"the {profile.name} profile")
+            raise UnsupportedError(f"{api.name} {api.version} refuses the {profile.name} profile; use smaller limits")
+    if options.compute_capabilities:
+        settings.num_compute_capabilities = len(options.compute_capabilities)
+        for index, target in enumerate(options.compute_capabilities):
+            settings.set_compute_capability(getattr(api.trt.ComputeCapability, capabilities(api)[target]), index)
+    if options.timing_cache:
+        path = options.timing_cache
+        cache = settings.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        settings.set_timing_cache(cache, ignore_mismatch=False)
+    api.log.raise_errors("the build's settings")
+    return settings
+
+
+def _strongly_typed(api: Api) -> int:
+    return 1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def _mark_debug(graph: Graph, residuals: Sequence) -> tuple[str, ...]:
+    """Name the residual before every norm, and mark it."""
+    for index, tensor in enumerate(residuals):
+        tensor.name = f"residual.{index}"
+        graph.network.mark_debug(tensor)
+        graph.check(tensor, f"debug output {tensor.name}")
+    return tuple(tensor.name for tensor in residuals)
+
+
+def _writer(api: Api, file):
+    class Writer(api.trt.IStreamWriter):
+        def __init__(self):
+            api.trt.IStreamWriter.__init__(self)
+
+        def write(self, data):
+            return file.write(data)
+
+    return Writer()
+
+
+def _monitor(api: Api, progress: Progress):
+    class Monitor(api.trt.IProgressMonitor):
+        """Counts the steps of the outermost phase."""
+
+        def __init__(self):
+            api.trt.IProgressMonitor.__init__(self)
+            self.outermost = None
+
+        def phase_start(self, name, parent, steps):
+            if parent is None:
+                self.outermost = name
+                progress.total = progress.done + steps
+
+        def step_complete(self, name, step):
+            if name == self.outermost:
+                progress.advance(1)
+            return True
+
+        def phase_finish(self, name):
+            pass
+
+    return Monitor()

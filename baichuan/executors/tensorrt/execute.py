@@ -1,0 +1,81 @@
+"""The executor of TensorRT plans: packed steps become padded runs, tensors are bound by the plan's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from baichuan.errors import UnsupportedError
+from baichuan.executors.memory import require_device_memory
+from baichuan.executors.tensorrt.contract import Contract, TensorSpec
+from baichuan.executors.tensorrt.kv_buffers import kv_buffers
+from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_runs
+from baichuan.executors.tensorrt.plan import Plan
+from baichuan.records import Step
+
+CONTEXT, GENERATION = 0, 1  # the contract's profiles
+
+
+class TensorRtExecutor:
+    """executors.base.Executor over one rank's plan."""
+
+    def __init__(self, plan: Plan, contract: Contract):
+        self.plan, self.contract, self.device = plan, contract, plan.device
+        self.cache = None
+
+    def reset(self, batch_size: int, capacity: int) -> None:
+        largest = self.contract.profiles[GENERATION].largest("batch")
+        if batch_size > largest or capacity > self.contract.capacity:
+            raise UnsupportedError(
+                f"{batch_size} sequences of {capacity} tokens do not fit a plan for {largest} of "
+                f"{self.contract.capacity}; ask for less, or build with larger limits"
+            )
+        self.cache = None  # the old cache makes room before the new one is asked for
+        if self.device.type == "cuda":
+            size = self.contract.cache_bytes(batch_size)
+            require_device_memory(size, f"a KV cache of {batch_size} x {self.contract.capacity} tokens", self.device)
+        self.cache = kv_buffers(self.contract, batch_size, self.device)
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> Tensor:
+        if step.max_new_tokens == 1 and step.batch_size == step.tokens.shape[0] == step.output_rows.shape[0]:
+            return self._run(decode_run(step)).float()
+        context = self.contract.profiles[CONTEXT]
+        fits = step.batch_size <= context.largest("batch")
+        max_new = context.largest("new") if fits else 1
+        max_outputs = context.largest("outputs") if fits else step.batch_size
+        vocab_size = self.contract.outputs[-1].shape[-1]
+        logits = torch.empty(step.output_rows.shape[0], vocab_size, device=self.device)
+        for run in prefill_runs(step, max_new, max_outputs):
+            logits[run.destinations] = self._run(run)[: run.destinations.shape[0]].float()
+        return logits
+
+    @torch.inference_mode()
+    def reorder_cache(self, parents: Tensor) -> None:
+        self.cache.reorder(parents)
+
+    def _run(self, run: PaddedRun) -> Tensor:
+        """Logits of the run's outputs, [outputs, vocab_size] in the plan's logits type."""
+        sizes = {"batch": run.batch, "new": run.new, "outputs": run.output_rows.shape[0], **self.cache.sizes(run)}
+        given = {"input_ids": run.input_ids, "positions": run.positions, "output_rows": run.output_rows}
+        given |= self.cache.inputs(run)
+        made = self.cache.output_tensors(run)
+        logits = self.contract.outputs[-1]
+        made[logits.name] = torch.empty(logits.dims(sizes), dtype=logits.torch_dtype, device=self.device)
+        self.plan.select_profile(GENERATION if run.new == 1 else CONTEXT)
+        for spec in self.contract.inputs:
+            self.plan.bind_input(spec.name, _as_specified(spec, given, sizes))
+        for spec in self.contract.outputs:
+            self.plan.bind_output(spec.name, _as_specified(spec, made, sizes))
+        self.plan.run()
+        self.cache.written(run, made)
+        return made[logits.name]
+
+
+def _as_specified(spec: TensorSpec, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    tensor = tensors[spec.name]
+    if tensor.shape != spec.dims(sizes) or tensor.dtype != spec.torch_dtype or not tensor.is_contiguous():
+        raise AssertionError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}")
+    return tensor
