@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.checkpoint.hf import open_checkpoint, read_model_config
+from baichuan.checkpoint.hf import open_checkpoint
+from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.checkpoint.tensor_file import planned_bytes
 from baichuan.config import DTYPES, ModelConfig, QuantConfig
 from baichuan.convert import ConvertRequest, convert
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", action="append", required=True, metavar="VERSION=FOLDER", help="repeat for several")
     parser.add_argument("--calib_dataset", required=True, help="texts to calibrate on")
     parser.add_argument("--calib_size", type=int, default=128)
-    parser.add_argument("--eval_dataset", required=True, help="texts to judge by")
+    parser.add_argument("--eval_dataset", action="append", required=True, help="texts to judge by; repeat for several")
     parser.add_argument("--eval_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables; they are printed in any case")
@@ -78,46 +79,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 NOTES = (
-    "KL and top-1 compare the next-token distributions with those of the same checkpoint in float32, after every token "
-    "of the evaluation texts.  Activations and the parts that are not quantised are in float16 where nothing else is "
-    "said.  SmoothQuant's number is its strength α; pt = one activation scale per token, pc = one weight scale per "
-    "output channel, neither = one per tensor."
+    "KL and top-1 compare the next-token distributions with those of the same checkpoint in float32, after every\n"
+    "token of the texts. Activations and the parts that are not quantised are in float16 where nothing else is said.\n"
+    "SmoothQuant's number is its strength α; pt = one activation scale per token, pc = one weight scale per output\n"
+    "channel, neither = one per tensor."
 )
 
 
 def measure_model(version: str, folder: Path, args: argparse.Namespace, scratch: Path) -> str:
-    """One checkpoint's table."""
+    """One checkpoint's tables, one for each data set that it is judged by."""
     model = read_model_config(folder, version, "float32")
-    calibration, evaluation = read_samples(folder, model, args)
+    calibration, evaluations = read_samples(folder, model, args)
     cases = list(cases_of(folder, model, calibration, scratch))
     exact = executor_of(Case("", QuantConfig(), weight.WeightSource(folder), "float32"), model)
-    reference = [all_logits(exact, ids) for ids in evaluation]
-    rows = []
-    with Progress(f"accuracy of {version}", len(cases), "row") as progress:
-        for case in cases:
-            rows.append((case.label, measure(case, model, evaluation, reference)))
-            progress.advance()
-    tokens = sum(map(len, evaluation))
-    head = (
+    report = (
         f"\n## {version}: {model.num_layers} layers, hidden {model.hidden_size}, intermediate "
-        f"{model.intermediate_size}, vocabulary {model.vocab_size}\n\n"
-        f"{len(evaluation)} texts, {tokens} tokens; calibrated on {len(calibration)} other texts.\n\n"
+        f"{model.intermediate_size}, vocabulary {model.vocab_size}\n"
     )
-    return head + HEADER + "".join(row_of(label, figures) for label, figures in rows)
-
-
-def read_samples(folder: Path, model: ModelConfig, args: argparse.Namespace) -> tuple[list, list]:
-    """Token ids to calibrate on and to judge by, no text in both."""
-    same = args.calib_dataset == args.eval_dataset
-    calibration = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
-    evaluation = read_texts(args.eval_dataset, args.eval_size + len(calibration) * same, "--eval_dataset")
-    evaluation = evaluation[len(calibration) * same :]
-    if not evaluation:
-        raise ConfigError(
-            f"--eval_dataset {args.eval_dataset} has no texts beyond the calibration's; lower --calib_size"
+    for name, evaluation in evaluations.items():
+        reference = [all_logits(exact, ids) for ids in evaluation]
+        tokens = sum(map(len, evaluation))
+        report += (
+            f"\n{name}: {len(evaluation)} texts, {tokens} tokens; calibrated on {len(calibration)} other texts.\n\n"
         )
+        report += HEADER
+        with Progress(f"accuracy of {version} on {name}", len(cases), "row") as progress:
+            for case in cases:
+                report += row_of(case.label, measure(case, model, evaluation, reference))
+                progress.advance()
+    return report
+
+
+def read_samples(folder: Path, model: ModelConfig, args: argparse.Namespace) -> tuple[list, dict[str, list]]:
+    """Token ids to calibrate on, and to judge by for each data set's name; no text in both."""
     encode = partial(encode_texts, tokenizer=Tokenizer(folder), max_length=args.max_length, vocab_size=model.vocab_size)
-    return encode(calibration), [ids for ids in encode(evaluation) if len(ids) > 1]
+    calibration = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
+    evaluations = {}
+    for dataset in args.eval_dataset:
+        skipped = len(calibration) if dataset == args.calib_dataset else 0
+        texts = read_texts(dataset, args.eval_size + skipped, "--eval_dataset")[skipped:]
+        if not texts:
+            raise ConfigError(f"--eval_dataset {dataset} has no texts beyond the calibration's; lower --calib_size")
+        evaluations[dataset] = [ids for ids in encode(texts) if len(ids) > 1]
+    return encode(calibration), evaluations
 
 
 def cases_of(folder: Path, model: ModelConfig, calibration: list, scratch: Path) -> Iterator[Case]:
@@ -175,7 +179,7 @@ def measure(case: Case, model: ModelConfig, evaluation: list, reference: list) -
 
 def row_of(label: str, figures: Figures) -> str:
     size = f"{figures.engine_bytes / 1e6:.2f} MB"
-    return f"| {label} | {figures.kl:.5f} | {100 * figures.top1:.2f} % | {figures.perplexity:.4f} | {size} |\n"
+    return f"| {label} | {figures.kl:.6f} | {100 * figures.top1:.2f} % | {figures.perplexity:.5g} | {size} |\n"
 
 
 if __name__ == "__main__":
