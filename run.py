@@ -88,7 +88,10 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ConfigError for flags that exclude or lack each other."""
+    """Raise ConfigError for flags that exclude or lack each other, and for files that could not be written later."""
+    for name in ("output_csv", "output_npy", "output_logits_npy"):
+        if getattr(args, name):
+            token_files.require_writable(name, Path(getattr(args, name)))
     if args.input_text is not None and args.input_tokens:
         raise ConfigError("--input_text and --input_tokens are both given; prompts come from one place, leave one out")
     if not args.tokenizer_dir and not args.input_tokens:

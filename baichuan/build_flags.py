@@ -147,7 +147,8 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
 def check_flags(args: argparse.Namespace, backend: str) -> None:
     """Raise a BaichuanError for a flag that cannot do what it says; say once which ones change nothing."""
     for name, text in NOT_BUILT.items():
-        if getattr(args, name):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 tokens a block are asked for, too
             raise UnsupportedError(f"--{name} is not available: {text}")
     for name, text in ALWAYS_ON.items():
         if getattr(args, name):

@@ -100,7 +100,7 @@ def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Pr
 
     def watch() -> None:
         while not done.wait(0.2):
-            progress.advance(counter.value - progress.done)
+            progress.advance(counter.get_obj().value - progress.done)  # its lock may have died with its holder
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -28,6 +28,14 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="least severe message to print")
 
+    def parse_args(self, args=None, namespace=None):
+        """An empty value, most likely of a shell variable that is not set, is an error and not a flag left out."""
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            if getattr(parsed, action.dest, None) == "" and action.dest != "system":
+                self.error(f"argument {action.option_strings[0]}: its value is empty; name one or leave the flag out")
+        return parsed
+
     def error(self, message: str):
         self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists every flag\n")
 

@@ -60,7 +60,8 @@ class ModelConfig:
         require_choice("model_version", self.model_version, VERSIONS)
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("hidden_act", self.hidden_act, ("silu",))
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "max_positions"):
+        require_range("num_layers", self.num_layers, 1, 1024)
+        for name in ("hidden_size", "num_heads", "intermediate_size", "vocab_size", "max_positions"):
             require_range(name, getattr(self, name), 1, 1 << 24)
         require_range("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
         if self.hidden_size % self.num_heads:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from baichuan.chat import ChatRoles, build_chat_prompt
 from baichuan.comm import Communicator
 from baichuan.config import SamplingConfig
+from baichuan.errors import ConfigError
 from baichuan.session import Session
 from baichuan.tokenizer import Tokenizer
 
@@ -69,4 +70,6 @@ def _read_line(comm: Communicator) -> str | None:
             line = input("> ").strip()
         except EOFError:
             print()
+        except UnicodeDecodeError:
+            raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
     return comm.gather_objects(line)[0]

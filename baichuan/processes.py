@@ -29,6 +29,7 @@ def run_tasks(
     if processes == 1:
         yield from ((key, task()) for key, task in tasks.items())
         return
+    before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, CONTEXT, _prepare, (prepare,)) as pool:
         with _ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
             futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
@@ -39,6 +40,10 @@ def run_tasks(
             raise UnsupportedError(
                 f"one of {processes} processes was killed, most likely for lack of memory; {remedy}"
             ) from None
+        except BaseException:  # Ctrl-C, a failed task, a caller that gave up: nobody waits for the other tasks
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

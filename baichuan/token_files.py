@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,12 +34,23 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
             raise ConfigError(f"input_tokens {path} ends in {path.suffix or 'nothing'}; give a .csv or a .npy file")
     except OSError as error:
         raise ConfigError(f"input_tokens {path} cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, EOFError, csv.Error) as error:
         raise ConfigError(f"input_tokens {path} does not hold token ids ({error}); give integers only") from None
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ConfigError(f"input_tokens {path} holds no prompt; give one row of ids a prompt")
     return prompts
+
+
+def require_writable(name: str, path: Path) -> None:
+    """Raise ConfigError unless a file `path` can be made; name is the flag that names it."""
+    if path.is_dir():
+        raise ConfigError(f"{name} {path} is a folder; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name} {path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[int]]) -> None:
@@ -68,6 +80,9 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def _integers(path: Path) -> np.ndarray:
     array = np.load(path, allow_pickle=False, mmap_mode="r")
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is a zip archive of arrays")
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise ValueError(f"it has type {array.dtype} and {array.ndim} dimensions")
     return array
