@@ -1,0 +1,47 @@
+"""Run under mpirun by test_mpirun.py: run.py several times in one world, `RANK N: exit code C` after the N-th.
+
+Arguments: a JSON file with a list of run.py's arguments, and `raise` or `kill` to have rank 1 fail in its fifth step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import run
+from baichuan.comm import world_of_this_process
+from baichuan.errors import EngineError
+from baichuan.executors.reference import ReferenceExecutor
+
+
+def main() -> int:
+    rank = world_of_this_process().rank
+    if len(sys.argv) > 2 and rank == 1:
+        break_forward(sys.argv[2])
+    worst = 0
+    for number, given in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        code = run.main(given)
+        print(f"rank {rank} run {number}: exit code {code}\n", end="", flush=True)
+        worst = max(worst, code)
+    return worst
+
+
+def break_forward(how: str) -> None:
+    original, steps = ReferenceExecutor.forward, []
+
+    def forward(self, step):
+        steps.append(step)
+        if len(steps) == 5 and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == 5:
+            raise EngineError("the fifth step fails; try another")
+        return original(self, step)
+
+    ReferenceExecutor.forward = forward
+
+
+if __name__ == "__main__":
+    sys.exit(main())

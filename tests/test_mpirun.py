@@ -1,0 +1,108 @@
+"""run.py under mpirun: the goldens on several ranks, and ranks that cannot start or fail: all end, and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import goldens
+import pytest
+import scripts
+
+from baichuan.engine import read_engine
+
+PROGRAM = Path(__file__).resolve().parent / "mpi_runs.py"
+END_S = 20  # within which a failure ends every rank
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    return scripts.built(tmp_path_factory.mktemp("engine") / "tp2", "v1_7b", 2)
+
+
+def in_one_world(folder: Path, ranks: int, runs: list[list[str]], *how: str):
+    """run.main for each of `runs`, by mpi_runs.py."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    return scripts.mpirun(ranks, scripts.script(str(PROGRAM), [str(folder / "runs.json"), *how]), folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "tp_size"),
+    [
+        ("v1_7b", 2),
+        ("v2_13b", 2),
+        pytest.param("v1_7b", 4, marks=pytest.mark.slow),
+        pytest.param("v2_13b", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_goldens_on_several_ranks(tmp_path, version, tp_size):
+    folder = scripts.built(tmp_path / "engine", version, tp_size)
+    given = scripts.prompts_csv(tmp_path / "prompts.csv", version)
+    done = scripts.mpirun(tp_size, scripts.script("run.py", scripts.run_flags(folder, given, tmp_path)), tmp_path)
+    assert done.returncode == 0, done.stderr
+    scripts.check_outputs(tmp_path, version)
+    assert done.stdout.count("Output: ") == len(goldens.LENGTHS)  # rank 0 alone prints
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flipped(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_rank_file_ends_every_rank(engine, tmp_path):
+    """Only rank 1's file is damaged; the last run, of the whole engine, shows that the others failed for that."""
+    prompts, runs = scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), []
+    for damage in (missing, truncated, flipped):
+        folder = tmp_path / damage.__name__
+        shutil.copytree(engine, folder)
+        damage(read_engine(folder).rank_file(1))
+        runs.append(scripts.run_flags(folder, prompts, tmp_path))
+    done = in_one_world(tmp_path, 2, [*runs, scripts.run_flags(engine, prompts, tmp_path)])
+    lines = done.stdout.splitlines()
+    for number, code in enumerate((2, 2, 2, 0)):
+        for rank in (0, 1):
+            assert f"rank {rank} run {number}: exit code {code}" in lines, done.stderr
+    found = scripts.sentences(done.stderr)
+    assert len(found) == 6 and "Traceback" not in done.stderr
+    for words in ("is missing", "it is truncated", "it is damaged"):
+        said = [line for line in found if words in line]
+        assert len(said) == 2 and all("rank1.engine" in line for line in said)
+        assert {"(rank 0)" in line for line in said} == {True, False}
+    scripts.check_outputs(tmp_path, "v1_7b", (7,))
+
+
+def test_another_number_of_ranks_ends_every_rank(engine, tmp_path):
+    given = scripts.run_flags(engine, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
+    done = scripts.mpirun(3, scripts.script("run.py", given), tmp_path)
+    found = scripts.sentences(done.stderr)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert sorted(line.split("(rank ")[1][0] for line in found) == ["0", "1", "2"]
+    assert all("was built for 2 rank(s) and 3 are running; start it with mpirun -n 2" in line for line in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.csv"]
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_rank_that_fails_in_the_middle_ends_every_rank(engine, tmp_path, how):
+    given = scripts.run_flags(engine, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
+    start = time.monotonic()
+    done = in_one_world(tmp_path, 2, [given], how)
+    assert done.returncode != 0 and time.monotonic() - start < END_S
+    assert "exit code" not in done.stdout and "Traceback" not in done.stderr
+    if how == "raise":
+        [sentence] = scripts.sentences(done.stderr)
+        assert "error (rank 1): the fifth step fails" in sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.csv", "runs.json"]
