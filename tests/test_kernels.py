@@ -11,15 +11,17 @@ from torch.nn import functional as F
 from baichuan import position
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.gemm import Tile, gemm
-from baichuan.kernels.gemv import NormInput, gemv
+from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_8bit import gemv_8bit
 from baichuan.kernels.gemv_int4 import gemv_int4
 from baichuan.kernels.gemv_w8a8 import gemv_w8a8
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.planes import NormInput, make_planes
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
+from baichuan.kernels.spec import GemvBlock
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
@@ -100,76 +102,77 @@ def test_silu_mul(dtype):
     assert torch.equal(quantised, quantise(result.float() / smoother, scale[:, None], torch.int8))
 
 
-SMALL = dict(block_n=2, num_warps=1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("with_residual", [True, False, None])
-def test_gemv(dtype, gate, with_residual):
+def test_gemv(dtype, gate):
     """in_features is no multiple of the block, out_features none of the rows of a program."""
     x, weight = normal(1, 176, dtype=dtype), normal(34 if gate else 17, 176, seed=1, dtype=dtype, scale=0.1)
-    operand, dense = x, x.double()
-    if with_residual is not None:
-        residual = normal(1, 176, seed=2, dtype=dtype) if with_residual else None
-        norm_weight = normal(176, seed=3, dtype=dtype)
-        total = torch.full_like(x, torch.nan) if with_residual else x
-        operand = NormInput(x, residual, norm_weight, EPS, total)
-        dense = reference_norm(x, residual, norm_weight)
-    expected = dense @ weight.double().T
-    if gate:
-        expected = F.silu(expected[:, :17]) * expected[:, 17:]
-    y = gemv(operand, weight, dtype, gated=gate, block_k=128, **SMALL)
-    assert relative_error(y, expected) < 2 * bound(dtype)
+    expected = x.double() @ weight.double().T
+    y = gemv(x, weight, dtype, gated=gate, block=GemvBlock(2, 128, 1, 4))
+    assert relative_error(y, gated(expected) if gate else expected) < 2 * bound(dtype)
+
+
+def gated(y):
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [True, False, None])
+def test_planes(count, dtype, with_residual):
+    """Plane j holds the channels j, j + p, ..., of x itself or of its norm."""
+    x, operand, expected = normal(1, 96, dtype=dtype), None, None
+    if with_residual is None:
+        operand, expected = x, x.double()
+    else:
+        residual = normal(1, 96, seed=1, dtype=dtype) if with_residual else None
+        norm_weight = normal(96, seed=2, dtype=dtype)
+        operand = NormInput(x, residual, norm_weight, EPS, torch.full_like(x, torch.nan) if with_residual else x)
+        expected = reference_norm(x, residual, norm_weight)
+    planes = make_planes(operand, count).values.clone()
+    if count == 8:
+        planes[1::2] /= 16
+    assert relative_error(planes, expected.view(-1, count).T) < bound(dtype)
     if with_residual:
         assert torch.equal(operand.total, x + residual)
 
 
 def test_gemv_gives_float32_without_rounding():
     x, weight = normal(1, 176), normal(17, 176, seed=1)
-    y = gemv(x, weight, torch.float32, block_k=128, **SMALL)
+    y = gemv(x, weight, torch.float32, block=GemvBlock(2, 128, 1, 4))
     assert relative_error(y, x.double() @ weight.double().T) < FLOAT32
 
 
+@pytest.mark.parametrize("out_planes", [0, 4])
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("with_norm", [True, False])
-def test_gemv_int8(gate, with_norm):
+def test_gemv_int8(gate, out_planes):
     x = normal(1, 304)
-    q, scale = quantise_int8(normal(36 if gate else 18, 304, seed=1, dtype=torch.float32))
-
-    def run(operand):
-        return gemv_8bit(operand, q, scale, torch.float16, gated=gate, block_k=64, **SMALL)
-
-    check_quantised_gemv(x, with_norm, q.double() * scale.double()[:, None], gate, run)
+    q, scale = quantise_int8(normal(40 if gate else 20, 304, seed=1, dtype=torch.float32).cpu())
+    q, scale = q.to(DEVICE), scale.to(DEVICE)
+    y = gemv_8bit(make_planes(x, 4), q, scale, x.dtype, None, gate, out_planes, block=GemvBlock(2, 64, 1, 4))
+    check_quantised_gemv(y, x.double() @ (q.double() * scale.double()[:, None]).T, gate, out_planes)
 
 
+@pytest.mark.parametrize("out_planes", [0, 8])
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("group_size", [0, 32, 128])
-def test_gemv_int4(gate, group_size):
+def test_gemv_int4(gate, group_size, out_planes):
     """12 chunks of 32 channels: a block of words is not filled, and a group of 128 is split over none."""
     x = normal(1, 384)
-    packed, scale = quantise_int4(normal(36 if gate else 18, 384, seed=1, dtype=torch.float32), group_size, x.dtype)
-    packed, scale = packed.to(DEVICE), scale.to(DEVICE)
-
-    def run(operand):
-        return gemv_int4(operand, packed, scale, x.dtype, gated=gate, block_k=32, **SMALL)
-
-    check_quantised_gemv(x, True, dequantise(Int4Weight(packed, scale)).double(), gate, run)
+    weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
+    packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
+    y = gemv_int4(make_planes(x, 8), packed, scale, x.dtype, gate, out_planes, block=GemvBlock(2, 32, 1, 4))
+    check_quantised_gemv(y, x.double() @ dequantise(Int4Weight(packed, scale)).double().T, gate, out_planes)
 
 
-def check_quantised_gemv(x, with_norm, dense_weight, gate, run):
-    operand, dense = x, x.double()
-    if with_norm:
-        residual, norm_weight = normal(*x.shape, seed=2), normal(x.shape[1], seed=3)
-        operand = NormInput(x, residual, norm_weight, EPS, torch.full_like(x, torch.nan))
-        dense = reference_norm(x, residual, norm_weight)
-    expected = dense @ dense_weight.to(dense.device).T
-    if gate:
-        half = dense_weight.shape[0] // 2
-        expected = F.silu(expected[:, :half]) * expected[:, half:]
-    assert relative_error(run(operand), expected) < 2 * ROUNDED
-    if with_norm:
-        assert torch.equal(operand.total, x + residual)
+def check_quantised_gemv(y, expected, gate, out_planes):
+    expected = gated(expected) if gate else expected
+    if out_planes:
+        y, expected = y.values.clone(), expected.view(-1, out_planes).T
+        if out_planes == 8:
+            y[1::2] /= 16
+    assert relative_error(y, expected) < 2 * ROUNDED
 
 
 def test_gemv_fp8():
@@ -178,7 +181,9 @@ def test_gemv_fp8():
     scale = normal(18, seed=2, dtype=torch.float32).abs()
     quantised = quantise(x, input_scale, torch.float8_e4m3fn)
     expected = quantised.double() @ weight.double().T * scale.double() * input_scale.double()
-    y = gemv_8bit(x, weight, scale, torch.float16, input_scale, block_k=64, **SMALL)
+    y = gemv_8bit(
+        make_planes(x, 4, input_scale), weight, scale, torch.float16, input_scale, block=GemvBlock(2, 64, 1, 4)
+    )
     assert relative_error(y, expected) < ROUNDED
 
 
@@ -192,19 +197,21 @@ def test_gemv_w8a8_is_exact(gate):
     if gate:
         factor = torch.tensor([1e-4], device=DEVICE)
         gate_part, up = (integers * factor).chunk(2, -1)
-        y = gemv_w8a8(x, weight, scale, factor, torch.float32, gated=True, block_k=64, **SMALL)
+        y = gemv_w8a8(x, weight, scale, factor, torch.float32, gated=True, block=GemvBlock(2, 64, 1, 4))
         assert relative_error(y, F.silu(gate_part) * up) < FLOAT32
     else:
-        y = gemv_w8a8(x, weight, scale, one, torch.float32, block_k=64, **SMALL)
+        y = gemv_w8a8(x, weight, scale, one, torch.float32, block=GemvBlock(2, 64, 1, 4))
         assert torch.equal(y.double(), integers)
 
 
 TILE = Tile(16, 32, 64, 4, 2)
+TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2), Tile(16, 64, 64, 4, 2, weight_first=True)]
 
 
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [None, 0, 32])
-def test_gemm_of_quantised_weights(dtype, group_size):
+def test_gemm_of_quantised_weights(dtype, group_size, tile):
     """19 rows, 40 columns and 96 input channels: no block is filled."""
     x, weight = normal(19, 96, dtype=dtype), normal(40, 96, seed=1, dtype=torch.float32)
     if group_size is None:
@@ -213,19 +220,20 @@ def test_gemm_of_quantised_weights(dtype, group_size):
     else:
         q, scale = quantise_int4(weight, group_size, dtype)
         expected = dequantise(Int4Weight(q, scale)).double()
-    y = gemm(x, q, scale, dtype, tile=TILE)
+    y = gemm(x, q, scale, dtype, tile=tile)
     assert relative_error(y, x.double() @ expected.T) < bound(dtype)
 
 
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("row_scales", [True, False])
-def test_gemm_w8a8(row_scales):
+def test_gemm_w8a8(row_scales, tile):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, (19, 96), generator=generator).to(DEVICE, torch.int8)
     weight = torch.randint(-127, 128, (40, 96), generator=generator).to(DEVICE, torch.int8)
     scale = torch.rand(40, generator=generator).to(DEVICE)
     x_scale = torch.rand(19 if row_scales else 1, generator=generator).to(DEVICE)
     expected = x.double() @ weight.double().T * scale.double() * x_scale.double()[:, None]
-    assert relative_error(gemm(x, weight, scale, torch.float32, x_scale, TILE), expected) < FLOAT32
+    assert relative_error(gemm(x, weight, scale, torch.float32, x_scale, tile), expected) < FLOAT32
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter cannot multiply e4m3 matrices")

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.kv_store import as_cached
+from baichuan.kernels.planes import Planes, new_output, store_channels
 from baichuan.kernels.prefill_attention import LOG2_E
 from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, next_power_of_2
+from baichuan.kernels.spec import FLOATS, KernelSpec, next_power_of_2
 from baichuan.records import AttentionSpec, LayerCache, Step
 
 KEYS_PER_SPLIT = 256  # fewer do not pay for combining
@@ -22,17 +23,28 @@ PROGRAMS = 264  # what two programs on each multiprocessor of an H100 or H200 ar
 
 
 @triton.jit
-def _rotated(x_row, cos, sin, position, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
-    """One head, float32, turned by its position and rounded to the dtype."""
+def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
+    """One head, float32, turned by its position's cos and sin and rounded to the dtype."""
     x = tl.load(x_row + dims, mask, other=0.0)
     if ROTARY:
         half: tl.constexpr = HEAD_DIM // 2
         first = dims < half
         other = tl.load(x_row + tl.where(first, dims + half, dims - half), mask, other=0.0).to(tl.float32)
-        angle = position * half + tl.where(first, dims, dims - half)
-        c, s = tl.load(cos + angle, mask, other=0.0), tl.load(sin + angle, mask, other=0.0)
-        x = (x.to(tl.float32) * c + tl.where(first, -other, other) * s).to(x.dtype)
+        x = (x.to(tl.float32) * cos + tl.where(first, -other, other) * sin).to(x.dtype)
     return x.to(tl.float32)
+
+
+@triton.jit
+def _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY: tl.constexpr):
+    """One block of keys, each in its slot.  distance: key position - query position, 0 where there is no key."""
+    scores = tl.sum(to_float32(k) * q[None, :], 1)
+    if not ROTARY:
+        scores += slope * distance.to(tl.float32)
+    scores = tl.where(distance < 0, scores, -float("inf"))
+    new_largest = tl.maximum(largest, scores)
+    shrink = tl.exp2(largest - new_largest)
+    p = tl.exp2(scores - new_largest)
+    return acc * shrink[:, None] + p[:, None] * to_float32(v), total * shrink + p, new_largest
 
 
 @triton.jit
@@ -41,77 +53,84 @@ def _decode_attention(
     num_heads, capacity,
     k_cache, v_cache, out, parts, part_sums,
     SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROTARY: tl.constexpr,
-    QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    QUANTISED: tl.constexpr, PLANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
-    wait_for_inputs(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width = num_heads * HEAD_DIM
+    dims = tl.arange(0, DIM_BLOCK)
+    dim_mask = dims < HEAD_DIM
+    # The lengths and the cache's older keys are not the work of the kernels before this one, so none waits for them.
     context = tl.load(context_lengths + row)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
-    dims = tl.arange(0, DIM_BLOCK)
-    dim_mask = dims < HEAD_DIM
     if start < context:
         position = context - 1
-        q_row = qkv + row.to(tl.int64) * (3 * num_heads * HEAD_DIM) + head * HEAD_DIM
+        end = tl.minimum(start + share, position)
+        base = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
+        keys = start + tl.arange(0, BLOCK_K)
+        places = base + keys[:, None] * HEAD_DIM + dims[None, :]
+        mask = (keys < end)[:, None] & dim_mask[None, :]
+        k = tl.load(k_cache + places, mask, other=0.0)
+        v = tl.load(v_cache + places, mask, other=0.0)
+        c, s, slope = 0.0, 0.0, 0.0
+        if ROTARY:
+            angle = position * (HEAD_DIM // 2) + dims % (HEAD_DIM // 2)
+            c, s = tl.load(cos + angle, dim_mask, other=0.0), tl.load(sin + angle, dim_mask, other=0.0)
+        else:
+            slope = tl.load(slopes + head) * LOG2_E
         scale = SOFTMAX_SCALE * LOG2_E
         if QUANTISED:
             scale = scale * tl.load(k_scale)
-        slope = 0.0
-        if not ROTARY:
-            slope = tl.load(slopes + head) * LOG2_E
-        q = _rotated(q_row, cos, sin, position, dims, dim_mask, HEAD_DIM, ROTARY) * scale
-        base = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
-        slots = tl.arange(0, BLOCK_K)
+        wait_for_inputs(OVERLAP)
+        q_row = qkv + row.to(tl.int64) * 3 * width + head * HEAD_DIM
+        q = _rotated(q_row, c, s, dims, dim_mask, HEAD_DIM, ROTARY) * scale
+        k_new = _rotated(q_row + width, c, s, dims, dim_mask, HEAD_DIM, ROTARY)
+        v_new = tl.load(q_row + 2 * width + dims, dim_mask, other=0.0).to(tl.float32)
         largest = tl.full((BLOCK_K,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_K,), tl.float32)
         acc = tl.zeros((BLOCK_K, DIM_BLOCK), tl.float32)
-        for first_key in range(start, tl.minimum(start + share, position), BLOCK_K):
-            keys = first_key + slots
-            mask = (keys < position)[:, None] & dim_mask[None, :]
-            offsets = base + keys[:, None] * HEAD_DIM + dims[None, :]
-            k = tl.load(k_cache + offsets, mask, other=0.0)
-            v = tl.load(v_cache + offsets, mask, other=0.0)
-            scores = tl.sum(to_float32(k) * q[None, :], 1)
-            if not ROTARY:
-                scores += slope * (keys - position).to(tl.float32)
-            scores = tl.where(keys < position, scores, -float("inf"))
-            new_largest = tl.maximum(largest, scores)
-            shrink = tl.exp2(largest - new_largest)
-            p = tl.exp2(scores - new_largest)
-            total = total * shrink + p
-            acc = acc * shrink[:, None] + p[:, None] * to_float32(v)
-            largest = new_largest
+        distance = tl.where(keys < end, keys - position, 0)
+        acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
+        for first_key in range(start + BLOCK_K, end, BLOCK_K):
+            keys = first_key + tl.arange(0, BLOCK_K)
+            places = base + keys[:, None] * HEAD_DIM + dims[None, :]
+            mask = (keys < end)[:, None] & dim_mask[None, :]
+            k = tl.load(k_cache + places, mask, other=0.0)
+            v = tl.load(v_cache + places, mask, other=0.0)
+            distance = tl.where(keys < end, keys - position, 0)
+            acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
         peak = tl.max(largest, 0)
         weight = tl.exp2(largest - peak)
         total = tl.sum(total * weight, 0)
         result = tl.sum(acc * weight[:, None], 0)
         if position < start + share:  # this split ends with the new token
             cached: tl.constexpr = k_cache.dtype.element_ty
-            k_new = _rotated(q_row + num_heads * HEAD_DIM, cos, sin, position, dims, dim_mask, HEAD_DIM, ROTARY)
-            v_new = tl.load(q_row + 2 * num_heads * HEAD_DIM + dims, dim_mask, other=0.0).to(tl.float32)
-            k_new, v_new = as_cached(k_new, k_scale, cached), as_cached(v_new, v_scale, cached)
-            tl.store(k_cache + base + position * HEAD_DIM + dims, k_new, dim_mask)
-            tl.store(v_cache + base + position * HEAD_DIM + dims, v_new, dim_mask)
-            score = tl.sum(k_new.to(tl.float32) * q, 0)
+            k_kept, v_kept = as_cached(k_new, k_scale, cached), as_cached(v_new, v_scale, cached)
+            tl.store(k_cache + base + position * HEAD_DIM + dims, k_kept, dim_mask)
+            tl.store(v_cache + base + position * HEAD_DIM + dims, v_kept, dim_mask)
+            score = tl.sum(k_kept.to(tl.float32) * q, 0)
             new_peak = tl.maximum(peak, score)
-            shrink_old, p_new = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-            total = total * shrink_old + p_new
-            result = result * shrink_old + p_new * v_new.to(tl.float32)
+            shrink, p_new = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
+            total = total * shrink + p_new
+            result = result * shrink + p_new * v_kept.to(tl.float32)
             peak = new_peak
         if QUANTISED:
             result = result * tl.load(v_scale)
         if SPLITS == 1:
-            target = row.to(tl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM + dims
-            tl.store(out + target, (result / total).to(out.dtype.element_ty), dim_mask)
+            result = (result / total).to(qkv.dtype.element_ty).to(tl.float32)
+            store_channels(out + row.to(tl.int64) * width, result, head * HEAD_DIM + dims, dim_mask, width, PLANES)
         else:
             part = (row.to(tl.int64) * num_heads + head) * SPLITS + split
             tl.store(parts + part * HEAD_DIM + dims, result, dim_mask)
             tl.store(part_sums + part * 2, peak)
             tl.store(part_sums + part * 2 + 1, total)
-    elif SPLITS == 1:  # a row of padding
-        target = row.to(tl.int64) * (num_heads * HEAD_DIM) + head * HEAD_DIM + dims
-        tl.store(out + target, tl.zeros((DIM_BLOCK,), out.dtype.element_ty), dim_mask)
+    else:
+        wait_for_inputs(OVERLAP)
+        if SPLITS == 1:  # a row of padding
+            nothing = tl.zeros((DIM_BLOCK,), tl.float32)
+            store_channels(out + row.to(tl.int64) * width, nothing, head * HEAD_DIM + dims, dim_mask, width, PLANES)
 
 
 DECODE_ATTENTION = KernelSpec(
@@ -127,8 +146,8 @@ def _combine_splits(
     parts, part_sums, context_lengths,
     num_heads,
     out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PLANES: tl.constexpr, ROUND: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -144,9 +163,9 @@ def _combine_splits(
     values = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask, other=0.0)
     weight = tl.exp2(peaks - tl.max(peaks, 0))
     total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
-    result = tl.sum(values * weight[:, None], 0) / total
-    target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + target, result.to(out.dtype.element_ty), dims < HEAD_DIM)
+    result = (tl.sum(values * weight[:, None], 0) / total).to(ROUND).to(tl.float32)
+    width = num_heads * HEAD_DIM
+    store_channels(out + row.to(tl.int64) * width, result, head * HEAD_DIM + dims, dims < HEAD_DIM, width, PLANES)
 
 
 COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
@@ -160,30 +179,52 @@ def choose_splits(programs: int, max_context_length: int) -> int:
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, slopes: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step,
-    splits: int, block_k: int = 64, num_warps: int = 4,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slopes: Tensor,
+    cache: LayerCache,
+    spec: AttentionSpec,
+    step: Step,
+    splits: int,
+    weights_per_word: int = 0,
+    block_k: int = 16,
+    num_warps: int = 2,
+) -> Tensor | Planes:
     """ops.Ops.attention for a step of one token a sequence.  A sequence of context length 0 is padding.
 
-    cos, sin: [capacity, head_dim / 2] float32, unread with ALiBi; slopes: [num_heads] float32, unread with RoPE.
+    cos, sin: [capacity, head_dim / 2] float32, unread with ALiBi; slopes: [num_heads] float32, unread with RoPE;
+    weights_per_word: of the planes that a single sequence's result is written as, 0 = none.
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
-    out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    parts, sums = out, out
+    if weights_per_word:
+        out = new_output(heads * dim, qkv.dtype, qkv.device, weights_per_word)
+        target = out.values
+    else:
+        target = out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    parts, sums = target, target
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=qkv.device)
     quantised = cache.k_scale is not None
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
-    dims = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
+    shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "PLANES": weights_per_word}
+    shape |= {"SPLITS": splits, "BLOCK_K": block_k}
     DECODE_ATTENTION.launch(
         (splits, heads, rows),
         (qkv, cos, sin, slopes, step.context_lengths, k_scale, v_scale),
         (heads, cache.k.shape[2]),
-        (cache.k, cache.v, out, parts, sums),
-        {"SOFTMAX_SCALE": dim**-0.5, "ROTARY": spec.rotary, "QUANTISED": quantised, **dims},
+        (cache.k, cache.v, target, parts, sums),
+        {"SOFTMAX_SCALE": dim**-0.5, "ROTARY": spec.rotary, "QUANTISED": quantised, **shape},
         num_warps=num_warps,
     )
     if splits > 1:
-        COMBINE_SPLITS.launch((heads, rows), (parts, sums, step.context_lengths), (heads,), (out,), dims, num_warps=1)
+        COMBINE_SPLITS.launch(
+            (heads, rows),
+            (parts, sums, step.context_lengths),
+            (heads,),
+            (target,),
+            {"ROUND": FLOATS[qkv.dtype], **shape},
+            num_warps=1,
+        )
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, to_dtype, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,13 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1  # programs among which the input channels of one tile are divided
+    weight_first: bool = False  # the weight is the left factor, which the tensor cores take from registers
 
 
 @triton.jit
-def _int4_to_dtype(packed, dtype: tl.constexpr):
-    """(even, odd) input channels of bytes that hold two signed nibbles."""
-    if INTERPRETED or dtype != tl.float16:
-        byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
-        return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
+def _int4_to_float16(packed):
+    """_int4_to_dtype by the mantissa of 1024 + 8 + n."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 e, o, t, bias;
@@ -55,13 +54,38 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 
 
 @triton.jit
+def _int4_to_dtype(packed, dtype: tl.constexpr, IN_PTX: tl.constexpr):
+    """(even, odd) input channels of bytes that hold two signed nibbles, exactly."""
+    if IN_PTX:
+        return _int4_to_float16(packed)
+    else:
+        byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
+        return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
+
+
+@triton.jit
+def _scaled(sums, x_scale, scale, m, n, num_rows, out_features, X_SCALE: tl.constexpr, ROW_SCALES: tl.constexpr,
+            COLUMN_SCALES: tl.constexpr):  # fmt: skip
+    """The sums [rows m, columns n] times their scales, float32."""
+    result = sums.to(tl.float32)
+    if X_SCALE:
+        if ROW_SCALES:
+            result *= tl.load(x_scale + m, m < num_rows, other=0.0)[:, None]
+        else:
+            result *= tl.load(x_scale)
+    if COLUMN_SCALES:
+        result *= tl.load(scale + n, n < out_features, other=0.0).to(tl.float32)[None, :]
+    return result
+
+
+@triton.jit
 def _gemm(
     x, x_scale, weight, scale,
     num_rows, in_features, width, out_features,
     y,
     INT4: tl.constexpr, GROUP: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -74,14 +98,18 @@ def _gemm(
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     w_rows = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     exact: tl.constexpr = x.dtype.element_ty == tl.int8
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if exact else tl.float32)
-    for start in range(0, in_features, BLOCK_K):
+    IN_PTX: tl.constexpr = x.dtype.element_ty == tl.float16 and not INTERPRETED
+    SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, BLOCK_N)
+    acc = tl.zeros(SHAPE, tl.int32 if exact else tl.float32)
+    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, in_features), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(x_rows + k[None, :], (k < in_features)[None, :], other=0.0)
         if INT4:
             pair = start // 2 + tl.arange(0, BLOCK_K // 2)
             packed = tl.load(weight + w_rows * width + pair[None, :], (pair < width)[None, :], other=0)
-            even, odd = _int4_to_dtype(packed, a.dtype)
+            even, odd = _int4_to_dtype(packed, a.dtype, IN_PTX)
             b = tl.interleave(even, odd)  # [BLOCK_N, BLOCK_K]
             if GROUP > 0:
                 SPAN: tl.constexpr = min(BLOCK_K, GROUP)  # of the block's channels that share a scale
@@ -95,17 +123,19 @@ def _gemm(
             b = tl.load(weight + w_rows * width + k[None, :], (k < in_features)[None, :], other=0.0)
             if b.dtype != a.dtype:
                 b = to_dtype(b, a.dtype)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    result = acc.to(tl.float32)
-    if X_SCALE:
-        if ROW_SCALES:
-            result *= tl.load(x_scale + m, m < num_rows, other=0.0)[:, None]
+        if WEIGHT_FIRST:
+            acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
-            result *= tl.load(x_scale)
-    if GROUP == 0:
-        result *= tl.load(scale + n, n < out_features, other=0.0).to(tl.float32)[None, :]
-    target = y + m.to(tl.int64)[:, None] * out_features + n[None, :]
-    tl.store(target, result.to(y.dtype.element_ty), (m < num_rows)[:, None] & (n < out_features)[None, :])
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if WEIGHT_FIRST:
+        acc = tl.trans(acc)
+    inside = (m < num_rows)[:, None] & (n < out_features)[None, :]
+    target = m.to(tl.int64)[:, None] * out_features + n[None, :]
+    if SPLITS > 1:
+        tl.store(y + tl.program_id(1).to(tl.int64) * num_rows * out_features + target, acc, inside)
+    else:
+        result = _scaled(acc, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, GROUP == 0)
+        tl.store(y + target, result.to(y.dtype.element_ty), inside)
 
 
 GEMM = KernelSpec(
@@ -113,7 +143,31 @@ GEMM = KernelSpec(
 )
 
 
-def choose_tile(num_rows: int, x_dtype: torch.dtype) -> Tile:
+@triton.jit
+def _add_parts(
+    parts, x_scale, scale,
+    num_rows, out_features,
+    y,
+    SPLITS: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr, COLUMN_SCALES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < num_rows)[:, None] & (n < out_features)[None, :]
+    place = m.to(tl.int64)[:, None] * out_features + n[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), parts.dtype.element_ty)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + place + split * num_rows.to(tl.int64) * out_features, inside, other=0)
+    result = _scaled(total, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, COLUMN_SCALES)
+    tl.store(y + place, result.to(y.dtype.element_ty), inside)
+
+
+ADD_PARTS = KernelSpec(_add_parts, ("parts", "x_scale", "scale"), ("num_rows", "out_features"), ("y",))
+
+
+def choose_tile(num_rows: int, out_features: int, x_dtype: torch.dtype) -> Tile:
     """Narrow and deep for few rows, where memory is the limit; wide for many, where the tensor cores are."""
     if x_dtype == torch.float32:
         return Tile(16, 32, 64, 4, 2)
@@ -141,28 +195,44 @@ def gemm(
     scale: [out_features] or, for uint8, [out_features, groups] -> [num_rows, out_features]
     """
     num_rows, in_features = x.shape
-    out_features = weight.shape[0]
+    out_features, width = weight.shape
     int4 = weight.dtype == torch.uint8
     groups = scale.shape[1] if int4 else 1
-    tile = tile or choose_tile(num_rows, x.dtype)
+    tile = tile or choose_tile(num_rows, out_features, x.dtype)
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
+    target = y
+    if tile.splits > 1:
+        sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
+        target = torch.empty(tile.splits, num_rows, out_features, dtype=sum_dtype, device=x.device)
+    scales = {"X_SCALE": x_scale is not None, "ROW_SCALES": x_scale is not None and x_scale.numel() > 1}
+    x_scale = scale if x_scale is None else x_scale
     GEMM.launch(
-        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n),),
-        (x, scale if x_scale is None else x_scale, weight, scale),
-        (num_rows, in_features, weight.shape[1], out_features),
-        (y,),
+        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
+        (x, x_scale, weight, scale),
+        (num_rows, in_features, width, out_features),
+        (target,),
         {
             "INT4": int4,
             "GROUP": 0 if groups == 1 else in_features // groups,
-            "X_SCALE": x_scale is not None,
-            "ROW_SCALES": x_scale is not None and x_scale.numel() > 1,
             "PRECISION": "ieee",
+            "SPLITS": tile.splits,
+            "WEIGHT_FIRST": tile.weight_first,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "BAND": 8,
+            **scales,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    if tile.splits > 1:
+        block_m, block_n = min(next_power_of_2(num_rows), 4), 512
+        ADD_PARTS.launch(
+            (cdiv(num_rows, block_m), cdiv(out_features, block_n)),
+            (target, x_scale, scale),
+            (num_rows, out_features),
+            (y,),
+            {"SPLITS": tile.splits, "COLUMN_SCALES": groups == 1, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
+        )
     return y

@@ -3,7 +3,7 @@
 Unpacking must cost few instructions, as a word brings eight multiply-adds: masked out where it stands, in the word or
 in the word shifted by whole bytes, a nibble n becomes mantissa bits of a float32 near 128, which is 128 + n ^ 8 for the
 even nibbles and 128 + (n ^ 8) / 16 for the odd ones.  The planes of the odd ones hold 16 x; what the constants add to a
-word's sum is known from x alone and is taken from it at once.
+word's sum is known from x alone and is taken from it at once, for all rows of a program.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.gemv import NormInput, gated
-from baichuan.kernels.planes import make_planes
-from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv
+from baichuan.kernels.gemv import gated
+from baichuan.kernels.planes import Planes, new_output, store_channels
+from baichuan.kernels.primitives import INTERPRETED, prefetch, start_dependents, wait_for_inputs
+from baichuan.kernels.spec import FLOATS, GemvBlock, KernelSpec, cdiv
 
 CHUNK = 32  # input channels in 16 bytes, which one group holds
 
@@ -77,22 +77,30 @@ def _gemv_int4(
     planes, packed, scale,
     chunks, out_features,
     y,
-    WORDS_PER_GROUP: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    WORDS_PER_GROUP: tl.constexpr, GATED: tl.constexpr, PLANES: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, MODIFIER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     words = chunks * 4
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, out_features - 1).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
-    rows = packed + row[:, None] * words
-    w = tl.load(rows + columns[None, :], (columns < words)[None, :])  # any bits are numbers, and x is 0 there
+    rows = (packed + row * words)[:, None]
+    # beyond the row any bits are numbers, and x is 0 there
+    w = tl.load(rows + columns[None, :], (columns < words)[None, :], cache_modifier=MODIFIER)
+    prefetch(packed + row * words, BLOCK_K, words, LINES)
+    inside = n < out_features
+    if WORDS_PER_GROUP == 0:
+        row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
     WIDTH: tl.constexpr = BLOCK_K if WORDS_PER_GROUP == 0 else BLOCK_K // 4
     acc = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     if GATED:
         up_rows = rows + out_features.to(tl.int64) * words
-        w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
+        w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :], cache_modifier=MODIFIER)
+        prefetch(packed + (row + out_features) * words, BLOCK_K, words, LINES)
         acc_up = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        if WORDS_PER_GROUP == 0:
+            up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
     if WORDS_PER_GROUP > 0:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
         up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
@@ -101,7 +109,7 @@ def _gemv_int4(
         k = start + columns
         mask, later = k < words, (k + BLOCK_K < words)[None, :]
         now = w
-        w = tl.load(rows + (k + BLOCK_K)[None, :], later)
+        w = tl.load(rows + (k + BLOCK_K)[None, :], later, cache_modifier=MODIFIER)
         x0 = tl.load(planes + k, mask, other=0.0)
         x1 = tl.load(planes + words + k, mask, other=0.0)
         x2 = tl.load(planes + 2 * words + k, mask, other=0.0)
@@ -110,7 +118,7 @@ def _gemv_int4(
         x5 = tl.load(planes + 5 * words + k, mask, other=0.0)
         x6 = tl.load(planes + 6 * words + k, mask, other=0.0)
         x7 = tl.load(planes + 7 * words + k, mask, other=0.0)
-        constant = tl.load(planes + 8 * words + k, mask, other=0.0)[None, :]
+        constant = (136.0 * (x0 + x2 + x4 + x6) + 128.5 * (x1 + x3 + x5 + x7))[None, :]
         if WORDS_PER_GROUP > 0:
             part = _add_products(-constant, now, x0, x1, x2, x3, x4, x5, x6, x7)
             acc = _add_groups(acc, part, scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K)
@@ -118,61 +126,65 @@ def _gemv_int4(
             acc = _add_products(acc - constant, now, x0, x1, x2, x3, x4, x5, x6, x7)
         if GATED:
             now = w_up
-            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
+            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later, cache_modifier=MODIFIER)
             if WORDS_PER_GROUP > 0:
                 part = _add_products(-constant, now, x0, x1, x2, x3, x4, x5, x6, x7)
                 acc_up = _add_groups(acc_up, part, up_scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K)
             else:
                 acc_up = _add_products(acc_up - constant, now, x0, x1, x2, x3, x4, x5, x6, x7)
-    inside = n < out_features
     sums = tl.sum(acc, 1)
     if WORDS_PER_GROUP == 0:
-        sums *= tl.load(scale + n, inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = y.dtype.element_ty
+        sums *= row_scale
     if GATED:
         up = tl.sum(acc_up, 1)
         if WORDS_PER_GROUP == 0:
-            up *= tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
-        result = gated(sums, up, dtype)
-    else:
-        result = sums.to(dtype)
-    tl.store(y + n, result, inside)
+            up *= up_scale
+        sums = gated(sums, up, ROUND)
+    store_channels(y, sums.to(ROUND).to(tl.float32), n, inside, out_features, PLANES)
 
 
 GEMV_INT4 = KernelSpec(_gemv_int4, ("planes", "packed", "scale"), ("chunks", "out_features"), ("y",))
 
 
+def choose_block(out_features: int, gated: bool) -> GemvBlock:
+    """What measures fastest on an H200."""
+    if gated:
+        return GemvBlock(2, 128, 1, 8)
+    return GemvBlock(4, 256, 2, 8) if out_features <= 8192 else GemvBlock(4, 128, 1, 8)
+
+
 def gemv_int4(
-    x: Tensor | NormInput,
+    planes: Planes,
     packed: Tensor,
     scale: Tensor,
     out_dtype: torch.dtype,
     gated: bool = False,
-    block_n: int = 4,
-    block_k: int = 256,
-    num_warps: int = 2,
-) -> Tensor:
+    out_planes: int = 0,
+    block: GemvBlock | None = None,
+) -> Tensor | Planes:
     """y = x @ (unpack(packed) * scale)ᵀ for one row x; gated: silu(first half of y) * second half.
 
-    x: [1, in_features], or the norm that is to be taken first; packed: [out_features, in_features / 2] uint8,
-    in_features a multiple of 32; scale: [out_features, groups] -> [1, out_features], or half of it if gated.
+    planes: of x, eight; packed: [out_features, in_features / 2] uint8, in_features a multiple of 32;
+    scale: [out_features, groups] -> [1, out_features], or half of it if gated; as so many planes for
+    out_planes > 0.
     """
-    planes = make_planes(x, 8)
     words = packed.shape[1] // 4
     out_features = packed.shape[0] // (2 if gated else 1)
-    y = torch.empty(1, out_features, dtype=out_dtype, device=packed.device)
+    block = block or choose_block(out_features, gated)
+    y = new_output(out_features, out_dtype, packed.device, out_planes)
     groups = scale.shape[1]
     GEMV_INT4.launch(
-        (cdiv(out_features, block_n),),
-        (planes, packed.view(torch.int32), scale),
+        (cdiv(out_features, block.block_n),),
+        (planes.values, packed.view(torch.int32), scale),
         (words // 4, out_features),
-        (y,),
+        (y.values if out_planes else y,),
         {
             "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
             "GATED": gated,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
+            "PLANES": out_planes,
+            "ROUND": FLOATS[out_dtype],
+            **block.constants,
         },
-        num_warps=num_warps,
+        num_warps=block.num_warps,
     )
     return y

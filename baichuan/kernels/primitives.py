@@ -12,6 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+FIRST_WAVE = tl.constexpr(2112)  # programs of four warps that an H100 or H200 holds at once
+
 # How a row is quantised.
 NONE = tl.constexpr(0)
 PER_TOKEN = tl.constexpr(1)  # scale = max|row| / 127, computed here
@@ -30,6 +32,27 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     """Every kernel before this one has ended and its results can be seen.  Only weights may be read earlier."""
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def prefetch(rows, first, end, LINES: tl.constexpr):
+    """Ask the second-level cache for up to LINES lines of each row, from element `first` on and before `end`.
+
+    rows: pointers to the rows' first elements.  Only the programs that start while the kernel before them still runs
+    have time to gain by it.
+    """
+    if not INTERPRETED and LINES > 0:
+        line: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
+        columns = tl.minimum(first + tl.arange(0, LINES) * line, end - 1)
+        if tl.program_id(0) < FIRST_WAVE:
+            tl.inline_asm_elementwise(
+                "mov.u32 $0, 0; prefetch.global.L2 [$1];",
+                "=r,l",
+                [(rows[:, None] + columns[None, :]).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -136,6 +159,7 @@ def store_row(x, row, columns, mask, smoother, scale, out, out_scale, width, QUA
     if QUANTISE == NONE:
         tl.store(out_row, x.to(out.dtype.element_ty), mask)
     else:
+        x = tl.where(mask, x, 1.0)  # division is several times slower where it meets a 0
         if SMOOTH:
             x = tl.div_rn(x, tl.load(smoother + columns, mask, other=1.0))
         if QUANTISE == PER_TOKEN:
