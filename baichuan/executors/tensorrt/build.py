@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from baichuan.checkpoint.layout import assemble
+from baichuan.checkpoint.plan import PlannedTensors
+from baichuan.checkpoint.tensor_file import planned_bytes, read_tensors, write_tensors
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.tensorrt.api import Api, load
@@ -80,6 +83,13 @@ def build_plan(
     """
     api = load(build.backend)
     options = (options or BuildOptions()).checked(api, quant)
+    if build.gpt_attention_plugin and config.dtype == "float32":
+        logger.info(
+            "TensorRT has no fused attention in float32; it is decomposed, as with --use_gpt_attention_plugin off"
+        )
+    for name, given in (("use_gemm_plugin", build.gemm_plugin), ("multi_block_mode", build.multi_block_mode)):
+        if not given:
+            logger.info("--%s off changes nothing: TensorRT chooses its kernels itself", name)
     builder = api.trt.Builder(api.log)
     graph = Graph(api, builder.create_network(_strongly_typed(api)), weight_names(weights))
     contract, ops = lower(graph, config, quant, build, weights, rank)
@@ -133,6 +143,16 @@ def builder_config(api: Api, builder, contract: Contract, options: BuildOptions)
     return settings
 
 
+def _raise_errors(api: Api, config: ModelConfig, build: BuildConfig) -> None:
+    if any("is_decomposable" in error for error in api.log.errors):
+        api.log.errors.clear()
+        raise UnsupportedError(
+            f"{api.name} has no fused attention for {config.num_heads // build.world_size} heads of {config.head_dim} "
+            f"dimensions a rank in {config.dtype}; build with --use_gpt_attention_plugin off to let it be decomposed"
+        )
+    api.log.raise_errors("the build")
+
+
 def _strongly_typed(api: Api) -> int:
     return 1 << int(api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
@@ -179,3 +199,22 @@ def _monitor(api: Api, progress: Progress):
             pass
 
     return Monitor()
+
+
+def write_plan(
+    path: Path,
+    tensors: list[PlannedTensors],
+    config: ModelConfig,
+    quant: QuantConfig,
+    build: BuildConfig,
+    rank: int,
+    options: BuildOptions,
+) -> dict:
+    """build_plan from planned tensors, which are written beside the plan and memory-mapped while it is built."""
+    weights = path.with_suffix(".weights")
+    try:
+        with Progress(f"preparing rank {rank}", planned_bytes(tensors), "B") as progress:
+            write_tensors(weights, tensors, progress.advance)
+        return build_plan(config, quant, build, assemble(read_tensors(weights), config, quant), rank, path, options)
+    finally:
+        weights.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -61,6 +62,12 @@ class Contract:
     profiles: tuple[Profile, ...]
     targets: tuple[str, ...] = ()  # compute capabilities; empty = all that the module supports, or this machine's
     debug: tuple[str, ...] = ()  # tensors that a debug listener is told of
+
+    def cache_bytes(self, batch_size: int) -> int:
+        """Memory of the KV cache for batch_size sequences."""
+        sizes = {"batch": batch_size, "past": self.capacity + 1}
+        caches = [spec for spec in self.inputs if spec.name.startswith("past_")]
+        return sum(spec.torch_dtype.itemsize * math.prod(spec.dims(sizes)) for spec in caches)
 
     def to_json(self) -> dict:
         return asdict(self)

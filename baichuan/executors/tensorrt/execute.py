@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import require_device_memory
 from baichuan.executors.tensorrt.contract import Contract, TensorSpec
 from baichuan.executors.tensorrt.kv_buffers import kv_buffers
 from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_runs
-from baichuan.executors.tensorrt.plan import Plan
+from baichuan.executors.tensorrt.plan import Plan, open_plan
 from baichuan.records import Step
 
 CONTEXT, GENERATION = 0, 1  # the contract's profiles
+
+
+def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digest: str) -> TensorRtExecutor:
+    """The executor of the plan in `path`, whose SHA-256 is `digest`.  Raises what open_plan raises."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan" / "tensorrt_rtx"
+    return TensorRtExecutor(open_plan(path, contract, comm, caches / f"{digest}.kernels"), contract)
 
 
 class TensorRtExecutor:

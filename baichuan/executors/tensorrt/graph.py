@@ -107,17 +107,23 @@ class Graph:
         """x[:, :count] of a matrix with any number of rows."""
         shape = self._out(self.network.add_shape(x), "shape")  # [2] int64
         rows = self.gather(shape, self.constant(torch.zeros(1, dtype=torch.int32)))
+        size = self.concat([rows, self.constant(torch.tensor([count]))], 0)
         layer = self.network.add_slice(x, (0, 0), (0, 0), (1, 1))
-        layer.set_input(2, self.concat([rows, self.constant(torch.tensor([count]))], 0))
+        layer.set_input(2, size)
         return self._out(layer, "slice")
 
-    def quantize(self, x, scale, dtype: torch.dtype):
-        """round(x / scale), saturated"""
-        return self._out(self.network.add_quantize(x, scale, self.api.dtype(dtype)), "quantisation")
+    def quantize(self, x, scale: Tensor, dtype: torch.dtype):
+        """quant.scaled.quantise(x, scale): x / scale, saturated and rounded.  scale: one float32"""
+        if dtype == torch.int8:  # TensorRT saturates at -128, we at -127
+            smallest = (-127 * scale).view((1,) * len(x.shape))
+            x = self.binary("MAX", x, self.constant(smallest))
+        layer = self.network.add_quantize(x, self.constant(scale, shape=()), self.api.dtype(dtype))
+        return self._out(layer, "quantisation")
 
-    def dequantize(self, x, scale, dtype: torch.dtype, axis: int | None = None):
-        """x * scale, where a one-dimensional scale lies along `axis`"""
-        layer = self.network.add_dequantize(x, scale, self.api.dtype(dtype))
+    def dequantize(self, x, scale: Tensor, dtype: torch.dtype, axis: int | None = None):
+        """x * scale in `dtype`.  scale: one number, one for each place along `axis`, or one a block of x's last axis"""
+        shape = () if scale.numel() == 1 and axis is None else scale.shape
+        layer = self.network.add_dequantize(x, self.constant(scale, shape=shape), self.api.dtype(dtype))
         if layer is not None and axis is not None:
             layer.axis = axis
         return self._out(layer, "dequantisation")

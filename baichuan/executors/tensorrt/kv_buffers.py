@@ -65,7 +65,8 @@ class InPlaceBuffers:
 class GrowingBuffers:
     """Slots [slots, batch, heads, head_dim], filled one run after another.  Slot 0 stays empty, so that no input is.
 
-    Which position a slot holds differs from row to row where a run was padded; the gaps are closed after such a run.
+    Which position a slot holds differs from row to row where a run was padded, and the longest row may have left; the
+    gaps are closed when there is no other room.
     """
 
     def __init__(self, contract: Contract, batch_size: int, device: torch.device):
@@ -86,6 +87,8 @@ class GrowingBuffers:
             self.batch = run.batch
         if run.batch != self.batch:
             raise AssertionError(f"the cache holds {self.batch} rows and the run has {run.batch}")
+        if self.used + run.new > self.slots:
+            self._close_gaps()
         if self.used + run.new > self.slots:
             raise _too_long(self.used + run.new - 1, self.contract.capacity)
         return {"past": self.used, "total": self.used + run.new}
@@ -111,8 +114,6 @@ class GrowingBuffers:
             if slots.data_ptr() != outputs[name].data_ptr():
                 slots.copy_(outputs[name].view(torch.int8))
         self.used += run.new
-        if run.padded:
-            self._close_gaps()
 
     def reorder(self, parents: Tensor) -> None:
         for name in self.buffers:

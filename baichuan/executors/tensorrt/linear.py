@@ -9,7 +9,7 @@ from baichuan.executors.tensorrt.graph import Graph
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 
 INT4_BLOCKS = (128, 64, 32, 16)  # input channels a scale that the fused kernel takes
-SMALLEST_ABSMAX = 1e-20  # a token of zeros is divided by this and stays zero
+SMALLEST_SCALE = 1e-20  # a token of zeros is divided by this and stays zero
 
 
 def linear(graph: Graph, x, weight: Weight, ranks: int):
@@ -22,9 +22,7 @@ def linear(graph: Graph, x, weight: Weight, ranks: int):
     channel = len(lead)  # the weight's dimension of output channels
 
     def dequantised(matrix, scale, to):
-        return graph.dequantize(
-            graph.constant(matrix, shape=(*lead, *matrix.shape)), graph.constant(scale), to, channel
-        )
+        return graph.dequantize(graph.constant(matrix, shape=(*lead, *matrix.shape)), scale, to, channel)
 
     match weight:
         case DenseWeight(w):
@@ -38,10 +36,11 @@ def linear(graph: Graph, x, weight: Weight, ranks: int):
             absmax = graph.reduce("MAX", graph.unary("ABS", smooth))
             if weight.smoother is not None and ranks > 1:
                 absmax = graph.all_reduce(absmax, "MAX", ranks)
-            absmax = graph.binary("MAX", absmax, graph.scalar(SMALLEST_ABSMAX, absmax))
-            x8 = _rounded(graph, graph.binary("DIV", smooth, absmax), torch.tensor(1 / 127), torch.int8)
+            input_scale = graph.binary("DIV", absmax, graph.scalar(127, absmax))
+            input_scale = graph.binary("MAX", input_scale, graph.scalar(SMALLEST_SCALE, input_scale))
+            x8 = _rounded(graph, graph.binary("DIV", smooth, input_scale), torch.ones(1), torch.int8)
             y = graph.matmul(x8, dequantised(q, scale, torch.float32))
-            return graph.cast(graph.binary("PROD", y, absmax), dtype)
+            return graph.cast(graph.binary("PROD", y, input_scale), dtype)
         case SmoothQuantWeight(q, scale, input_scale, _):
             x8 = _rounded(graph, _smoothed(graph, x, weight), input_scale, torch.int8)
             return graph.cast(graph.matmul(x8, dequantised(q, scale, torch.float32)), dtype)
@@ -62,7 +61,6 @@ def _smoothed(graph: Graph, x, weight: SmoothQuantWeight):
 
 def _rounded(graph: Graph, x, scale, dtype: torch.dtype):
     """What 8 bits hold of x: dequantise(quantise(x))."""
-    scale = graph.constant(scale, shape=())
     return graph.dequantize(graph.quantize(x, scale, dtype), scale, torch.float32)
 
 
@@ -72,4 +70,4 @@ def _int4(graph: Graph, weight: Int4Weight, lead: tuple[int, ...], dtype: torch.
     block = next((size for size in INT4_BLOCKS if group % size == 0), group)
     scale = weight.scale.to(dtype).repeat_interleave(group // block, dim=1)
     matrix = graph.int4_constant(weight.packed, (*lead, out_features, in_features))
-    return graph.dequantize(matrix, graph.constant(scale, shape=(*lead, *scale.shape)), dtype)
+    return graph.dequantize(matrix, scale.view(*lead, *scale.shape), dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from baichuan import position
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
@@ -30,8 +31,8 @@ class LayerTensors:
     past_v: Any
     present_k: str  # the output's name
     present_v: str
-    k_scale: Any = None  # constants
-    v_scale: Any = None
+    k_scale: Tensor | None  # see records.LayerWeights
+    v_scale: Tensor | None
 
 
 class TensorRtOps:
@@ -163,7 +164,7 @@ def weight_names(weights: ModelWeights) -> dict[int, str]:
     names: dict[int, str] = {}
 
     def visit(value, name: str) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             names[id(value)] = name
         elif isinstance(value, tuple):
             for index, each in enumerate(value):
@@ -181,6 +182,10 @@ def _dims(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _layer_tensors(graph: Graph, inputs: dict[str, Any], index: int, layer: LayerWeights) -> LayerTensors:
-    scales = [None if each is None else graph.constant(each, shape=()) for each in (layer.k_scale, layer.v_scale)]
     names = f"k.{index}", f"v.{index}"
-    return LayerTensors(*(inputs[f"past_{name}"] for name in names), *(f"present_{name}" for name in names), *scales)
+    return LayerTensors(
+        *(inputs[f"past_{name}"] for name in names),
+        *(f"present_{name}" for name in names),
+        layer.k_scale,
+        layer.v_scale,
+    )

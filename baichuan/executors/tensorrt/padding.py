@@ -23,7 +23,6 @@ class PaddedRun:
     output_rows: Tensor  # [outputs] int32 into batch * new
     destinations: Tensor | None  # [outputs] int64, which of the step's outputs these are; None = all, in order
     most_tokens: int  # largest write_index + new
-    padded: bool  # some of the tokens are padding
 
     @property
     def batch(self) -> int:
@@ -46,7 +45,6 @@ def decode_run(step: Step) -> PaddedRun:
         step.output_rows.int(),
         None,
         step.max_context_length,
-        padded=False,
     )
 
 
@@ -91,5 +89,4 @@ def prefill_runs(step: Step, max_new: int, max_outputs: int) -> Iterator[PaddedR
             output_rows.int().to(device),
             destinations.to(device),
             int(write_index.max()) + new,
-            padded=len(cells) < batch * new,
         )

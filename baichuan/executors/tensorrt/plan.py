@@ -6,7 +6,6 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,11 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
             f"{path} was built by {contract.module} {contract.version} and {api.version} is installed; "
             f"build the engine again, or install {contract.module} {contract.version}"
         )
-    device = _device(comm)
+    if not torch.cuda.is_available():
+        raise UnsupportedError("a TensorRT plan runs on a GPU and PyTorch finds none; build with --backend torch")
+    from baichuan.executors.cuda_comm import gpu_of_rank  # imports Triton, which nothing else here needs
+
+    device = gpu_of_rank(comm)
     _check_gpu(api, contract, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     torch.cuda.set_device(device)
     runtime = api.trt.Runtime(api.log)
@@ -93,7 +96,7 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
     if comm.world_size > 1:
         from baichuan.executors.tensorrt.nccl import communicator_capsule
 
-        if not context.set_communicator(communicator_capsule(comm)):
+        if not context.set_communicator(communicator_capsule(comm, device)):
             raise UnsupportedError(f"{api.name} {api.version} takes no NCCL communicator; use --backend torch")
     return Plan(api, context, device, torch.cuda.Stream(device))
 
@@ -123,19 +126,6 @@ def check_interface(engine, contract: Contract, api: Api, path: Path) -> None:
             f"{path} has {engine.num_optimization_profiles} optimisation profiles and config.json describes "
             f"{len(contract.profiles)}; build the engine again"
         )
-
-
-def _device(comm: Communicator) -> torch.device:
-    if not torch.cuda.is_available():
-        raise UnsupportedError(
-            "a TensorRT plan runs on a GPU and PyTorch finds none; build with --backend torch for the CPU"
-        )
-    count = torch.cuda.device_count()
-    if comm.world_size > count:
-        raise UnsupportedError(
-            f"{comm.world_size} ranks need as many GPUs and this machine has {count}; build with a smaller --world_size"
-        )
-    return torch.device("cuda", comm.rank)
 
 
 def _check_gpu(api: Api, contract: Contract, gpu: str, capability: tuple[int, int]) -> None:
@@ -183,7 +173,7 @@ def _made(api: Api, context):
     return context
 
 
-def write_replacing(path: Path, data: Mapping | memoryview) -> None:
+def write_replacing(path: Path, data: memoryview) -> None:
     """Write a file that others may be reading; failure only costs the next start some time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
