@@ -372,7 +372,7 @@ def dying_checkpoint():
 def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("baichuan.convert.BYTES_PER_PROCESS", 1)
     request = ConvertRequest(tmp_path, ROTARY, dying_checkpoint, processes=2)
-    with pytest.raises(UnsupportedError, match="one of the 2 writing processes was killed.* --processes 1"):
+    with pytest.raises(UnsupportedError, match="one of 2 processes was killed.* --processes 1"):
         convert(request, make_samples(ROTARY), {})
     assert list((tmp_path / "1-gpu").iterdir()) == []
 
