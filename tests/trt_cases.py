@@ -104,7 +104,7 @@ def course(executor: Executor, vocab_size: int) -> dict[str, Tensor]:
     step = forward("decode after leaving", step.next(torch.tensor(some(2)), parents))
     step = forward("decode again", step.next(torch.tensor(some(2))))
     lengths = step.context_lengths.tolist()
-    forward("a last chunk", Step.of([some(38 - lengths[0]), some(2)], lengths, all_outputs=True))
+    forward("a last chunk", Step.of([some(36 - lengths[0]), some(2)], lengths, all_outputs=True))
     executor.reset(1, 30)
     forward("a new request", Step.of([some(24)]))
     return logits
