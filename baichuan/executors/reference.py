@@ -40,10 +40,11 @@ class ReferenceOps:
         return linear(x, weight, x.dtype, self.comm)
 
     def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step):
-        q, k, v = qkv.unflatten(-1, (3, spec.num_heads, spec.head_dim)).unbind(1)  # each [num_tokens, heads, dim]
+        heads = qkv.unflatten(-1, (3 * spec.num_heads, spec.head_dim))
+        q, k, v = heads.split(spec.num_heads, 1)  # each [num_tokens, heads, dim]
         if spec.rotary:
             cos, sin = self.cos[step.positions], self.sin[step.positions]
-            q, k = (position.rotate(each, cos, sin).to(qkv.dtype) for each in (q, k))
+            q, k = position.rotate(heads[:, : 2 * spec.num_heads], cos, sin).to(qkv.dtype).chunk(2, 1)
         if step.max_new_tokens == 1 and step.tokens.shape[0] == step.batch_size:
             return self._attend_decode(q, k, v, cache, step)
         starts = step.cu_seqlens.tolist()
@@ -65,10 +66,11 @@ class ReferenceOps:
         rows = torch.arange(step.batch_size, device=q.device)
         cache.k[rows, :, step.positions] = quantise_kv(k, cache.k_scale, cache.k.dtype)
         cache.v[rows, :, step.positions] = quantise_kv(v, cache.v_scale, cache.v.dtype)
-        context = step.max_context_length
+        context = int(step.context_lengths.max())
         keys = dequantise_kv(cache.k[: step.batch_size, :, :context], cache.k_scale)  # [batch, heads, context, dim]
         values = dequantise_kv(cache.v[: step.batch_size, :, :context], cache.v_scale)
-        mask = self._mask(step.positions[:, None, None, None], context)  # [batch, heads or 1, 1, context]
+        alone = self.slopes is None and step.batch_size == 1  # it sees all keys, and as they are
+        mask = None if alone else self._mask(step.positions[:, None, None, None], context)  # [batch, heads, 1, context]
         return F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, mask).flatten(1).to(q.dtype)
 
     def _mask(self, positions: Tensor, context: int) -> Tensor:

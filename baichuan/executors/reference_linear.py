@@ -28,6 +28,8 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator
     match weight:
         case DenseWeight(w):
             slow_float16 = w.dtype == torch.float16 and x.shape[0] > FLOAT16_ROWS
+            if out_dtype == w.dtype == torch.float32:
+                return _product(x, w)
             if out_dtype == w.dtype and not slow_float16:
                 return F.linear(x, w)
             return _by_blocks(x, w.shape, lambda rows: w[rows].float(), out_dtype)
@@ -55,5 +57,13 @@ def _by_blocks(x: Tensor, shape: torch.Size, dense_rows: Callable[[slice], Tenso
     y = torch.empty(x.shape[0], out_features, dtype=out_dtype)
     for start in range(0, out_features, rows):
         block = slice(start, min(start + rows, out_features))
-        y[:, block] = F.linear(x, dense_rows(block))
+        y[:, block] = _product(x, dense_rows(block))
     return y
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x @ wᵀ in float32.  One row meets w in as many parts as there are threads, because a GEMV uses only one."""
+    parts = torch.get_num_threads()
+    if x.shape[0] == 1 and parts > 1 and w.shape[0] % parts == 0:
+        return torch.bmm(w.unflatten(0, (parts, -1)), x.t().expand(parts, -1, -1)).view(1, -1)
+    return F.linear(x, w)
