@@ -84,9 +84,7 @@ def build_plan(
     api = load(build.backend)
     options = (options or BuildOptions()).checked(api, quant)
     if build.gpt_attention_plugin and config.dtype == "float32":
-        logger.info(
-            "TensorRT has no fused attention in float32; it is decomposed, as with --use_gpt_attention_plugin off"
-        )
+        logger.info("float32: TensorRT has no fused attention over prompts and decomposes it")
     for name, given in (("use_gemm_plugin", build.gemm_plugin), ("multi_block_mode", build.multi_block_mode)):
         if not given:
             logger.info("--%s off changes nothing: TensorRT chooses its kernels itself", name)
@@ -100,20 +98,22 @@ def build_plan(
         write_svg(graph, output.with_suffix(".svg"))
     logger.info("rank %d: %d layers lowered", rank, graph.network.num_layers)
     settings = builder_config(api, builder, contract, options)
-    with Progress(f"building rank {rank}", 0, "step") as progress:
-        settings.progress_monitor = monitor = _monitor(api, progress)  # noqa: F841  TensorRT does not keep it alive
-        try:
-            with open(output, "wb") as file:
-                done = builder.build_serialized_network_to_stream(graph.network, settings, _writer(api, file))
-                os.fsync(file.fileno())
-            api.log.raise_errors(f"building {output.name}")
-            if not done:
+    try:
+        with open(output, "wb") as file, Progress(f"building rank {rank}", 0, "step") as progress:
+            settings.progress_monitor = monitor = _monitor(api, progress)  # noqa: F841  TensorRT does not keep it alive
+            writer = _writer(api, file)
+            done = builder.build_serialized_network_to_stream(graph.network, settings, writer)
+            if writer.failure:  # which TensorRT takes for success
                 raise UnsupportedError(
-                    f"{api.name} {api.version} built no plan and does not say why; use --backend torch"
+                    f"{output} cannot be written ({writer.failure}); free disk space or choose another --output_dir"
                 )
-        except BaseException:
-            output.unlink(missing_ok=True)
-            raise
+            os.fsync(file.fileno())
+        _raise_errors(api, config, build)
+        if not done:
+            raise UnsupportedError(f"{api.name} {api.version} built no plan and does not say why; use --backend torch")
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise
     if options.timing_cache:
         options.timing_cache.write_bytes(memoryview(settings.get_timing_cache().serialize()))
     return contract.to_json()
@@ -170,9 +170,14 @@ def _writer(api: Api, file):
     class Writer(api.trt.IStreamWriter):
         def __init__(self):
             api.trt.IStreamWriter.__init__(self)
+            self.failure: OSError | None = None
 
         def write(self, data):
-            return file.write(data)
+            try:
+                return 0 if self.failure else file.write(data)
+            except OSError as error:  # must not leave Python
+                self.failure = error
+                return 0
 
     return Writer()
 

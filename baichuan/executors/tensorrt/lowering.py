@@ -76,7 +76,7 @@ class TensorRtOps:
         values = update(v, cache.past_v, cache.present_v, cache.v_scale)
         if self.mask is None:
             self.mask = g.cast(self._mask(step.positions, spec, MASKED[dtype]), dtype)
-        fused = self.build.gpt_attention_plugin and dtype != torch.float32  # float32 has no fused kernel
+        fused = self.build.gpt_attention_plugin and dtype != torch.float32  # which has no fused kernel over prompts
         out = g.attention(q, keys, values, self.mask, decomposable=not fused)
         return g.reshape(g.permute(out, (0, 2, 1, 3)), (0, 0, -1))
 
