@@ -19,8 +19,10 @@ from baichuan.cli import Parser, add_model_version, run_script
 from baichuan.comm import Communicator
 from baichuan.config import ModelConfig
 from baichuan.engine import Engine
-from baichuan.errors import BaichuanError, CheckpointError, ConfigError
+from baichuan.errors import BaichuanError, CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.memory import fits_host_memory
+from baichuan.executors.tensorrt.contract import Contract
+from baichuan.executors.tensorrt.plan import require_gpus
 from baichuan.runtime import open_executor
 from baichuan.tokenizer import Tokenizer
 
@@ -46,7 +48,8 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     limits = build_flags.build_config(args, backend)
     quant = build_flags.quant_config(args, model)
     plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
-    request = BuildRequest(Path(args.output_dir), model, quant, limits, plan_rank, args.parallel_build)
+    options = build_flags.tensorrt_options(args)
+    request = BuildRequest(Path(args.output_dir), model, quant, limits, plan_rank, args.parallel_build, options)
     build_engine(request, None if args.no_self_check else self_checker(source, model))
     logger.info("engine written to %s", args.output_dir)
     return 0
@@ -75,8 +78,10 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
         try:
+            if engine.build.backend != "torch":
+                require_gpus(Contract.from_json(engine.contract), engine.build.world_size)
             float_weights = weight.load_float32(source, model, engine.build.world_size)
-        except CheckpointError as error:
+        except (CheckpointError, UnsupportedError) as error:
             logger.info("self-check skipped: %s", error)
             return
         ids = check_ids(source, model)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import fields, replace
+from pathlib import Path
 
 from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.executors.tensorrt.api import load
+from baichuan.executors.tensorrt.build import BuildOptions
 from baichuan.quant.weight_only import fitting_group_sizes
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("auto", "torch", "tensorrt", "tensorrt_rtx"),
         default="auto",
-        help="auto: torch, until TensorRT plans are built as well",
+        help="torch: runs on CPUs and GPUs (auto); tensorrt, tensorrt_rtx: a TensorRT plan a rank",
     )
     group.add_argument("--output_dir", default="engine_outputs", help="the engine folder")
     group.add_argument(
@@ -172,13 +175,22 @@ def check_flags(args: argparse.Namespace, backend: str) -> None:
 
 
 def choose_backend(name: str) -> str:
-    """`auto` resolved.  Raises UnsupportedError for a backend that build.py does not build for yet."""
+    """`auto` resolved.  Raises UnsupportedError for a TensorRT that is not installed."""
     if name == "auto":
         logger.info("backend torch (auto)")
         return "torch"
     if name != "torch":
-        raise UnsupportedError(f"--backend {name} is not available yet; use --backend torch")
+        load(name)
     return name
+
+
+def tensorrt_options(args: argparse.Namespace) -> BuildOptions:
+    return BuildOptions(
+        compute_capabilities=tuple(args.compute_capability or ()),
+        timing_cache=Path(args.timing_cache) if args.timing_cache else None,
+        visualize=args.visualize,
+        debug_output=args.enable_debug_output,
+    )
 
 
 def dummy_model(args: argparse.Namespace) -> ModelConfig:

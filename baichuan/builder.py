@@ -19,6 +19,7 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.engine import Engine, publish, rank_file_name, staging, write_config
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
+from baichuan.executors.tensorrt.build import BuildOptions, write_plan
 from baichuan.processes import CONTEXT, run_tasks
 from baichuan.progress import Progress
 
@@ -40,6 +41,7 @@ class BuildRequest:
     build: BuildConfig
     plan_rank: PlanRank
     parallel: bool = False
+    tensorrt: BuildOptions = BuildOptions()  # of a TensorRT backend
 
 
 def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:
@@ -51,13 +53,12 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
     with staging(request.output_dir) as staged:
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
-        with Progress("writing the engine", sum(sizes), "B") as progress:
-            if request.parallel and len(paths) > 1:
-                _write_in_processes(request.plan_rank, paths, progress)
-            else:
-                for rank, path in enumerate(paths):
-                    write_tensors(path, request.plan_rank(rank), progress.advance)
-        engine = write_config(staged, request.model, request.quant, request.build, contract={})
+        contract = {}
+        if request.build.backend == "torch":
+            _write_ranks(request, paths, sum(sizes))
+        else:
+            contract = _build_plans(request, paths)
+        engine = write_config(staged, request.model, request.quant, request.build, contract)
         if check:
             check(engine)
         publish(staged, request.output_dir)
@@ -67,17 +68,20 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
 def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
     """Say what the build and the engine take, and raise UnsupportedError where it is not there."""
     processes = len(sizes) if request.parallel else 1
+    memory, disk = PROCESS_BYTES, sum(sizes)
+    if request.build.backend != "torch":  # a plan is made in memory, of a rank's tensors on the disk
+        memory, disk = PROCESS_BYTES + max(sizes), sum(sizes) + processes * max(sizes)
     cache = full_kv_cache_bytes(request.model, request.quant, request.build)
     logger.info(
         "engine: %.2f GB on disk; building it takes up to %.1f GB of host memory; running it at full size takes "
         "%.2f GB of weights and %.2f GB of KV cache a rank",
-        *(each / 1e9 for each in (sum(sizes), processes * PROCESS_BYTES, max(sizes), cache)),
+        *(each / 1e9 for each in (sum(sizes), processes * memory, max(sizes), cache)),
     )
-    require_host_memory(processes * PROCESS_BYTES, f"a build with {processes} process(es)")
+    require_host_memory(processes * memory, f"a build with {processes} process(es)")
     free = shutil.disk_usage(request.output_dir).free
-    if sum(sizes) + DISK_SLACK_BYTES > free:
+    if disk + DISK_SLACK_BYTES > free:
         raise UnsupportedError(
-            f"the engine needs {sum(sizes) / 1e9:.2f} GB on the disk of {request.output_dir} and "
+            f"the build needs {disk / 1e9:.2f} GB on the disk of {request.output_dir} and "
             f"{free / 1e9:.2f} GB are free; free some, or choose another --output_dir"
         )
     if torch.cuda.is_available():
@@ -92,6 +96,27 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
         if torch.cuda.is_available():
             raise UnsupportedError(message)
         logger.warning("%s, or run the engine elsewhere", message)
+
+
+def _write_ranks(request: BuildRequest, paths: Sequence[Path], size: int) -> None:
+    with Progress("writing the engine", size, "B") as progress:
+        if request.parallel and len(paths) > 1:
+            _write_in_processes(request.plan_rank, paths, progress)
+        else:
+            for rank, path in enumerate(paths):
+                write_tensors(path, request.plan_rank(rank), progress.advance)
+
+
+def _build_plans(request: BuildRequest, paths: Sequence[Path]) -> dict:
+    """One TensorRT plan a rank; their contract, which is the same for all."""
+    tasks = {rank: partial(_build_rank_plan, request, rank, path) for rank, path in enumerate(paths)}
+    contracts = dict(run_tasks(tasks, len(tasks) if request.parallel else 1, "leave --parallel_build out"))
+    return contracts[0]
+
+
+def _build_rank_plan(request: BuildRequest, rank: int, path: Path) -> dict:
+    tensors = request.plan_rank(rank)
+    return write_plan(path, tensors, request.model, request.quant, request.build, rank, request.tensorrt)
 
 
 def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> None:

@@ -11,9 +11,10 @@ from baichuan.checkpoint.layout import assemble
 from baichuan.checkpoint.tensor_file import read_tensors
 from baichuan.comm import Communicator
 from baichuan.engine import Engine, check_world, read_engine, verify_rank_file
-from baichuan.errors import UnsupportedError
 from baichuan.executors.base import Executor
 from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.tensorrt.contract import Contract
+from baichuan.executors.tensorrt.execute import open_tensorrt
 from baichuan.session import Session
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,8 @@ def open_session(folder: Path, comm: Communicator, model_version: str | None = N
 def open_executor(engine: Engine, comm: Communicator) -> Executor:
     """The executor that the engine was built for, over this rank's file, which is taken as verified."""
     if engine.build.backend != "torch":
-        raise UnsupportedError(
-            f"engines of backend {engine.build.backend} cannot be run yet; build with --backend torch"
-        )
+        path = engine.rank_file(comm.rank)
+        return open_tensorrt(path, Contract.from_json(engine.contract), comm, engine.files[path.name]["sha256"])
     weights = assemble(read_tensors(engine.rank_file(comm.rank)), engine.model, engine.quant)
     if not torch.cuda.is_available():
         logger.info("running on the CPU with %d threads", torch.get_num_threads())

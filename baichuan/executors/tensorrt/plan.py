@@ -78,12 +78,8 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
             f"{path} was built by {contract.module} {contract.version} and {api.version} is installed; "
             f"build the engine again, or install {contract.module} {contract.version}"
         )
-    if not torch.cuda.is_available():
-        raise UnsupportedError("a TensorRT plan runs on a GPU and PyTorch finds none; build with --backend torch")
-    from baichuan.executors.cuda_comm import gpu_of_rank  # imports Triton, which nothing else here needs
-
-    device = gpu_of_rank(comm)
-    _check_gpu(api, contract, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    require_gpus(contract, comm.world_size)
+    device = torch.device("cuda", comm.rank)
     torch.cuda.set_device(device)
     runtime = api.trt.Runtime(api.log)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -128,10 +124,22 @@ def check_interface(engine, contract: Contract, api: Api, path: Path) -> None:
         )
 
 
-def _check_gpu(api: Api, contract: Contract, gpu: str, capability: tuple[int, int]) -> None:
-    """Raise UnsupportedError unless the plan was built for this GPU."""
-    if not api.rtx:
-        return  # TensorRT itself refuses a plan of another GPU when it loads it
+def require_gpus(contract: Contract, world_size: int) -> None:
+    """Raise UnsupportedError unless this machine has a GPU for each rank that the plans were built for."""
+    if not torch.cuda.is_available():
+        raise UnsupportedError("a TensorRT plan runs on a GPU and PyTorch finds none; build with --backend torch")
+    count = torch.cuda.device_count()
+    if world_size > count:
+        raise UnsupportedError(
+            f"{world_size} ranks need a GPU each and this machine has {count}; build with a smaller --world_size"
+        )
+    if load(contract.module).rtx:  # TensorRT itself refuses another GPU's plan when it loads it
+        for index in range(world_size):
+            check_capability(contract, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def check_capability(contract: Contract, gpu: str, capability: tuple[int, int]) -> None:
+    """Raise UnsupportedError unless TensorRT-RTX and the plan support the GPU of that name and compute capability."""
     here = "{}.{}".format(*capability)
     if here not in RTX_CAPABILITIES:
         raise UnsupportedError(
