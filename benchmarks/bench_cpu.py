@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "parts", nargs="*", choices=("decode", "open", "build", []), default=["decode", "open", "build"]
     )
     parser.add_argument("--hidden_size", type=int, default=1280, help="of the decode and open model, 7B-shaped")
-    parser.add_argument("--num_layers", type=int, default=10)
+    parser.add_argument("--num_layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=48, help="decode steps that are timed")
     parser.add_argument("--build_version", choices=tuple(PRESETS), default="v1_7b")
     args = parser.parse_args(argv)
@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def small_model(args: argparse.Namespace, dtype: str) -> ModelConfig:
+    """The 7B's proportions at another width."""
     hidden = args.hidden_size
-    return ModelConfig("v1_7b", hidden, args.num_layers, hidden // 128, hidden * 43 // 16, 32000, dtype=dtype)
+    inter, vocab = hidden * 43 // 16, hidden * 125 // 8
+    return ModelConfig("v1_7b", hidden, args.num_layers, hidden // 128, inter, vocab, dtype=dtype)
 
 
 def decode(args: argparse.Namespace) -> None:
