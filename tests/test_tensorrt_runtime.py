@@ -1,0 +1,233 @@
+"""The runtime's parts: padding, limits, what it says of machines and plans that do not fit, NCCL's capsule."""
+
+import ctypes
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+import trt_cases as cases
+from trt_standin import Network, StandInEngine
+
+from baichuan.comm import Solo, run_ranks
+from baichuan.config import QuantConfig
+from baichuan.errors import EngineError, UnsupportedError
+from baichuan.executors.tensorrt import nccl, plan
+from baichuan.executors.tensorrt.api import load
+from baichuan.executors.tensorrt.contract import FREE_SLOT, make_contract
+from baichuan.executors.tensorrt.padding import decode_run, prefill_runs
+from baichuan.records import Step
+
+
+def network(version="v2_7b", quant=None, **limits):
+    quant = quant or QuantConfig()
+    config = cases.model(version)
+    return Network(config, quant, cases.limits(**limits), cases.weights(config, quant))
+
+
+def test_padding_of_a_prefill():
+    """Two sequences, one with a past, in windows of two tokens; sequence 1 has no token in the second window."""
+    step = Step.of([[1, 2, 3], [4]], [5, 0])
+    first, second = prefill_runs(step, max_new=2, max_outputs=8)
+    assert first.input_ids.tolist() == [[1, 2], [4, 0]]
+    assert first.positions.tolist() == [[5, 6], [0, 0]]
+    assert first.key_positions.tolist() == [[5, 6], [0, FREE_SLOT]]
+    assert first.write_index.tolist() == [5, 0]
+    assert first.output_rows.tolist() == [2] and first.destinations.tolist() == [1]
+    assert second.input_ids.tolist() == [[3], [0]]
+    assert second.write_index.tolist() == [7, 1]  # behind what the sequence holds, so that padding overwrites nothing
+    assert second.output_rows.tolist() == [0] and second.destinations.tolist() == [0]
+    assert first.most_tokens == 7 and second.most_tokens == 8
+
+
+def test_padding_keeps_to_the_number_of_outputs():
+    step = Step.of([[1, 2, 3], [4, 5, 6]], all_outputs=True)
+    runs = list(prefill_runs(step, max_new=64, max_outputs=2))
+    assert [run.new for run in runs] == [1, 1, 1]
+    assert torch.cat([run.destinations for run in runs]).sort().values.tolist() == list(range(6))
+    assert len(list(prefill_runs(step, max_new=64, max_outputs=6))) == 1
+
+
+def test_a_decode_step_is_a_column():
+    run = decode_run(Step.of([[1], [2]], [3, 0]))
+    assert run.input_ids.tolist() == [[1], [2]] and run.write_index.tolist() == [3, 0]
+    assert run.most_tokens == 4
+
+
+@pytest.mark.parametrize("quant", ["none", "kv_int8"])
+def test_too_long_is_one_sentence(quant):
+    executor = network(quant=cases.QUANTS[quant]).executor()
+    with pytest.raises(UnsupportedError, match="1 sequences of 41 tokens do not fit a plan for 6 of 40"):
+        executor.reset(1, 41)
+    with pytest.raises(UnsupportedError, match="7 sequences of 8 tokens do not fit"):
+        executor.reset(7, 8)
+    executor.reset(1, 40)
+    with pytest.raises(UnsupportedError, match="a sequence of 41 tokens, padding included, does not fit"):
+        executor.forward(Step.of([[1] * 41]))
+
+
+def test_a_capacity_can_be_filled_to_the_last_token():
+    for quant in ("none", "kv_int8"):
+        executor = network(quant=cases.QUANTS[quant]).executor()
+        executor.reset(1, 40)
+        whole = executor.forward(Step.of([list(range(40))]))
+        executor.reset(1, 40)
+        executor.forward(Step.of([list(range(39))]))
+        torch.testing.assert_close(
+            executor.forward(Step.of([[39]], [39])), whole, rtol=0, atol=0.2 * bool(quant != "none") + 1e-4
+        )
+
+
+def test_a_smaller_cache_after_a_reset_forgets():
+    """What an earlier request left behind is not seen."""
+    executor = network("v1_13b").executor()
+    prompt = Step.of([[7, 8, 9]])
+    executor.reset(1, 10)
+    expected = executor.forward(prompt).clone()
+    executor.reset(3, 40)
+    executor.forward(Step.of([[1] * 24, [2] * 24, [3] * 24]))
+    executor.reset(1, 10)
+    assert torch.equal(executor.forward(prompt), expected)
+
+
+def test_a_refused_shape_is_an_error():
+    executor = network().executor()
+    executor.plan.select_profile(1)
+    with pytest.raises(UnsupportedError, match="outside of the profile"):
+        executor.plan.bind_input("input_ids", torch.zeros(1, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda c: replace(c, inputs=c.inputs[1:]), "does not have the tensor input_ids that config.json describes"),
+        (lambda c: replace(c, profiles=c.profiles[:1]), "has 2 optimisation profiles and config.json describes 1"),
+        (
+            lambda c: replace(c, outputs=(*c.outputs[:-1], replace(c.outputs[-1], dtype="float16"))),
+            "does not have the tensor logits",
+        ),
+    ],
+)
+def test_a_plan_of_another_config_is_one_sentence(tmp_path, change, sentence):
+    built = network()
+    engine = StandInEngine(built.api, built.graph, built.contract)
+    plan.check_interface(engine, built.contract, built.api, tmp_path)
+    with pytest.raises(EngineError, match=sentence):
+        plan.check_interface(engine, change(built.contract), built.api, tmp_path)
+
+
+def contract(**changes):
+    api = load("tensorrt_rtx")
+    made = make_contract(cases.model("v1_7b"), QuantConfig(), cases.limits(), api.name, api.version)
+    return replace(made, **changes)
+
+
+def test_another_version_is_one_sentence(tmp_path):
+    with pytest.raises(
+        EngineError, match="was built by tensorrt_rtx 1.2.3 and .* is installed; build the engine again"
+    ):
+        plan.open_plan(tmp_path / "plan", contract(version="1.2.3"), Solo())
+
+
+@pytest.mark.parametrize(
+    "targets, gpu, capability, sentence",
+    [
+        ((), "NVIDIA H200", (9, 0), "does not support NVIDIA H200 of compute capability 9.0 but 7.5, 8.0"),
+        (
+            ("8.9",),
+            "NVIDIA A100",
+            (8, 0),
+            "was built for compute capability 8.9 and NVIDIA A100 has 8.0; build it with",
+        ),
+    ],
+)
+def test_another_gpu_is_one_sentence(monkeypatch, tmp_path, targets, gpu, capability, sentence):
+    fake_gpus(monkeypatch, 1, gpu, capability)
+    with pytest.raises(UnsupportedError, match=sentence):
+        plan.open_plan(tmp_path / "plan", contract(targets=targets), Solo())
+
+
+def fake_gpus(monkeypatch, count, gpu, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+
+def test_too_few_gpus_are_one_sentence(monkeypatch):
+    fake_gpus(monkeypatch, 1, "NVIDIA L40", (8, 9))
+    with pytest.raises(UnsupportedError, match="2 ranks need a GPU each and this machine has 1"):
+        plan.require_gpus(contract(), 2)
+    plan.require_gpus(contract(), 1)
+
+
+def test_a_communicator_is_a_capsule_of_nccl_s_handle(monkeypatch):
+    """Over a stand-in for the library: one id, made by rank 0, joins every rank."""
+    seen = []
+
+    class Library:
+        def ncclGetUniqueId(self, pointer):
+            ctypes.memmove(pointer, b"id of rank 0".ljust(128, b"\1"), 128)
+            return 0
+
+        def ncclCommInitRank(self, pointer, count, unique, rank):
+            seen.append((rank, count, bytes(unique)))
+            pointer._obj.value = 4096 + rank
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    capsules = run_ranks(2, lambda comm: nccl.communicator_capsule(comm, torch.device("cuda", comm.rank)))
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    assert [get(capsule, b"ncclComm_t") for capsule in capsules] == [4096, 4097]
+    assert sorted(rank for rank, _, _ in seen) == [0, 1] and {count for _, count, _ in seen} == {2}
+    assert {unique for _, _, unique in seen} == {b"id of rank 0".ljust(128, b"\1")}
+
+
+def test_a_missing_nccl_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(nccl, "LIBRARY", "libno-such-nccl.so")
+    with pytest.raises(UnsupportedError, match="libno-such-nccl.so cannot be loaded"):
+        nccl.communicator_capsule(SimpleNamespace(rank=0, world_size=2), torch.device("cpu"))
+
+
+def test_every_call_exists_with_these_names():
+    """What the runtime calls on TensorRT-RTX's classes, which are not made without a GPU."""
+    trt = load("tensorrt_rtx").trt
+    used = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "num_io_tensors",
+            "get_tensor_name",
+            "get_tensor_shape",
+            "get_tensor_mode",
+            "get_tensor_dtype",
+            "num_optimization_profiles",
+            "create_execution_context",
+            "create_runtime_config",
+        ],
+        trt.IExecutionContext: [
+            "active_optimization_profile",
+            "set_optimization_profile_async",
+            "set_input_shape",
+            "set_tensor_address",
+            "execute_async_v3",
+            "set_communicator",
+        ],
+        trt.IRuntimeConfig: [
+            "cuda_graph_strategy",
+            "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
+        ],
+        trt.IRuntimeCache: ["serialize", "deserialize"],
+        trt.CudaGraphStrategy: ["WHOLE_GRAPH_CAPTURE", "DISABLED"],
+        trt.DynamicShapesKernelSpecializationStrategy: ["NONE"],
+        trt.TensorIOMode: ["INPUT"],
+    }
+    missing = [(owner.__name__, name) for owner, names in used.items() for name in names if not hasattr(owner, name)]
+    assert not missing
