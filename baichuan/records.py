@@ -151,14 +151,18 @@ class Step:
         Nothing is read back from the device.
         """
         lengths = self.context_lengths if parents is None else self.context_lengths[parents]
-        rows = torch.arange(tokens.shape[0] + 1, device=tokens.device)
+        if self.max_new_tokens == 1 and self.output_rows.shape == tokens.shape == self.tokens.shape:
+            cu_seqlens, output_rows = self.cu_seqlens, self.output_rows  # one token each, as in this step
+        else:
+            rows = torch.arange(tokens.shape[0] + 1, device=tokens.device)
+            cu_seqlens, output_rows = rows.int(), rows[:-1]
         return replace(
             self,
             tokens=tokens,
             positions=lengths.long(),
-            cu_seqlens=rows.int(),
+            cu_seqlens=cu_seqlens,
             context_lengths=lengths + 1,
-            output_rows=rows[:-1],
+            output_rows=output_rows,
             max_new_tokens=1,
             max_context_length=self.max_context_length + 1,
         )

@@ -30,7 +30,7 @@ class Sampler:
         if self._seen is not None:
             logits = penalise(logits, self._seen, self.config.repetition_penalty)
         if self.config.greedy:
-            tokens = logits.argmax(-1)
+            tokens = likeliest(logits)
         else:
             tokens = draw(
                 logits / self.config.temperature, self.config.top_k, self.config.top_p, self._draws[self._step]
@@ -39,6 +39,15 @@ class Sampler:
             self._seen.scatter_(1, tokens[:, None], True)
         self._step += 1
         return tokens
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """logits.argmax(-1), the first of equal ones; on a GPU by a kernel that shares a row among many programs."""
+    if not logits.is_cuda:
+        return logits.argmax(-1)
+    from baichuan.kernels.argmax import argmax  # Triton is needed on GPUs alone
+
+    return argmax(logits)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -19,13 +19,12 @@ MODELS = {
     version: ModelConfig(version, 64, 2, 2, 96, 34, dtype="float32") for version in ("v1_7b", "v2_13b")
 }  # 7B: RoPE, 13B: ALiBi
 FLOAT32_SUMS = 1e-5  # another order of summation, through two layers
-OFFSET_SUMS = 1e-4  # int4's GEMV sums numbers near 128 and 2048, which costs a few bits of float32
 ROUNDED_INPUTS = 0.05  # an input that rounds to the neighbouring e4m3 number moves by a 16th
 QUANTS = {
     "dense": (QuantConfig(), FLOAT32_SUMS),
     "int8": (QuantConfig("int8", quantize_lm_head=True), FLOAT32_SUMS),
-    "int4": (QuantConfig("int4"), OFFSET_SUMS),
-    "int4 in groups": (QuantConfig("int4", group_size=32), OFFSET_SUMS),
+    "int4": (QuantConfig("int4"), FLOAT32_SUMS),
+    "int4 in groups": (QuantConfig("int4", group_size=32), FLOAT32_SUMS),
     "smooth_quant": (QuantConfig("smooth_quant"), ROUNDED_INPUTS),
     "smooth_quant per token": (QuantConfig("smooth_quant", per_token=True), ROUNDED_INPUTS),
     "fp8": (QuantConfig("fp8"), ROUNDED_INPUTS),
@@ -40,7 +39,7 @@ class OnDevice:
     def __init__(self, model, quant, weights, rows, switches):
         self.model, self.weights = model, weights
         self.spec = attention_spec(model, 0, 1)
-        self.ops = CudaOps(self.spec, weights, Solo(), CAPACITY, switches)
+        self.ops = CudaOps(self.spec, Solo(), CAPACITY, DEVICE, switches)
         shape = (rows, self.spec.num_heads, CAPACITY, self.spec.head_dim)
         dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
         self.caches = [

@@ -48,7 +48,7 @@ class CudaExecutor:
         size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
         require_device_memory(size, f"a KV cache of {batch_size} x {capacity} tokens", self.device)
         shape = (2, batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
-        self.ops = CudaOps(self.spec, self.weights, self.comm, capacity, self.switches)
+        self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches)
         self.caches = tuple(
             LayerCache(*torch.zeros(shape, dtype=self.cache_dtype, device=self.device), layer.k_scale, layer.v_scale)
             for layer in self.weights.layers

@@ -29,7 +29,7 @@ class _Captured:
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.context_lengths = torch.zeros(size, dtype=torch.int32, device=device)  # 0 = a row of padding
         self.output_rows = torch.zeros(size, dtype=torch.int64, device=device)
-        self.rows = 0
+        self.rows, self.loaded_rows = 0, None
         static = replace(
             step,
             tokens=self.tokens,
@@ -48,7 +48,9 @@ class _Captured:
         rows = step.batch_size
         self.tokens[:rows].copy_(step.tokens)
         self.context_lengths[:rows].copy_(step.context_lengths)
-        self.output_rows[:rows].copy_(step.output_rows)
+        if step.output_rows is not self.loaded_rows:
+            self.output_rows[:rows].copy_(step.output_rows)
+            self.loaded_rows = step.output_rows
         if rows < self.rows:
             self.context_lengths[rows:].zero_()
         self.rows = rows

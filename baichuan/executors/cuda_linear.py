@@ -15,13 +15,11 @@ from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
 from baichuan.executors.cuda_products import fp8_product, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
+from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemv import gemv
-from baichuan.kernels.gemv_8bit import gemv_8bit
-from baichuan.kernels.gemv_int4 import CHUNK, gemv_int4
-from baichuan.kernels.gemv_w8a8 import gemv_w8a8
-from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.planes import NormInput, Planes, make_planes
+from baichuan.kernels.gemv_int import CHUNK, gemv_int
+from baichuan.kernels.norm import NormInput, add_rms_norm
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.quant.smoothquant import quantise_input
@@ -35,7 +33,7 @@ class GatedInput:
     gate_up: Tensor  # [num_tokens, 2 * intermediate]
 
 
-Input = Tensor | NormInput | GatedInput | Planes
+Input = Tensor | NormInput | GatedInput
 
 GEMM_ROWS = 256  # more rows than this are dequantised once and multiplied by cuBLAS
 
@@ -46,19 +44,7 @@ def num_rows(x: Input) -> int:
             return x.x.shape[0]
         case GatedInput():
             return x.gate_up.shape[0]
-        case Planes():
-            return 1
     return x.shape[0]
-
-
-def weights_per_word(weight: Weight) -> int:
-    """How many planes one token's activations are laid out in for this weight's GEMV, 0 = none."""
-    match weight:
-        case Int8Weight(q, _) if q.shape[1] % 16 == 0:
-            return 4
-        case Int4Weight(packed, scale) if packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0:
-            return 8
-    return 0
 
 
 def materialise(x: Input) -> Tensor:
@@ -100,10 +86,10 @@ class CudaLinear:
                 return fp8_product(x8, input_scale, q, scale, out_dtype)
         raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
 
-    def gated(self, x: Input, weight: Weight, dtype: torch.dtype, out_planes: int) -> Input:
-        """silu(first half of x @ Wᵀ) * second half, perhaps pending, or one token's as so many planes."""
+    def gated(self, x: Input, weight: Weight, dtype: torch.dtype) -> Input:
+        """silu(first half of x @ Wᵀ) * second half, perhaps pending."""
         if self._one_row(x, weight):
-            return self._gemv(x, weight, dtype, gated=True, out_planes=out_planes)
+            return self._gemv(x, weight, dtype, gated=True)
         return GatedInput(self(x, weight, dtype))
 
     def _one_row(self, x: Input, weight: Weight) -> bool:
@@ -113,25 +99,23 @@ class CudaLinear:
         match weight:
             case DenseWeight():
                 return True
-            case Int8Weight() | Int4Weight():
-                return weights_per_word(weight) > 0
-        return weight.weight.shape[1] % 16 == 0
+            case Int8Weight(q) | SmoothQuantWeight(q):
+                return q.shape[1] % 16 == 0
+            case Int4Weight(packed, scale):
+                return packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0
+        return False
 
-    def _gemv(
-        self, x: Input, weight: Weight, out_dtype: torch.dtype, gated: bool, out_planes: int = 0
-    ) -> Tensor | Planes:
+    def _gemv(self, x: Input, weight: Weight, out_dtype: torch.dtype, gated: bool) -> Tensor:
         match weight:
             case DenseWeight(w):
                 return gemv(materialise(x), w, out_dtype, gated)
-            case Int8Weight(q, scale):
-                return gemv_8bit(_planes(x, 4), q, scale, out_dtype, None, gated, out_planes)
-            case Int4Weight(packed, scale):
-                return gemv_int4(_planes(x, 8), packed, scale, out_dtype, gated, out_planes)
-            case Fp8Weight(q, scale, input_scale):
-                return gemv_8bit(_planes(x, 4, input_scale), q, scale, out_dtype, input_scale, gated)
+            case Int8Weight(q, scale) | Int4Weight(q, scale):
+                x = x if isinstance(x, NormInput) else materialise(x)
+                digits = make_digits(x, q.dtype == torch.uint8)
+                return gemv_int(digits.words, digits.scale, q, scale, out_dtype, gated)
             case SmoothQuantWeight(q, scale):
                 x8, x_scale = self._quantised(x, weight)
-                return gemv_w8a8(x8, q, scale, x_scale, out_dtype, gated)
+                return gemv_int(x8, x_scale, q, scale, out_dtype, gated)
         raise UnsupportedError(f"the CUDA executor has no GEMV for {type(weight).__name__}")
 
     def _quantised(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
@@ -147,9 +131,3 @@ class CudaLinear:
             case GatedInput():
                 return silu_mul(x.gate_up, dtype, scale, smoother)
         return quantise_rows(materialise(x), dtype, scale, smoother)
-
-
-def _planes(x: Input, weights_per_word: int, fp8_scale: Tensor | None = None) -> Planes:
-    if isinstance(x, Planes):
-        return x
-    return make_planes(x if isinstance(x, NormInput) else materialise(x), weights_per_word, fp8_scale)

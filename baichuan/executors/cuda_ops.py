@@ -13,14 +13,14 @@ from torch import Tensor
 
 from baichuan import position
 from baichuan.comm import Communicator
-from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, materialise, weights_per_word
+from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, materialise
 from baichuan.executors.reference import ReferenceOps
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.kv_store import store_kv
-from baichuan.kernels.planes import NormInput, Planes
+from baichuan.kernels.norm import NormInput
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows
-from baichuan.records import AttentionSpec, LayerCache, ModelWeights, Step, Weight
+from baichuan.records import AttentionSpec, LayerCache, Step, Weight
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,9 @@ class CudaOps:
     """ops.Ops for sequences of up to `capacity` tokens.  Nothing waits for the GPU with own_attention."""
 
     def __init__(
-        self, spec: AttentionSpec, weights: ModelWeights, comm: Communicator, capacity: int, switches: Switches
+        self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device, switches: Switches
     ):
         self.comm, self.switches = comm, switches
-        device, layer = weights.embedding.device, weights.layers[0]
-        self.attention_planes = weights_per_word(layer.o_proj) if switches.own_gemm else 0
-        self.mlp_planes = weights_per_word(layer.down_proj) if switches.own_gemm else 0
         self.multiply = CudaLinear(comm, switches.own_gemm)
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
@@ -69,13 +66,13 @@ class CudaOps:
     def linear(self, x: Input, weight: Weight) -> Product:
         return Product(x, weight)
 
-    def attention(self, qkv: Product, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor | Planes:
+    def attention(self, qkv: Product, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
         qkv = self._tensor(qkv)
         if not self.switches.own_attention:
             return self.library.attention(qkv, cache, spec, step)
         if step.max_new_tokens == 1:
-            splits, planes = self.splits(step, spec), self.attention_planes if step.batch_size == 1 else 0
-            return decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, planes)
+            splits = self.splits(step, spec)
+            return decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits)
         store_kv(qkv, self.cos, self.sin, cache, spec, step)
         return prefill_attention(qkv, self.slopes, cache, spec, step)
 
@@ -87,7 +84,7 @@ class CudaOps:
 
     def silu_mul(self, gate_up: Product) -> Input:
         if isinstance(gate_up, Product):
-            return self.multiply.gated(gate_up.x, gate_up.weight, _dtype(gate_up.x), self.mlp_planes)
+            return self.multiply.gated(gate_up.x, gate_up.weight, _dtype(gate_up.x))
         return GatedInput(gate_up)
 
     def all_reduce(self, x):
@@ -113,4 +110,4 @@ def _dtype(x: Input) -> torch.dtype:
             return x.x.dtype
         case GatedInput():
             return x.gate_up.dtype
-    return x.dtype  # of a tensor or of what planes were rounded to
+    return x.dtype

@@ -12,14 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.kv_store import as_cached
-from baichuan.kernels.planes import Planes, new_output, store_channels
 from baichuan.kernels.prefill_attention import LOG2_E
 from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
-from baichuan.kernels.spec import FLOATS, KernelSpec, next_power_of_2
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.records import AttentionSpec, LayerCache, Step
 
-KEYS_PER_SPLIT = 256  # fewer do not pay for combining
-PROGRAMS = 264  # what two programs on each multiprocessor of an H100 or H200 are
+MANY_PROGRAMS = 1024  # from here on, programs hide each other's waiting
+MAX_SPLITS = 64
+WIDE_BLOCK = (64, 4)  # keys and warps of a program among few
+NARROW_BLOCK = (16, 2)  # among many
+NARROW_8BIT_BLOCK = (16, 1)
 
 
 @triton.jit
@@ -53,10 +55,9 @@ def _decode_attention(
     num_heads, capacity,
     k_cache, v_cache, out, parts, part_sums,
     SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROTARY: tl.constexpr,
-    QUANTISED: tl.constexpr, PLANES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = num_heads * HEAD_DIM
     dims = tl.arange(0, DIM_BLOCK)
@@ -101,6 +102,7 @@ def _decode_attention(
             v = tl.load(v_cache + places, mask, other=0.0)
             distance = tl.where(keys < end, keys - position, 0)
             acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
+        start_dependents(OVERLAP)  # not earlier: the next kernel's weights would delay the keys
         peak = tl.max(largest, 0)
         weight = tl.exp2(largest - peak)
         total = tl.sum(total * weight, 0)
@@ -119,8 +121,8 @@ def _decode_attention(
         if QUANTISED:
             result = result * tl.load(v_scale)
         if SPLITS == 1:
-            result = (result / total).to(qkv.dtype.element_ty).to(tl.float32)
-            store_channels(out + row.to(tl.int64) * width, result, head * HEAD_DIM + dims, dim_mask, width, PLANES)
+            result = (result / total).to(out.dtype.element_ty)
+            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
         else:
             part = (row.to(tl.int64) * num_heads + head) * SPLITS + split
             tl.store(parts + part * HEAD_DIM + dims, result, dim_mask)
@@ -129,8 +131,8 @@ def _decode_attention(
     else:
         wait_for_inputs(OVERLAP)
         if SPLITS == 1:  # a row of padding
-            nothing = tl.zeros((DIM_BLOCK,), tl.float32)
-            store_channels(out + row.to(tl.int64) * width, nothing, head * HEAD_DIM + dims, dim_mask, width, PLANES)
+            nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
+            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dim_mask)
 
 
 DECODE_ATTENTION = KernelSpec(
@@ -146,11 +148,11 @@ def _combine_splits(
     parts, part_sums, context_lengths,
     num_heads,
     out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PLANES: tl.constexpr, ROUND: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + row)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
@@ -163,19 +165,22 @@ def _combine_splits(
     values = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask, other=0.0)
     weight = tl.exp2(peaks - tl.max(peaks, 0))
     total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
-    result = (tl.sum(values * weight[:, None], 0) / total).to(ROUND).to(tl.float32)
-    width = num_heads * HEAD_DIM
-    store_channels(out + row.to(tl.int64) * width, result, head * HEAD_DIM + dims, dims < HEAD_DIM, width, PLANES)
+    result = tl.sum(values * weight[:, None], 0) / total
+    target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
+    tl.store(out + target, result.to(out.dtype.element_ty), dims < HEAD_DIM)
 
 
 COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
 
 
 def choose_splits(programs: int, max_context_length: int) -> int:
-    """Into how many blocks each of `programs` (row, head) pairs' keys are split; a power of two."""
-    enough_programs = next_power_of_2(-(-PROGRAMS // programs))
-    enough_keys = next_power_of_2(max(max_context_length // KEYS_PER_SPLIT, 1))
-    return min(enough_programs, enough_keys, 64)
+    """Into how many parts each of `programs` (row, head) pairs' keys are split; a power of two.
+
+    Few programs wait for memory, not for bandwidth: then none should have more than a block or two of keys to load.
+    """
+    blocks = next_power_of_2(cdiv(max_context_length, WIDE_BLOCK[0]))
+    room = next_power_of_2(max(MANY_PROGRAMS // programs, 1) + 1) // 2
+    return min(blocks, room, MAX_SPLITS)
 
 
 def decode_attention(
@@ -187,34 +192,29 @@ def decode_attention(
     spec: AttentionSpec,
     step: Step,
     splits: int,
-    weights_per_word: int = 0,
-    block_k: int = 16,
-    num_warps: int = 2,
-) -> Tensor | Planes:
+    block: tuple[int, int] | None = None,
+) -> Tensor:
     """ops.Ops.attention for a step of one token a sequence.  A sequence of context length 0 is padding.
 
     cos, sin: [capacity, head_dim / 2] float32, unread with ALiBi; slopes: [num_heads] float32, unread with RoPE;
-    weights_per_word: of the planes that a single sequence's result is written as, 0 = none.
+    block: keys at a time, and warps, of a program.
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
-    if weights_per_word:
-        out = new_output(heads * dim, qkv.dtype, qkv.device, weights_per_word)
-        target = out.values
-    else:
-        target = out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    parts, sums = target, target
+    out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    many = NARROW_BLOCK if cache.k_scale is None else NARROW_8BIT_BLOCK
+    block_k, num_warps = block or (WIDE_BLOCK if rows * heads * splits <= MANY_PROGRAMS else many)
+    parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=qkv.device)
     quantised = cache.k_scale is not None
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
-    shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "PLANES": weights_per_word}
-    shape |= {"SPLITS": splits, "BLOCK_K": block_k}
+    shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
     DECODE_ATTENTION.launch(
         (splits, heads, rows),
         (qkv, cos, sin, slopes, step.context_lengths, k_scale, v_scale),
         (heads, cache.k.shape[2]),
-        (cache.k, cache.v, target, parts, sums),
+        (cache.k, cache.v, out, parts, sums),
         {"SOFTMAX_SCALE": dim**-0.5, "ROTARY": spec.rotary, "QUANTISED": quantised, **shape},
         num_warps=num_warps,
     )
@@ -223,8 +223,8 @@ def decode_attention(
             (heads, rows),
             (parts, sums, step.context_lengths),
             (heads,),
-            (target,),
-            {"ROUND": FLOATS[qkv.dtype], **shape},
+            (out,),
+            shape,
             num_warps=1,
         )
     return out

@@ -1,4 +1,4 @@
-"""Several tokens times a quantised matrix on the tensor cores; the weight is dequantised on its way to them."""
+"""Several tokens times a matrix on the tensor cores; a quantised one is dequantised on its way to them."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _gemm(
     x, x_scale, weight, scale,
     num_rows, in_features, width, out_features,
     y,
-    INT4: tl.constexpr, GROUP: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    INT4: tl.constexpr, GROUP: tl.constexpr, COLUMN_SCALES: tl.constexpr, ROW_SCALES: tl.constexpr,
+    X_SCALE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
@@ -134,7 +134,7 @@ def _gemm(
     if SPLITS > 1:
         tl.store(y + tl.program_id(1).to(tl.int64) * num_rows * out_features + target, acc, inside)
     else:
-        result = _scaled(acc, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, GROUP == 0)
+        result = _scaled(acc, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, COLUMN_SCALES)
         tl.store(y + target, result.to(y.dtype.element_ty), inside)
 
 
@@ -183,16 +183,16 @@ def choose_tile(num_rows: int, out_features: int, x_dtype: torch.dtype) -> Tile:
 def gemm(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     out_dtype: torch.dtype,
     x_scale: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """y = (x @ W(weight)ᵀ) * scale * x_scale for the quantised types of records.py.
+    """y = (x @ W(weight)ᵀ) * scale * x_scale for the types of records.py.
 
     x: [num_rows, in_features] of a float type, or int8 or e4m3 with x_scale [1] or [num_rows];
-    weight: [out_features, in_features] int8 or e4m3, or [out_features, in_features / 2] uint8;
-    scale: [out_features] or, for uint8, [out_features, groups] -> [num_rows, out_features]
+    weight: [out_features, in_features] of x's type or int8, or [out_features, in_features / 2] uint8;
+    scale: [out_features], or [out_features, groups] for uint8, or None for 1 -> [num_rows, out_features]
     """
     num_rows, in_features = x.shape
     out_features, width = weight.shape
@@ -204,7 +204,12 @@ def gemm(
     if tile.splits > 1:
         sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
         target = torch.empty(tile.splits, num_rows, out_features, dtype=sum_dtype, device=x.device)
-    scales = {"X_SCALE": x_scale is not None, "ROW_SCALES": x_scale is not None and x_scale.numel() > 1}
+    scales = {
+        "COLUMN_SCALES": scale is not None and groups == 1,
+        "X_SCALE": x_scale is not None,
+        "ROW_SCALES": x_scale is not None and x_scale.numel() > 1,
+    }
+    scale = x if scale is None else scale
     x_scale = scale if x_scale is None else x_scale
     GEMM.launch(
         (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
@@ -233,6 +238,6 @@ def gemm(
             (target, x_scale, scale),
             (num_rows, out_features),
             (y,),
-            {"SPLITS": tile.splits, "COLUMN_SCALES": groups == 1, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
+            {"SPLITS": tile.splits, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
         )
     return y

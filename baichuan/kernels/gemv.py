@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import prefetch, start_dependents, wait_for_inputs
+from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.silu import silu
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
@@ -25,34 +25,29 @@ def _gemv(
     x, weight,
     in_features, out_features,
     y,
-    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr, MODIFIER: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    row = weight + tl.minimum(n, out_features - 1).to(tl.int64) * in_features
-    rows = row[:, None]
-    w = tl.load(rows + columns[None, :], (columns < in_features)[None, :], other=0.0, cache_modifier=MODIFIER)
+    rows = weight + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * in_features
+    w = tl.load(rows + columns[None, :], (columns < in_features)[None, :], other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    prefetch(row, BLOCK_K, in_features, LINES)
     if GATED:
-        up_row = row + out_features.to(tl.int64) * in_features
-        up_rows = up_row[:, None]
-        w_up = tl.load(up_rows + columns[None, :], (columns < in_features)[None, :], other=0.0, cache_modifier=MODIFIER)
+        up_rows = rows + out_features.to(tl.int64) * in_features
+        w_up = tl.load(up_rows + columns[None, :], (columns < in_features)[None, :], other=0.0)
         acc_up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        prefetch(up_row, BLOCK_K, in_features, LINES)
     wait_for_inputs(OVERLAP)
     for start in range(0, in_features, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < in_features)[None, :]
         now = w
-        w = tl.load(rows + (k + BLOCK_K)[None, :], later, other=0.0, cache_modifier=MODIFIER)
+        w = tl.load(rows + (k + BLOCK_K)[None, :], later, other=0.0)
         factor = tl.load(x + k, k < in_features, other=0.0).to(tl.float32)
         acc += now.to(tl.float32) * factor[None, :]
         if GATED:
             now = w_up
-            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later, other=0.0, cache_modifier=MODIFIER)
+            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later, other=0.0)
             acc_up += now.to(tl.float32) * factor[None, :]
     dtype: tl.constexpr = y.dtype.element_ty
     result = tl.sum(acc, 1)
@@ -65,10 +60,12 @@ GEMV = KernelSpec(_gemv, ("x", "weight"), ("in_features", "out_features"), ("y",
 
 
 def choose_block(out_features: int, gated: bool) -> GemvBlock:
-    """What measures fastest on an H200: few rows a program, unless there are few rows."""
+    """What measures fastest on an H200: few rows a program, more where all programs run at once."""
     if gated:
-        return GemvBlock(1, 1024, 4, 32)
-    return GemvBlock(8, 512, 4, 16) if out_features <= 8192 else GemvBlock(2, 1024, 4, 32)
+        return GemvBlock(1, 1024, 4)
+    if out_features > 8192:
+        return GemvBlock(2, 1024, 4)
+    return GemvBlock(8 if out_features >= 5120 else 4, 512, 4)
 
 
 def gemv(
@@ -86,7 +83,7 @@ def gemv(
         (x, weight),
         (weight.shape[1], out_features),
         (y,),
-        {"GATED": gated, **block.constants},
+        {"GATED": gated, "BLOCK_N": block.block_n, "BLOCK_K": block.block_k},
         num_warps=block.num_warps,
     )
     return y

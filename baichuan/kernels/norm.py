@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,17 @@ from baichuan.kernels.primitives import GIVEN, NONE, PER_TOKEN, start_dependents
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 
 
+@dataclass(frozen=True)
+class NormInput:
+    """What is still to be made: norm(x + residual) * weight, x + residual being kept."""
+
+    x: Tensor  # [num_tokens, in_features]
+    residual: Tensor | None
+    weight: Tensor  # [in_features]
+    eps: float
+    total: Tensor  # as x, x + residual is written here; x itself without a residual
+
+
 @triton.jit
 def _add_rms_norm(
     x, residual, weight, scale,
@@ -18,13 +31,13 @@ def _add_rms_norm(
     total, out, out_scale,
     EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     offsets = row.to(tl.int64) * width + columns
     w = tl.load(weight + columns, mask, other=0.0)
     wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     r = tl.load(x + offsets, mask, other=0.0)
     if HAS_RESIDUAL:
         r = (r.to(tl.float32) + tl.load(residual + offsets, mask, other=0.0).to(tl.float32)).to(r.dtype)

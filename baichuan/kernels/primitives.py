@@ -12,8 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-FIRST_WAVE = tl.constexpr(2112)  # programs of four warps that an H100 or H200 holds at once
-
 # How a row is quantised.
 NONE = tl.constexpr(0)
 PER_TOKEN = tl.constexpr(1)  # scale = max|row| / 127, computed here
@@ -22,7 +20,11 @@ GIVEN = tl.constexpr(2)  # scale is read, one for all rows or one a row
 
 @triton.jit
 def start_dependents(OVERLAP: tl.constexpr):
-    """Let the next kernel begin; it still waits for this one's results."""
+    """Let the next kernel begin; it still waits for this one's results.
+
+    A kernel that streams weights does so at its start, so that the next one stands ready.  A short one waits for its
+    own inputs first: the weights that the next one asks for would delay them.
+    """
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -32,27 +34,6 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     """Every kernel before this one has ended and its results can be seen.  Only weights may be read earlier."""
     if OVERLAP:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(rows, first, end, LINES: tl.constexpr):
-    """Ask the second-level cache for up to LINES lines of each row, from element `first` on and before `end`.
-
-    rows: pointers to the rows' first elements.  Only the programs that start while the kernel before them still runs
-    have time to gain by it.
-    """
-    if not INTERPRETED and LINES > 0:
-        line: tl.constexpr = 128 * 8 // rows.dtype.element_ty.primitive_bitwidth
-        columns = tl.minimum(first + tl.arange(0, LINES) * line, end - 1)
-        if tl.program_id(0) < FIRST_WAVE:
-            tl.inline_asm_elementwise(
-                "mov.u32 $0, 0; prefetch.global.L2 [$1];",
-                "=r,l",
-                [(rows[:, None] + columns[None, :]).to(tl.int64)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit

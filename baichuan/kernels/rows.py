@@ -18,8 +18,8 @@ def _gather_rows(
     out,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
@@ -46,8 +46,8 @@ def _quantise_rows(
     out, out_scale,
     QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < width

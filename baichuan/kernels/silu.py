@@ -24,8 +24,8 @@ def _silu_mul(
     out, out_scale,
     QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width

@@ -22,8 +22,6 @@ TRITON_TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 
-FLOATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
 
 @dataclass(frozen=True)
 class GemvBlock:
@@ -32,17 +30,6 @@ class GemvBlock:
     block_n: int
     block_k: int
     num_warps: int
-    lines: int = 0  # cache lines of each row that are asked for before the inputs are there
-    modifier: str = ""  # how weights are loaded: ".cg" keeps them out of the first-level cache
-
-    @property
-    def constants(self) -> dict[str, object]:
-        return {
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "LINES": self.lines,
-            "MODIFIER": self.modifier,
-        }
 
 
 @dataclass(frozen=True)

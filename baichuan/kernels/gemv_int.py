@@ -1,0 +1,195 @@
+"""One token times a matrix of 8-bit or 4-bit integers, the token being integers too: exact sums, four products an
+instruction.  See digits.py for weight-only quantisation; SmoothQuant's activations are single bytes by themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.gemv import gated
+from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
+from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
+
+CHUNK = 32  # 4-bit weights in 16 bytes, which one group holds
+
+
+@triton.jit
+def _add_dot4(acc, a, b):
+    """acc + the sum of the four products of signed bytes of the words a and b."""
+    if INTERPRETED:
+        for byte in tl.static_range(4):
+            acc += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+        return acc
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _zeros(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(DIGITS):
+        sums = sums + (tl.zeros((BLOCK_N, BLOCK_K), tl.int32),)
+    return sums
+
+
+@triton.jit
+def _add_words(sums, w, xs, DIGITS: tl.constexpr, INT4: tl.constexpr):
+    """Each digit's sums with the products of the words of weights and its words of activations."""
+    result = ()
+    for digit in tl.static_range(DIGITS):
+        if INT4:  # a nibble in the upper half of its byte is 16 times its signed value
+            acc = _add_dot4(sums[digit], (w << 4) & -0x0F0F0F10, xs[2 * digit][None, :])
+            acc = _add_dot4(acc, w & -0x0F0F0F10, xs[2 * digit + 1][None, :])
+        else:
+            acc = _add_dot4(sums[digit], w, xs[digit][None, :])
+        result = result + (acc,)
+    return result
+
+
+@triton.jit
+def _as_float(sums, DIGITS: tl.constexpr):
+    """The number whose digits were summed."""
+    number = sums[0].to(tl.float32)
+    if DIGITS == 3:
+        number += 256.0 * sums[1].to(tl.float32) + 65536.0 * sums[2].to(tl.float32)
+    return number
+
+
+@triton.jit
+def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                DIGITS: tl.constexpr):  # fmt: skip
+    """The sums of each four words, which never straddle groups, times their group's scale: [BLOCK_N, BLOCK_K / 4]."""
+    fours = ()
+    for digit in tl.static_range(DIGITS):
+        fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
+    first = k + tl.arange(0, BLOCK_K // 4) * 4
+    scale = tl.load(scales + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0.0)
+    return _as_float(fours, DIGITS) * scale.to(tl.float32)
+
+
+@triton.jit
+def _row_sums(sums, DIGITS: tl.constexpr):
+    rows = ()
+    for digit in tl.static_range(DIGITS):
+        rows = rows + (tl.sum(sums[digit], 1),)
+    return _as_float(rows, DIGITS)
+
+
+@triton.jit
+def _gemv_int(
+    x, x_scale, weight, scale,
+    chunks, out_features,
+    y,
+    DIGITS: tl.constexpr, INT4: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    words = chunks * 4
+    GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < out_features
+    row = tl.minimum(n, out_features - 1).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    rows = (weight + row * words)[:, None]
+    # beyond the row any bits are numbers, and x is 0 there
+    w = tl.load(rows + columns[None, :], (columns < words)[None, :])
+    if GROUPED:
+        scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
+        total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
+    else:
+        row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
+    sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+    if GATED:
+        up_rows = rows + out_features.to(tl.int64) * words
+        w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
+        if GROUPED:
+            up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
+            up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
+        else:
+            up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
+        up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+    wait_for_inputs(OVERLAP)
+    for start in range(0, words, BLOCK_K):
+        k = start + columns
+        later = (k + BLOCK_K < words)[None, :]
+        xs = ()
+        for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
+            xs = xs + (tl.load(x + number * words + k, k < words, other=0),)
+        now = w
+        w = tl.load(rows + (k + BLOCK_K)[None, :], later)
+        if GROUPED:
+            part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), now, xs, DIGITS, INT4)
+            total += _group_sums(part, scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
+        else:
+            sums = _add_words(sums, now, xs, DIGITS, INT4)
+        if GATED:
+            now = w_up
+            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
+            if GROUPED:
+                part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), now, xs, DIGITS, INT4)
+                up_total += _group_sums(part, up_scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
+            else:
+                up_sums = _add_words(up_sums, now, xs, DIGITS, INT4)
+    factor = tl.load(x_scale)
+    if INT4:
+        factor *= 0.0625
+    result = tl.sum(total, 1) if GROUPED else _row_sums(sums, DIGITS) * row_scale
+    if GATED:
+        up = tl.sum(up_total, 1) if GROUPED else _row_sums(up_sums, DIGITS) * up_scale
+        result = gated(result * factor, up * factor, y.dtype.element_ty)
+    else:
+        result *= factor
+    tl.store(y + n, result.to(y.dtype.element_ty), inside)
+
+
+GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale"), ("chunks", "out_features"), ("y",))
+
+
+def choose_block(in_features: int, out_features: int, int4: bool, gated: bool) -> GemvBlock:
+    """What measures fastest on an H200."""
+    if gated:
+        return GemvBlock(2, 256, 2)
+    return GemvBlock(4, 256, 2) if out_features > 8192 else GemvBlock(2, 512, 4)
+
+
+def gemv_int(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype,
+    gated: bool = False,
+    block: GemvBlock | None = None,
+) -> Tensor:
+    """y = (x @ W(weight)ᵀ) * x_scale for one row x; gated: silu(first half of y) * second half.
+
+    x: [1, in_features] int8, or Digits.words; x_scale: [1] float32;
+    weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8, a
+    multiple of 32; scale: [out_features], or [out_features, groups] for uint8 -> [1, out_features], half of it if gated
+    """
+    int4 = weight.dtype == torch.uint8
+    out_features = weight.shape[0] // (2 if gated else 1)
+    words = weight.shape[1] // 4
+    groups = scale.shape[1] if int4 else 1
+    block = block or choose_block(weight.shape[1], out_features, int4, gated)
+    y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
+    GEMV_INT.launch(
+        (cdiv(out_features, block.block_n),),
+        (x.view(torch.int32), x_scale, weight.view(torch.int32), scale),
+        (words // 4, out_features),
+        (y,),
+        {
+            "DIGITS": 1 if x.dtype == torch.int8 else x.shape[0] // (2 if int4 else 1),
+            "INT4": int4,
+            "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
+            "GATED": gated,
+            "BLOCK_N": block.block_n,
+            "BLOCK_K": block.block_k,
+        },
+        num_warps=block.num_warps,
+    )
+    return y
