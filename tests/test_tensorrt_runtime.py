@@ -157,6 +157,66 @@ def fake_gpus(monkeypatch, count, gpu, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
 
+class FakeEngine:
+    """ICudaEngine as open_plan uses it beside its interface: settings in, a context out."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def create_runtime_config(self):
+        config = SimpleNamespace(set_runtime_cache=lambda cache: self.log.append("cache set"))
+        config.create_runtime_cache = lambda: SimpleNamespace(
+            deserialize=lambda data: self.log.append(data) or True, serialize=lambda: b"new kernels"
+        )
+        self.config = config
+        return config
+
+    def create_execution_context(self, config=None):
+        self.log.append(config is not None)
+        return SimpleNamespace(set_communicator=lambda capsule: True)
+
+
+def opened(monkeypatch, tmp_path, made, engine):
+    """open_plan on a machine that claims a GPU, over a runtime that gives `engine`."""
+    fake_gpus(monkeypatch, 1, "NVIDIA L40", (8, 9))
+    api = load("tensorrt_rtx")
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    trt = SimpleNamespace(
+        Runtime=lambda log: runtime,
+        CudaGraphStrategy=api.trt.CudaGraphStrategy,
+        ComputeCapability=api.trt.ComputeCapability,
+        DynamicShapesKernelSpecializationStrategy=api.trt.DynamicShapesKernelSpecializationStrategy,
+    )
+    monkeypatch.setattr(plan, "load", lambda name: replace(api, trt=trt))
+    monkeypatch.setattr(plan, "check_interface", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    (tmp_path / "plan").write_bytes(b"plan")
+    return plan.open_plan(tmp_path / "plan", made, Solo(), tmp_path / "cache" / "digest.kernels")
+
+
+def test_rtx_keeps_its_kernels_for_the_next_start(monkeypatch, tmp_path):
+    log = []
+    first = opened(monkeypatch, tmp_path, contract(), FakeEngine(log))
+    assert log == ["cache set", True]
+    del first  # as at the end of the process
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [b"new kernels"]
+    opened(monkeypatch, tmp_path, contract(), FakeEngine(log))
+    assert log[2:] == [b"new kernels", "cache set", True]
+
+
+@pytest.mark.parametrize("mode, graphs", [("in_place", "WHOLE_GRAPH_CAPTURE"), ("growing", "DISABLED")])
+def test_graphs_are_captured_where_addresses_stay(monkeypatch, tmp_path, mode, graphs):
+    engine = FakeEngine([])
+    opened(monkeypatch, tmp_path, contract(kv_mode=mode), engine)
+    assert engine.config.cuda_graph_strategy.name == graphs
+
+
+def test_a_plan_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
+    with pytest.raises(EngineError, match="is no plan that tensorrt_rtx .* can load; build the engine again"):
+        opened(monkeypatch, tmp_path, contract(), None)
+
+
 def test_too_few_gpus_are_one_sentence(monkeypatch):
     fake_gpus(monkeypatch, 1, "NVIDIA L40", (8, 9))
     with pytest.raises(UnsupportedError, match="2 ranks need a GPU each and this machine has 1"):

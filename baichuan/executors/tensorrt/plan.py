@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from baichuan.comm import Communicator
 from baichuan.errors import EngineError, UnsupportedError
 from baichuan.executors.tensorrt.api import Api, load
 from baichuan.executors.tensorrt.contract import IN_PLACE, Contract
+from baichuan.executors.tensorrt.nccl import communicator_capsule
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Plan:
     context: Any  # IExecutionContext
     device: torch.device
     stream: torch.cuda.Stream | None  # None: the device is the CPU, where a test's stand-in runs
+    held: tuple = ()  # what must live as long as the context
 
     def select_profile(self, index: int) -> None:
         if self.context.active_optimization_profile != index:
@@ -88,13 +91,20 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
     if engine is None:
         raise EngineError(f"{path} is no plan that {api.name} {api.version} can load; build the engine again")
     check_interface(engine, contract, api, path)
-    context = _context(api, engine, contract, cache_path)
+    config, cache = _runtime_config(api, engine, contract, cache_path)
+    context = engine.create_execution_context(config) if config else engine.create_execution_context()
+    api.log.raise_errors("making an execution context")
+    if context is None:
+        raise UnsupportedError(f"{api.name} makes no execution context; the GPU's memory may be too small for the plan")
+    capsule = None
     if comm.world_size > 1:
-        from baichuan.executors.tensorrt.nccl import communicator_capsule
-
-        if not context.set_communicator(communicator_capsule(comm, device)):
-            raise UnsupportedError(f"{api.name} {api.version} takes no NCCL communicator; use --backend torch")
-    return Plan(api, context, device, torch.cuda.Stream(device))
+        capsule = communicator_capsule(comm, device)
+        if not context.set_communicator(capsule):
+            raise UnsupportedError(f"{api.name} {api.version} takes no NCCL communicator; build with --backend torch")
+    plan = Plan(api, context, device, torch.cuda.Stream(device), (runtime, engine, config, capsule))
+    if cache:  # kernels are compiled while the plan runs, too
+        weakref.finalize(plan, _save_cache, cache, cache_path)
+    return plan
 
 
 def check_interface(engine, contract: Contract, api: Api, path: Path) -> None:
@@ -153,40 +163,31 @@ def check_capability(contract: Contract, gpu: str, capability: tuple[int, int]) 
         )
 
 
-def _context(api: Api, engine, contract: Contract, cache_path: Path | None):
+def _runtime_config(api: Api, engine, contract: Contract, cache_path: Path | None):
+    """TensorRT-RTX's IRuntimeConfig and IRuntimeCache; TensorRT has neither."""
     if not api.rtx:
-        return _made(api, engine.create_execution_context())
-    config = engine.create_runtime_config()
+        return None, None
+    config, cache = engine.create_runtime_config(), None
     if contract.kv_mode == IN_PLACE:
         config.cuda_graph_strategy = api.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     else:  # every step has another shape and other addresses: neither graphs nor kernels would be used twice
         config.cuda_graph_strategy = api.trt.CudaGraphStrategy.DISABLED
         strategies = api.trt.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.NONE
-    if not cache_path:
-        return _made(api, engine.create_execution_context(config))
-    cache = config.create_runtime_cache()
-    if cache_path.exists() and not cache.deserialize(cache_path.read_bytes()):
-        logger.info("%s is of another GPU, driver or TensorRT-RTX; its kernels are compiled again", cache_path)
-    config.set_runtime_cache(cache)
-    context = _made(api, engine.create_execution_context(config))
-    write_replacing(cache_path, memoryview(cache.serialize()))
-    return context
+    if cache_path:
+        cache = config.create_runtime_cache()
+        if cache_path.exists() and not cache.deserialize(cache_path.read_bytes()):
+            logger.info("%s is of another GPU, driver or TensorRT-RTX; its kernels are compiled again", cache_path)
+        config.set_runtime_cache(cache)
+    return config, cache
 
 
-def _made(api: Api, context):
-    if context is None:
-        api.log.raise_errors("making an execution context")
-        raise UnsupportedError(f"{api.name} cannot make an execution context; the GPU's memory may be too small")
-    return context
-
-
-def write_replacing(path: Path, data: memoryview) -> None:
-    """Write a file that others may be reading; failure only costs the next start some time."""
+def _save_cache(cache, path: Path) -> None:
+    """Write a file that other ranks may be reading; failure only costs the next start some time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
+            file.write(memoryview(cache.serialize()))
         os.replace(file.name, path)
     except OSError as error:
         logger.info("%s cannot be written (%s); kernels are compiled again at the next start", path, error.strerror)
