@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input_len", type=int, default=128)
     parser.add_argument("--output_len", type=int, default=128)
     parser.add_argument("--max_num_tokens", type=int, default=16384, help="prompt tokens of one prefill step")
+    parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported; one more warms up")
     args = parser.parse_args(argv)
     bandwidth = copy_bandwidth()
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_model(args: argparse.Namespace, version: str, precision: str, bandwidth: float) -> None:
     dtype = precision if precision == "bfloat16" else "float16"
-    model = replace(PRESETS[version], dtype=dtype)
+    model = replace(PRESETS[version], dtype=dtype, num_layers=args.num_layers or PRESETS[version].num_layers)
     quant = replace(PRECISIONS[precision], kv_cache=args.kv_cache)
     weights = RandomWeights(model, quant, "cuda").rank()
     executor = CudaExecutor(model, quant, weights)
