@@ -109,7 +109,7 @@ PREFILL_ATTENTION = KernelSpec(
 
 def prefill_attention(
     qkv: Tensor, slopes: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step,
-    block_q: int = 128, block_k: int = 64, num_warps: int = 8, num_stages: int = 2,
+    block_q: int = 64, block_k: int = 64, num_warps: int = 4, num_stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """Causal attention of the step's q, as store_kv left it, to the cache.
 
@@ -118,7 +118,7 @@ def prefill_attention(
     """
     out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
     if qkv.dtype == torch.float32:  # twice the bytes a tile
-        block_q, block_k, num_stages = 64, 32, 1
+        block_k, num_stages = 32, 1
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
     quantised = cache.k_scale is not None
     PREFILL_ATTENTION.launch(
@@ -137,7 +137,7 @@ def prefill_attention(
             "BLOCK_Q": block_q,
             "BLOCK_K": block_k,
         },
-        num_warps=num_warps if block_q > 64 else 4,
+        num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
     return out
