@@ -19,7 +19,7 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.engine import Engine, publish, rank_file_name, staging, write_config
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
-from baichuan.executors.tensorrt.build import BuildOptions, write_plan
+from baichuan.executors.tensorrt.build import BuildOptions, plan_memory, write_plan
 from baichuan.processes import CONTEXT, run_tasks
 from baichuan.progress import Progress
 
@@ -70,7 +70,8 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
     processes = len(sizes) if request.parallel else 1
     memory, disk = PROCESS_BYTES, sum(sizes)
     if request.build.backend != "torch":  # a plan is made in memory, of a rank's tensors on the disk
-        memory, disk = PROCESS_BYTES + max(sizes), sum(sizes) + processes * max(sizes)
+        memory = PROCESS_BYTES + plan_memory(max(sizes), request.quant)
+        disk = sum(sizes) + processes * max(sizes)
     cache = full_kv_cache_bytes(request.model, request.quant, request.build)
     logger.info(
         "engine: %.2f GB on disk; building it takes up to %.1f GB of host memory; running it at full size takes "

@@ -57,7 +57,15 @@ def check_fused(tmp_path, version, quant_name, dtype, tp_size):
     assert contract.targets == (FP8_TARGETS if "fp8" in quant_name else ())
 
 
-SOME = [(name, ("v1_7b", "v2_13b")[index % 2], 1 + index // 2 % 2) for index, name in enumerate(cases.QUANTS)]
+SOME = [
+    ("none", "v2_13b", 1),
+    ("int8", "v1_7b", 2),
+    ("int4-g32-lm_head", "v2_13b", 1),
+    ("smooth_quant-per_token-per_channel", "v1_7b", 2),
+    ("smooth_quant", "v2_13b", 1),
+    ("fp8-kv_fp8", "v1_7b", 1),
+    ("int8-kv_int8", "v2_13b", 2),
+]  # `-m slow` runs all
 
 
 @pytest.mark.parametrize("quant, version, tp_size", SOME)

@@ -33,8 +33,7 @@ class Network:
     ):
         self.api = trt_api.load(build.backend)
         self.builder = self.api.trt.Builder(self.api.log)
-        strongly_typed = 1 << int(self.api.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        self.graph = Graph(self.api, self.builder.create_network(strongly_typed), weight_names(weights))
+        self.graph = Graph(self.api, self.builder.create_network(self.api.network_flags), weight_names(weights))
         self.contract, self.ops = lower(self.graph, config, quant, build, weights, rank)
 
     def executor(self, comm: Communicator | None = None) -> TensorRtExecutor:

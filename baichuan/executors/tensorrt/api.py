@@ -38,6 +38,12 @@ class Api:
         """TensorRT-RTX builds for compute capabilities, and its kernels are compiled when a plan is loaded."""
         return hasattr(self.trt, "ComputeCapability")
 
+    @property
+    def network_flags(self) -> int:
+        """A strongly typed network's, where there are others."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
     def dtype(self, dtype: torch.dtype):
         """The module's name for a PyTorch type."""
         return getattr(self.trt, DTYPE_NAMES[dtype])
