@@ -132,7 +132,7 @@ class BuildConfig:
     max_input_len: int = 1024
     max_output_len: int = 1024
     max_beam_width: int = 1
-    max_num_tokens: int = 0  # packed tokens of one step; 0 = max_batch_size * max_input_len
+    max_num_tokens: int = 0  # packed tokens of one step, max_rows at least; 0 = max_batch_size * max_input_len
     logits_dtype: str = "float32"
     backend: str = "torch"  # torch | tensorrt | tensorrt_rtx
     gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
@@ -148,6 +148,11 @@ class BuildConfig:
         require_range("max_num_tokens", self.max_num_tokens, 0, 1 << 26)
         require_choice("logits_dtype", self.logits_dtype, ("float16", "float32"))
         require_choice("backend", self.backend, ("torch", "tensorrt", "tensorrt_rtx"))
+        if 0 < self.max_num_tokens < self.max_rows:
+            raise ConfigError(
+                f"max_num_tokens {self.max_num_tokens} is below the {self.max_rows} rows of max_batch_size and "
+                "max_beam_width, each of which gets a token a step; raise it, or leave it 0"
+            )
 
     @property
     def max_seq_len(self) -> int:

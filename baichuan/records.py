@@ -111,7 +111,7 @@ class Step:
     cu_seqlens: Tensor  # [batch_size + 1] int32, sequence b's tokens are cu_seqlens[b] to cu_seqlens[b + 1]
     context_lengths: Tensor  # [batch_size] int32, tokens in the cache after this step
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
-    max_new_tokens: int  # longest sequence of this step; 1 = decode
+    max_new_tokens: int  # no sequence of this step is longer; 1 = decode, one token in each
     max_context_length: int  # no context length is larger
 
     @property
@@ -127,20 +127,21 @@ class Step:
     ) -> Step:
         """A step that appends new_tokens[b] to a sequence of past_lengths[b] tokens (0 by default).
 
-        Logits are wanted for each sequence's last token, or for every token with all_outputs.
+        Logits are wanted for each sequence's last token, or for every token with all_outputs.  A sequence may have no
+        new tokens while another has: its one output is then another's and means nothing.
         """
         lengths = [len(tokens) for tokens in new_tokens]
         past = list(past_lengths) if past_lengths is not None else [0] * len(lengths)
         contexts = [p + n for p, n in zip(past, lengths, strict=True)]
         ends = torch.tensor(lengths).cumsum(0)
-        outputs = torch.arange(sum(lengths)) if all_outputs else ends - 1
+        outputs = torch.arange(sum(lengths)) if all_outputs else (ends - 1).clamp_min(0)
         return Step(
             tokens=torch.tensor([t for tokens in new_tokens for t in tokens], dtype=torch.int64).to(device),
             positions=torch.cat([torch.arange(p, c) for p, c in zip(past, contexts, strict=True)]).to(device),
             cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
             context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
             output_rows=outputs.to(device),
-            max_new_tokens=max(lengths),
+            max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # with a gap it is no decode
             max_context_length=max(contexts),
         )
 

@@ -148,7 +148,7 @@ def stored(x, scale, dtype):
 
 
 def attention(spec, cache_dtype):
-    """A ragged prefill of lengths 5, 1, 9; a chunk that appends 3, 2, 1; a decode step of one each."""
+    """A ragged prefill of lengths 5, 1, 9; a chunk that appends 3, 2, 1, one of 0, 1, 0; a decode step of one each."""
 
     def run(ops, value, device):
         scale = 0.03 if cache_dtype in LIMITS else None
@@ -156,10 +156,11 @@ def attention(spec, cache_dtype):
         scales = [None if scale is None else torch.tensor([scale], device=device) for _ in range(2)]
         cache = LayerCache(*(torch.zeros(shape, dtype=cache_dtype, device=device) for _ in range(2)), *scales)
         past, keys, results, expected = [0, 0, 0], [[], [], []], [], []
-        for seed, lengths in enumerate(([5, 1, 9], [3, 2, 1], [1, 1, 1])):
+        for seed, lengths in enumerate(([5, 1, 9], [3, 2, 1], [0, 1, 0], [1, 1, 1])):
             step = Step.of([[0] * n for n in lengths], past)
             qkv = normal(sum(lengths), 3 * spec.num_heads * spec.head_dim, seed=seed)
-            results.append(value(ops.attention(qkv.to(device), cache, spec, on_device(step, device))))
+            given = qkv.clone().to(device)  # which the op may overwrite
+            results.append(value(ops.attention(given, cache, spec, on_device(step, device))))
             q, k, v = qkv.double().unflatten(-1, (3, spec.num_heads, spec.head_dim)).unbind(1)
             if spec.rotary:
                 q, k = (turned(each, step.positions) for each in (q, k))

@@ -45,7 +45,7 @@ class ReferenceOps:
         if spec.rotary:
             cos, sin = self.cos[step.positions], self.sin[step.positions]
             q, k = position.rotate(heads[:, : 2 * spec.num_heads], cos, sin).to(qkv.dtype).chunk(2, 1)
-        if step.max_new_tokens == 1 and step.tokens.shape[0] == step.batch_size:
+        if step.max_new_tokens == 1:
             return self._attend_decode(q, k, v, cache, step)
         starts = step.cu_seqlens.tolist()
         out = torch.empty_like(q)
