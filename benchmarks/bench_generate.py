@@ -112,7 +112,9 @@ def measure(args: argparse.Namespace, session: Session, batch: int) -> Result:
                 output_tokens_per_s=timing.new_tokens / (timing.prefill_s + timing.decode_s),
             )
         )
-    return Result(*(statistics.median(getattr(r, field.name) for r in results[1:]) for field in fields(Result)))
+    return Result(
+        *(statistics.median(getattr(r, field.name) for r in results[min(1, args.runs) :]) for field in fields(Result))
+    )
 
 
 def layer_parameters(model: ModelConfig) -> int:
