@@ -35,7 +35,8 @@ class GatedInput:
 
 Input = Tensor | NormInput | GatedInput
 
-GEMM_ROWS = 256  # more rows than this are dequantised once and multiplied by cuBLAS
+GEMM_ROWS = 256  # for more rows than this a weight is dequantised first and multiplied by cuBLAS
+PAIR_ROWS = 1536  # the same for weights of bytes
 
 
 def num_rows(x: Input) -> int:
@@ -45,6 +46,16 @@ def num_rows(x: Input) -> int:
         case GatedInput():
             return x.gate_up.shape[0]
     return x.shape[0]
+
+
+def dtype_of(x: Input) -> torch.dtype:
+    """The model's dtype, which a pending operation's operands have."""
+    match x:
+        case NormInput():
+            return x.x.dtype
+        case GatedInput():
+            return x.gate_up.dtype
+    return x.dtype
 
 
 def materialise(x: Input) -> Tensor:
@@ -72,18 +83,19 @@ class CudaLinear:
             case DenseWeight(w):
                 return product(materialise(x), w, out_dtype)
             case Int8Weight(q, scale) | Int4Weight(q, scale):
+                if self._pairs(x, weight):
+                    pairs, x_scale = self._quantised(x, torch.int16)
+                    return gemm(pairs, q, scale, out_dtype, x_scale, pairs=True)
                 x = materialise(x)
                 if self.own_kernels and x.shape[0] <= GEMM_ROWS:
                     return gemm(x, q, scale, out_dtype)
                 return product(x, dequantise_to(q, scale, x.dtype), out_dtype)
-            case SmoothQuantWeight(q, scale):
-                x8, x_scale = self._quantised(x, weight)
+            case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
+                x8, x_scale = self._input(x, weight)
                 if self.own_kernels:
                     return gemm(x8, q, scale, out_dtype, x_scale)
-                return int8_product(x8, x_scale, q, scale, out_dtype)
-            case Fp8Weight(q, scale, input_scale):
-                x8, _ = self._quantised(x, weight)
-                return fp8_product(x8, input_scale, q, scale, out_dtype)
+                library = int8_product if q.dtype == torch.int8 else fp8_product
+                return library(x8, x_scale, q, scale, out_dtype)
         raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
 
     def gated(self, x: Input, weight: Weight, dtype: torch.dtype) -> Input:
@@ -97,7 +109,7 @@ class CudaLinear:
         if not self.own_kernels or num_rows(x) != 1:
             return False
         match weight:
-            case DenseWeight():
+            case DenseWeight() | Fp8Weight():
                 return True
             case Int8Weight(q) | SmoothQuantWeight(q):
                 return q.shape[1] % 16 == 0
@@ -114,16 +126,33 @@ class CudaLinear:
                 digits = make_digits(x, q.dtype == torch.uint8)
                 return gemv_int(digits.words, digits.scale, q, scale, out_dtype, gated)
             case SmoothQuantWeight(q, scale):
-                x8, x_scale = self._quantised(x, weight)
+                x8, x_scale = self._input(x, weight)
                 return gemv_int(x8, x_scale, q, scale, out_dtype, gated)
+            case Fp8Weight(q, scale):
+                x8, x_scale = self._input(x, weight)
+                return gemv(x8, q, out_dtype, gated, scale, x_scale)
         raise UnsupportedError(f"the CUDA executor has no GEMV for {type(weight).__name__}")
 
-    def _quantised(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
-        """x as 8-bit numbers with a scale for each row or for all, by the kernel that also makes x."""
-        smoother = getattr(weight, "smoother", None)
-        scale, dtype = weight.input_scale, weight.weight.dtype
+    def _pairs(self, x: Input, weight: Weight) -> bool:
+        """Whether x is multiplied as 16-bit integers, which say more than the 11 significant bits of its dtype."""
+        return (
+            self.own_kernels
+            and isinstance(weight, Int8Weight)
+            and num_rows(x) <= PAIR_ROWS
+            and dtype_of(x) in (torch.float16, torch.bfloat16)
+        )
+
+    def _input(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
+        """x as the 8-bit numbers that the weight asks for, and their scale, for each row or for all."""
+        smoother, scale = getattr(weight, "smoother", None), weight.input_scale
         if scale is None and smoother is not None and self.comm.world_size > 1:
             return quantise_input(materialise(x), weight, self.comm)  # a token's maximum is over the ranks
+        return self._quantised(x, weight.weight.dtype, scale, smoother)
+
+    def _quantised(
+        self, x: Input, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x in the form of row_output, by the kernel that also makes x."""
         match x:
             case NormInput() if smoother is None:
                 q, _, scale = add_rms_norm(x.x, x.residual, x.weight, x.eps, dtype, scale, x.total)

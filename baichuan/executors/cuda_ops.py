@@ -13,7 +13,7 @@ from torch import Tensor
 
 from baichuan import position
 from baichuan.comm import Communicator
-from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, materialise
+from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, dtype_of, materialise
 from baichuan.executors.reference import ReferenceOps
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.kv_store import store_kv
@@ -84,7 +84,7 @@ class CudaOps:
 
     def silu_mul(self, gate_up: Product) -> Input:
         if isinstance(gate_up, Product):
-            return self.multiply.gated(gate_up.x, gate_up.weight, _dtype(gate_up.x))
+            return self.multiply.gated(gate_up.x, gate_up.weight, dtype_of(gate_up.x))
         return GatedInput(gate_up)
 
     def all_reduce(self, x):
@@ -100,14 +100,4 @@ class CudaOps:
 
     def _tensor(self, x) -> Tensor:
         """x, computed if it is pending."""
-        return self.multiply(x.x, x.weight, _dtype(x.x)) if isinstance(x, Product) else materialise(x)
-
-
-def _dtype(x: Input) -> torch.dtype:
-    """The model's dtype, which a pending operation's operands have."""
-    match x:
-        case NormInput():
-            return x.x.dtype
-        case GatedInput():
-            return x.gate_up.dtype
-    return x.dtype
+        return self.multiply(x.x, x.weight, dtype_of(x.x)) if isinstance(x, Product) else materialise(x)

@@ -19,8 +19,7 @@ from baichuan.kernels.norm import NormInput
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 
-DIGITS = 3
-LARGEST = tl.constexpr(8_000_000.0)  # three signed digits reach 127.5 * 65536
+LARGEST = {2: 32639.0, 3: 8_000_000.0}  # what so many signed digits to base 256 reach, and float32 tells apart
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Digits:
     rows 2 i and 2 i + 1 hold digit i of the even and of the odd ones of eight channels.
     """
 
-    words: Tensor  # [3, in_features / 4] or [6, in_features / 8] int32
+    words: Tensor  # [digits, in_features / 4] or [2 * digits, in_features / 8] int32
     scale: Tensor  # [1] float32
 
 
@@ -40,8 +39,8 @@ def _make_digits(
     x, residual, norm_weight,
     width,
     total, words, scale,
-    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EPS: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     count = width // (4 * PARTS)
     word = tl.arange(0, BLOCK)
@@ -67,7 +66,7 @@ def _make_digits(
     number = value * (LARGEST / largest)
     number = (number + tl.where(number < 0, -0.5, 0.5)).to(tl.int32)
     outputs = tl.arange(0, PARTS)[None, :] * count + word[:, None]
-    for digit in tl.static_range(3):
+    for digit in tl.static_range(DIGITS):
         low = (number << 24) >> 24
         number = (number - low) >> 8
         packed = tl.sum((low & 0xFF) << (8 * byte), 1)  # the bytes of a word do not overlap: a sum is their union
@@ -77,7 +76,7 @@ def _make_digits(
 MAKE_DIGITS = KernelSpec(_make_digits, ("x", "residual", "norm_weight"), ("width",), ("total", "words", "scale"))
 
 
-def make_digits(x: Tensor | NormInput, four_bit_weights: bool) -> Digits:
+def make_digits(x: Tensor | NormInput, four_bit_weights: bool, digits: int = 3) -> Digits:
     """The digits of x, [1, in_features], or of the norm that is to be taken first.
 
     in_features is a multiple of 4, or of 8 for 4-bit weights.
@@ -87,7 +86,7 @@ def make_digits(x: Tensor | NormInput, four_bit_weights: bool) -> Digits:
     residual = x.residual if norm and x.residual is not None else source
     parts, width = 2 if four_bit_weights else 1, source.shape[1]
     count = width // (4 * parts)
-    words = torch.empty(DIGITS * parts, count, dtype=torch.int32, device=source.device)
+    words = torch.empty(digits * parts, count, dtype=torch.int32, device=source.device)
     scale = torch.empty(1, dtype=torch.float32, device=source.device)
     block = next_power_of_2(count)
     MAKE_DIGITS.launch(
@@ -99,6 +98,8 @@ def make_digits(x: Tensor | NormInput, four_bit_weights: bool) -> Digits:
             "NORM": norm,
             "HAS_RESIDUAL": norm and x.residual is not None,
             "EPS": x.eps if norm else 0.0,
+            "DIGITS": digits,
+            "LARGEST": LARGEST[digits],
             "PARTS": parts,
             "BLOCK": block,
         },

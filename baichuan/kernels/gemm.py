@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,7 +23,6 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int = 1  # programs among which the input channels of one tile are divided
-    weight_first: bool = False  # the weight is the left factor, which the tensor cores take from registers
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def _gemm(
     num_rows, in_features, width, out_features,
     y,
     INT4: tl.constexpr, GROUP: tl.constexpr, COLUMN_SCALES: tl.constexpr, ROW_SCALES: tl.constexpr,
-    X_SCALE: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    X_SCALE: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
@@ -93,14 +92,16 @@ def _gemm(
     band = tl.program_id(0) // (BAND * blocks_n)  # programs that run together share rows of x and of the weight
     band_height = tl.minimum(blocks_m - band * BAND, BAND)
     place = tl.program_id(0) % (BAND * blocks_n)
-    m = (band * BAND + place % band_height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block_m = band * BAND + place % band_height
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = place // band_height * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     w_rows = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     exact: tl.constexpr = x.dtype.element_ty == tl.int8
     IN_PTX: tl.constexpr = x.dtype.element_ty == tl.float16 and not INTERPRETED
-    SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, BLOCK_N)
-    acc = tl.zeros(SHAPE, tl.int32 if exact else tl.float32)
+    # e4m3's sums are kept in float32 from block to block; by themselves the tensor cores keep fewer bits
+    E4M3_TERMS: tl.constexpr = BLOCK_K if x.dtype.element_ty == tl.float8e4nv else None
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if exact else tl.float32)
     share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, in_features), BLOCK_K):
@@ -123,12 +124,13 @@ def _gemm(
             b = tl.load(weight + w_rows * width + k[None, :], (k < in_features)[None, :], other=0.0)
             if b.dtype != a.dtype:
                 b = to_dtype(b, a.dtype)
-        if WEIGHT_FIRST:
-            acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-        else:
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    if WEIGHT_FIRST:
-        acc = tl.trans(acc)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, max_num_imprecise_acc=E4M3_TERMS,
+                     out_dtype=acc.dtype)  # fmt: skip
+    if PAIRS:  # from here on rows are of y
+        high, low = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
+        acc = 256.0 * high.to(tl.float32) + low.to(tl.float32)
+        m = block_m * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
+        num_rows = num_rows // 2
     inside = (m < num_rows)[:, None] & (n < out_features)[None, :]
     target = m.to(tl.int64)[:, None] * out_features + n[None, :]
     if SPLITS > 1:
@@ -167,17 +169,36 @@ def _add_parts(
 ADD_PARTS = KernelSpec(_add_parts, ("parts", "x_scale", "scale"), ("num_rows", "out_features"), ("y",))
 
 
-def choose_tile(num_rows: int, out_features: int, x_dtype: torch.dtype) -> Tile:
-    """Narrow and deep for few rows, where memory is the limit; wide for many, where the tensor cores are."""
-    if x_dtype == torch.float32:
-        return Tile(16, 32, 64, 4, 2)
-    if num_rows <= 16:
-        return Tile(16, 32, 256, 4, 4)
-    if num_rows <= 32:
-        return Tile(32, 32, 256, 4, 4)
-    if num_rows <= 64:
-        return Tile(64, 64, 128, 4, 4)
-    return Tile(128, 128, 128 if x_dtype.itemsize == 1 else 64, 8, 3)
+# What measures fastest on an H200 for up to so many rows of x: by far most time goes into the weights where rows are
+# few, and into the tensor cores where they are many.
+TILES = {
+    "bytes": (
+        (16, Tile(16, 64, 256, 4, 4)),
+        (32, Tile(32, 64, 128, 4, 6)),
+        (64, Tile(64, 64, 128, 4, 5)),
+        (128, Tile(128, 64, 128, 4, 5)),
+        (None, Tile(128, 128, 128, 8, 3)),
+    ),
+    "converted": (
+        (16, Tile(16, 32, 256, 4, 4)),
+        (32, Tile(32, 32, 256, 4, 4)),
+        (64, Tile(64, 64, 128, 4, 4)),
+        (None, Tile(128, 128, 64, 4, 3)),
+    ),
+    "float32": ((None, Tile(16, 32, 64, 4, 2)),),
+}
+PROGRAMS = 264  # as many as a GPU's multiprocessors run at once; input channels are split to come near it
+MIN_STEPS = 4  # blocks of input channels that a split has at least
+
+
+def choose_tile(num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype) -> Tile:
+    """The tile for num_rows rows of x (for pairs, two a token)."""
+    kind = "bytes" if x_dtype.itemsize == 1 else "float32" if x_dtype == torch.float32 else "converted"
+    tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
+    programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
+    while 2 * splits * programs <= PROGRAMS and cdiv(in_features, tile.block_k) >= 2 * splits * MIN_STEPS:
+        splits *= 2
+    return replace(tile, splits=splits)
 
 
 def gemm(
@@ -186,23 +207,26 @@ def gemm(
     scale: Tensor | None,
     out_dtype: torch.dtype,
     x_scale: Tensor | None = None,
+    pairs: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     """y = (x @ W(weight)ᵀ) * scale * x_scale for the types of records.py.
 
-    x: [num_rows, in_features] of a float type, or int8 or e4m3 with x_scale [1] or [num_rows];
+    x: [num_rows, in_features] of a float type, or int8 or e4m3 with x_scale [1] or [num_rows], or 16-bit numbers as
+    pairs, [2 * num_rows, in_features] int8 as store_row.py writes them, with x_scale [num_rows];
     weight: [out_features, in_features] of x's type or int8, or [out_features, in_features / 2] uint8;
     scale: [out_features], or [out_features, groups] for uint8, or None for 1 -> [num_rows, out_features]
     """
-    num_rows, in_features = x.shape
+    x_rows, in_features = x.shape
+    num_rows = x_rows // 2 if pairs else x_rows
     out_features, width = weight.shape
     int4 = weight.dtype == torch.uint8
     groups = scale.shape[1] if int4 else 1
-    tile = tile or choose_tile(num_rows, out_features, x.dtype)
+    tile = tile or choose_tile(x_rows, in_features, out_features, x.dtype)
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
     target = y
     if tile.splits > 1:
-        sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
+        sum_dtype = torch.int32 if x.dtype == torch.int8 and not pairs else torch.float32
         target = torch.empty(tile.splits, num_rows, out_features, dtype=sum_dtype, device=x.device)
     scales = {
         "COLUMN_SCALES": scale is not None and groups == 1,
@@ -212,16 +236,16 @@ def gemm(
     scale = x if scale is None else scale
     x_scale = scale if x_scale is None else x_scale
     GEMM.launch(
-        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
+        (cdiv(x_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
         (x, x_scale, weight, scale),
-        (num_rows, in_features, width, out_features),
+        (x_rows, in_features, width, out_features),
         (target,),
         {
             "INT4": int4,
             "GROUP": 0 if groups == 1 else in_features // groups,
             "PRECISION": "ieee",
             "SPLITS": tile.splits,
-            "WEIGHT_FIRST": tile.weight_first,
+            "PAIRS": pairs,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,

@@ -54,8 +54,8 @@ def _add_words(sums, w, xs, DIGITS: tl.constexpr, INT4: tl.constexpr):
 def _as_float(sums, DIGITS: tl.constexpr):
     """The number whose digits were summed."""
     number = sums[0].to(tl.float32)
-    if DIGITS == 3:
-        number += 256.0 * sums[1].to(tl.float32) + 65536.0 * sums[2].to(tl.float32)
+    for digit in tl.static_range(1, DIGITS):
+        number += 256.0**digit * sums[digit].to(tl.float32)
     return number
 
 
@@ -149,11 +149,24 @@ def _gemv_int(
 GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale"), ("chunks", "out_features"), ("y",))
 
 
-def choose_block(in_features: int, out_features: int, int4: bool, gated: bool) -> GemvBlock:
-    """What measures fastest on an H200."""
+# What measures fastest on an H200, by the matrix's shape and by the numbers.
+BLOCKS = {
+    "gated": {"w8a8": GemvBlock(2, 256, 2), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(2, 256, 2)},
+    "tall": {"w8a8": GemvBlock(4, 256, 2), "int8": GemvBlock(4, 256, 2), "int4": GemvBlock(4, 256, 2)},
+    "wide": {"w8a8": GemvBlock(2, 512, 4), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(2, 512, 4)},
+    "square": {"w8a8": GemvBlock(2, 512, 4), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(2, 512, 4)},
+}
+
+
+def choose_block(in_features: int, out_features: int, kind: str, gated: bool) -> GemvBlock:
+    """kind: w8a8, int8 or int4"""
     if gated:
-        return GemvBlock(2, 256, 2)
-    return GemvBlock(4, 256, 2) if out_features > 8192 else GemvBlock(2, 512, 4)
+        shape = "gated"
+    elif out_features >= 2 * in_features:
+        shape = "tall"
+    else:
+        shape = "wide" if in_features >= 2 * out_features else "square"
+    return BLOCKS[shape][kind]
 
 
 def gemv_int(
@@ -175,7 +188,9 @@ def gemv_int(
     out_features = weight.shape[0] // (2 if gated else 1)
     words = weight.shape[1] // 4
     groups = scale.shape[1] if int4 else 1
-    block = block or choose_block(weight.shape[1], out_features, int4, gated)
+    in_features = weight.shape[1] * (2 if int4 else 1)
+    kind = "int4" if int4 else "w8a8" if x.dtype == torch.int8 else "int8"
+    block = block or choose_block(in_features, out_features, kind, gated)
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
         (cdiv(out_features, block.block_n),),

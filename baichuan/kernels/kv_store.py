@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import quantise, start_dependents, wait_for_inputs
+from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.store_row import quantise
 from baichuan.records import AttentionSpec, LayerCache, Step
 
 BLOCK_TOKENS = 16

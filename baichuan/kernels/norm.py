@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import GIVEN, NONE, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
+from baichuan.kernels.store_row import row_output, store_row
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,13 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(norm of x + residual, x + residual, scale) as ops.Ops.add_rms_norm says.
 
-    With `quantised` (int8 or float8_e4m3fn) the norm comes as such numbers: with input_scale [1], or int8 with
-    max / 127 of each token.  x, residual: [num_tokens, hidden_size] -> the scale is [1] or [num_tokens] float32.
-    x + residual is written to `total` if given.
+    x, residual: [num_tokens, hidden_size]; quantised, input_scale [1]: see row_output.  x + residual is written to
+    `total` if given.
     """
     num_tokens, width = x.shape
     if total is None:
         total = x if residual is None else torch.empty_like(x)
-    out = torch.empty_like(x, dtype=quantised or x.dtype)
-    scale = input_scale
-    mode = NONE if quantised is None else GIVEN
-    if quantised is not None and scale is None:
-        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=x.device), PER_TOKEN
+    out, scale, mode = row_output(x, num_tokens, width, quantised, input_scale)
     block = next_power_of_2(width)
     ADD_RMS_NORM.launch(
         (num_tokens,),

@@ -1,4 +1,4 @@
-"""What several kernels share: waiting for inputs, converting 8-bit and 4-bit numbers, quantising a row.
+"""What several kernels share: waiting for inputs, converting 8-bit numbers.
 
 Conversions are written in PTX where Triton's own take several times the instructions; Triton's interpreter, which
 cannot run PTX, takes the plain definition beside it.
@@ -11,11 +11,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-# How a row is quantised.
-NONE = tl.constexpr(0)
-PER_TOKEN = tl.constexpr(1)  # scale = max|row| / 127, computed here
-GIVEN = tl.constexpr(2)  # scale is read, one for all rows or one a row
 
 
 @triton.jit
@@ -104,49 +99,3 @@ def to_dtype(x, dtype: tl.constexpr):
             return int8_to_float32(x).to(dtype)
     else:
         return x.to(dtype)
-
-
-@triton.jit
-def round_even(x):
-    """x rounded to the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def quantise(x, scale, dtype: tl.constexpr):
-    """clamp(x / scale) as int8, rounded to even, or e4m3; the same bits as quant/scaled.py."""
-    limit: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    q = tl.clamp(tl.div_rn(x, scale), -limit, limit)
-    if dtype == tl.int8:
-        return round_even(q).to(tl.int8)
-    if INTERPRETED:
-        q = _round_to_e4m3(q)
-    return q.to(dtype)
-
-
-@triton.jit
-def _round_to_e4m3(x):
-    """x rounded to even at three mantissa bits: the interpreter's own rounding loses the carry into the exponent."""
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
-
-
-@triton.jit
-def store_row(x, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE: tl.constexpr,
-              SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr):  # fmt: skip
-    """Write one row, x float32, as it is or quantised; the way all quantising kernels end."""
-    out_row = out + row.to(tl.int64) * width + columns
-    if QUANTISE == NONE:
-        tl.store(out_row, x.to(out.dtype.element_ty), mask)
-    else:
-        x = tl.where(mask, x, 1.0)  # division is several times slower where it meets a 0
-        if SMOOTH:
-            x = tl.div_rn(x, tl.load(smoother + columns, mask, other=1.0))
-        if QUANTISE == PER_TOKEN:
-            largest = tl.max(tl.where(mask, tl.abs(x), 0.0), 0)
-            s = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
-            tl.store(out_scale + row, s)
-        else:
-            s = tl.load(scale + (row if ROW_SCALES else 0))
-        tl.store(out_row, quantise(x, s, out.dtype.element_ty), mask)

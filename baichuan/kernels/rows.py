@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import GIVEN, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.store_row import row_output, store_row
 
 
 @triton.jit
@@ -63,14 +64,12 @@ def quantise_rows(
 ) -> tuple[Tensor, Tensor]:
     """quantise(x / smoother, scale) of quant/scaled.py and the scale.
 
-    x: [num_tokens, width]; smoother: [width] float32; scale: [1] or [num_tokens] float32, None = max / 127 of each
-    token, for int8.
+    x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens]: see
+    row_output.
     """
     num_tokens, width = x.shape
-    out = torch.empty_like(x, dtype=dtype)
-    mode, row_scales = GIVEN, scale is not None and scale.numel() > 1
-    if scale is None:
-        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=x.device), PER_TOKEN
+    row_scales = scale is not None and scale.numel() > 1
+    out, scale, mode = row_output(x, num_tokens, width, dtype, scale)
     block = next_power_of_2(width)
     QUANTISE_ROWS.launch(
         (num_tokens,),

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import GIVEN, NONE, PER_TOKEN, start_dependents, store_row, wait_for_inputs
+from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.store_row import row_output, store_row
 
 
 @triton.jit
@@ -47,17 +48,13 @@ def silu_mul(
 ) -> tuple[Tensor, Tensor | None]:
     """(silu(gate) * up, scale).  gate_up: [num_tokens, 2 * width] -> [num_tokens, width]
 
-    With `quantised` the result is divided by smoother [width], if any, and comes as int8 or float8_e4m3fn: with
-    input_scale [1], or int8 with max / 127 of each token; the scale is [1] or [num_tokens] float32.
+    quantised, input_scale [1]: see row_output; 8-bit numbers are of the result divided by smoother [width], if any.
     """
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(num_tokens, width, dtype=quantised or gate_up.dtype, device=gate_up.device)
-    scale = input_scale
-    mode = NONE if quantised is None else GIVEN
-    block = min(next_power_of_2(width), 2048)
-    if quantised is not None and scale is None:
-        scale, mode = torch.empty(num_tokens, dtype=torch.float32, device=gate_up.device), PER_TOKEN
-        block = next_power_of_2(width)  # the maximum is over the whole row
+    out, scale, mode = row_output(gate_up, num_tokens, width, quantised, input_scale)
+    block = next_power_of_2(width)
+    if scale is input_scale:  # else the maximum is over the whole row
+        block = min(block, 2048)
     SILU_MUL.launch(
         (num_tokens, cdiv(width, block)),
         (gate_up, gate_up if smoother is None else smoother, gate_up if scale is None else scale),
