@@ -37,6 +37,7 @@ Input = Tensor | NormInput | GatedInput
 
 GEMM_ROWS = 256  # for more rows than this a weight is dequantised first and multiplied by cuBLAS
 PAIR_ROWS = 1536  # the same for weights of bytes
+DENSE_ROWS = 0  # more than these are left to cuBLAS
 
 
 def num_rows(x: Input) -> int:
@@ -81,7 +82,10 @@ class CudaLinear:
             return self._gemv(x, weight, out_dtype, gated=False)
         match weight:
             case DenseWeight(w):
-                return product(materialise(x), w, out_dtype)
+                x = materialise(x)
+                if self.own_kernels and x.shape[0] <= DENSE_ROWS and x.dtype != torch.float32:
+                    return gemm(x, w, None, out_dtype)
+                return product(x, w, out_dtype)
             case Int8Weight(q, scale) | Int4Weight(q, scale):
                 if self._pairs(x, weight):
                     pairs, x_scale = self._quantised(x, torch.int16)

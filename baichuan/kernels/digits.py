@@ -1,9 +1,9 @@
 """One token's activations as integers, for the GEMVs of integer weights.
 
-Against its largest magnitude a token is a row of 24-bit fixed-point numbers, finer than its own 11 significant bits
-for all that counts in a sum.  Each is three signed bytes, its digits to base 256, and a sum of products with integer
-weights is three exact sums of bytes by bytes, which a GPU takes four at a time: an eighth of the work of turning the
-weights into floats.
+Against its largest magnitude a token is a row of fixed-point numbers, of 16 bits where its dtype has 11 significant ones
+or fewer, of 24 in float32.  Each is two or three signed bytes, its digits to base 256, and a sum of products with
+integer weights is as many exact sums of bytes by bytes, which a GPU takes four at a time: a fraction of the work of
+turning the weights into floats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from baichuan.kernels.norm import NormInput
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 
-LARGEST = {2: 32639.0, 3: 8_000_000.0}  # what so many signed digits to base 256 reach, and float32 tells apart
+LARGEST = {2: 32639.0, 3: 8_000_000.0}  # what so many signed digits reach, and float32 tells apart
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _make_digits(
 MAKE_DIGITS = KernelSpec(_make_digits, ("x", "residual", "norm_weight"), ("width",), ("total", "words", "scale"))
 
 
-def make_digits(x: Tensor | NormInput, four_bit_weights: bool, digits: int = 3) -> Digits:
+def make_digits(x: Tensor | NormInput, four_bit_weights: bool) -> Digits:
     """The digits of x, [1, in_features], or of the norm that is to be taken first.
 
     in_features is a multiple of 4, or of 8 for 4-bit weights.
@@ -86,6 +86,7 @@ def make_digits(x: Tensor | NormInput, four_bit_weights: bool, digits: int = 3) 
     residual = x.residual if norm and x.residual is not None else source
     parts, width = 2 if four_bit_weights else 1, source.shape[1]
     count = width // (4 * parts)
+    digits = 3 if source.dtype == torch.float32 else 2
     words = torch.empty(digits * parts, count, dtype=torch.int32, device=source.device)
     scale = torch.empty(1, dtype=torch.float32, device=source.device)
     block = next_power_of_2(count)

@@ -185,15 +185,27 @@ TILES = {
         (64, Tile(64, 64, 128, 4, 4)),
         (None, Tile(128, 128, 64, 4, 3)),
     ),
+    "dense": (
+        (16, Tile(16, 64, 128, 4, 5)),
+        (64, Tile(64, 64, 64, 4, 6)),
+        (None, Tile(128, 128, 64, 8, 3)),
+    ),
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
 PROGRAMS = 264  # as many as a GPU's multiprocessors run at once; input channels are split to come near it
 MIN_STEPS = 4  # blocks of input channels that a split has at least
 
 
-def choose_tile(num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype) -> Tile:
+def choose_tile(
+    num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> Tile:
     """The tile for num_rows rows of x (for pairs, two a token)."""
-    kind = "bytes" if x_dtype.itemsize == 1 else "float32" if x_dtype == torch.float32 else "converted"
+    if x_dtype == torch.float32:
+        kind = "float32"
+    elif x_dtype == weight_dtype:
+        kind = "bytes" if x_dtype.itemsize == 1 else "dense"
+    else:
+        kind = "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
     programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
     while 2 * splits * programs <= PROGRAMS and cdiv(in_features, tile.block_k) >= 2 * splits * MIN_STEPS:
@@ -222,7 +234,7 @@ def gemm(
     out_features, width = weight.shape
     int4 = weight.dtype == torch.uint8
     groups = scale.shape[1] if int4 else 1
-    tile = tile or choose_tile(x_rows, in_features, out_features, x.dtype)
+    tile = tile or choose_tile(x_rows, in_features, out_features, x.dtype, weight.dtype)
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
     target = y
     if tile.splits > 1:
