@@ -1,9 +1,9 @@
 """One token's activations as integers, for the GEMVs of integer weights.
 
-Against its largest magnitude a token is a row of fixed-point numbers, of 16 bits where its dtype has 11 significant ones
-or fewer, of 24 in float32.  Each is two or three signed bytes, its digits to base 256, and a sum of products with
-integer weights is as many exact sums of bytes by bytes, which a GPU takes four at a time: a fraction of the work of
-turning the weights into floats.
+Against its largest magnitude a token is a row of fixed-point numbers, of 16 bits where its dtype has no more than 11
+significant ones, of 24 in float32.  Each is two or three signed bytes, its digits to base 256, and a sum of products
+with integer weights is as many exact sums of bytes by bytes, which a GPU takes four at a time: a fraction of the work
+of turning the weights into floats.
 """
 
 from __future__ import annotations
