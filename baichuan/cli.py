@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
+
 from baichuan.comm import Communicator, world_of_this_process
 from baichuan.config import VERSIONS
 from baichuan.errors import BaichuanError
@@ -59,6 +61,11 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
         message = "stopped by Ctrl-C; nothing unfinished was kept"
     except MemoryError:
         message = "the host memory is exhausted; use a smaller batch, shorter lengths or more ranks"
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is exhausted; use a smaller batch, shorter lengths, --max_num_tokens or more ranks"
+    except BrokenPipeError:
+        message = "nobody reads the output any more, which is cut off"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             comm.leave_failed()
@@ -83,6 +90,4 @@ def _configure_logging(level: str, comm: Communicator) -> None:
 
 
 def _share_cores(ranks: int) -> None:
-    import torch
-
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

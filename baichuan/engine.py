@@ -16,6 +16,7 @@ from baichuan import __version__, manifest
 from baichuan.comm import Communicator
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig, from_json, to_json
 from baichuan.errors import BaichuanError, ConfigError, EngineError
+from baichuan.processes import ctrl_c_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,27 @@ def rank_file_name(model: ModelConfig, build: BuildConfig, rank: int) -> str:
 
 @contextmanager
 def staging(output_dir: Path) -> Iterator[Path]:
-    """An empty folder inside output_dir for the files of one build; what is still in it at the end is deleted."""
+    """An empty folder inside output_dir for the files of one build; what is still in it at the end is deleted.
+
+    Raises ConfigError where output_dir cannot be made or holds a config.json that is no engine's, such as a
+    checkpoint's, which the engine's own would overwrite.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {output_dir} cannot be made ({error.strerror}); choose another folder") from None
+    if _holds_another_config(output_dir / CONFIG_NAME):
+        raise ConfigError(
+            f"output_dir {output_dir} holds a {CONFIG_NAME} that is no engine's and would be overwritten; "
+            "choose another folder"
+        )
     _remove_abandoned(output_dir)
     folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING_PREFIX}{os.getpid()}-", dir=output_dir))
     try:
         yield folder
+    except OSError as error:
+        error.filename = error.filename or str(output_dir)  # a failed write does not say where
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -87,10 +100,11 @@ def publish(staged: Path, output_dir: Path) -> None:
     for name in names:
         with open(staged / name, "rb") as file:
             os.fsync(file.fileno())
-    for name in names:
-        os.replace(staged / name, output_dir / name)
-    for name in old_files - set(names):
-        (output_dir / name).unlink(missing_ok=True)
+    with ctrl_c_ignored():  # the few renames, which must not stop between two engines
+        for name in names:
+            os.replace(staged / name, output_dir / name)
+        for name in old_files - set(names):
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def read_engine(folder: Path) -> Engine:
@@ -113,10 +127,12 @@ def read_engine(folder: Path) -> Engine:
         raise EngineError(f"{path} was edited after the build; build the engine again with the settings you want")
     try:
         model, quant = from_json(ModelConfig, ours["model"]), from_json(QuantConfig, ours["quant"])
-        build = from_json(BuildConfig, ours["build"])
+        build, files, contract = from_json(BuildConfig, ours["build"]), ours["files"], ours["contract"]
     except (ConfigError, KeyError) as error:
         raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
-    return Engine(folder, model, quant, build, ours["files"], ours["contract"])
+    if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
+        raise EngineError(f"{path} does not list one file a rank; build the engine again")
+    return Engine(folder, model, quant, build, files, contract)
 
 
 def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
@@ -150,6 +166,16 @@ def _files_of(folder: Path) -> set[str]:
         return set(read_engine(folder).files)
     except EngineError:
         return set()
+
+
+def _holds_another_config(path: Path) -> bool:
+    """Whether this is a JSON object that neither this build.py nor the old example's wrote."""
+    try:
+        with open(path, "rb") as file:
+            values = json.loads(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "builder_config" not in values
 
 
 def _remove_abandoned(output_dir: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from baichuan.errors import EngineError
 
 CHUNK_BYTES = 64 << 20
+READ_BYTES = 1 << 20  # each thread's buffer
 
 
 def describe(path: Path) -> dict:
@@ -22,11 +23,14 @@ def verify(path: Path, entry: dict) -> None:
     """Raise EngineError unless the file has the size and the digests that `describe` gave."""
     try:
         size = path.stat().st_size
-    except OSError:
+        if size != entry["bytes"]:
+            raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
+        digests = _digests(path)
+    except FileNotFoundError:
         raise EngineError(f"{path} is missing; build the engine again") from None
-    if size != entry["bytes"]:
-        raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
-    if _digests(path) != entry["sha256"]:
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}); make it readable or build it again") from None
+    if digests != entry["sha256"]:
         raise EngineError(f"{path} differs from what the build wrote (SHA-256); it is damaged, build it again")
 
 
@@ -48,8 +52,12 @@ def _digests(path: Path) -> list[str]:
     size = path.stat().st_size
 
     def digest(start: int) -> str:
+        found, end = hashlib.sha256(), min(start + CHUNK_BYTES, size)
         with open(path, "rb", buffering=0) as file:
-            return hashlib.sha256(os.pread(file.fileno(), CHUNK_BYTES, start)).hexdigest()
+            while start < end and (data := os.pread(file.fileno(), min(READ_BYTES, end - start), start)):
+                found.update(data)
+                start += len(data)
+        return found.hexdigest()
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(digest, range(0, size, CHUNK_BYTES)))

@@ -31,7 +31,7 @@ def run_tasks(
         return
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, CONTEXT, _prepare, (prepare,)) as pool:
-        with _ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
+        with ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
             futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
         try:
             for future in as_completed(futures):
@@ -55,7 +55,8 @@ def _prepare(prepare: Callable[[], None] | None) -> None:
 
 
 @contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
+def ctrl_c_ignored() -> Iterator[None]:
+    """Ctrl-C changes nothing meanwhile, here and in processes that start meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's business
         return

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 from goldens import checkpoint as golden_checkpoint
+from process_memory import peak_anonymous_bytes
 
 from baichuan.checkpoint.dummy import dummy_checkpoint
 from baichuan.checkpoint.plan import as_stored, plan_rows, whole
@@ -52,18 +51,6 @@ def checkpoint(tmp_path):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
 
 
-def anonymous_bytes(process: psutil.Process) -> int:
-    """Of the process and its children, pages that several share counted once."""
-    total = 0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
-            continue
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
-    return total
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory in /proc")
 def test_peak_memory_of_a_7b_shape(checkpoint, tmp_path):
@@ -73,11 +60,7 @@ def test_peak_memory_of_a_7b_shape(checkpoint, tmp_path):
     calibration = ["--calib_dataset", texts, "--calib_size", TEXTS, "--calib_max_length", LENGTH]
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, root / "hf_baichuan_convert.py", *flags, *calibration]
-    started, peak = time.monotonic(), 0
-    with subprocess.Popen(list(map(str, command))) as process:
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(psutil.Process(process.pid)))
-            time.sleep(0.1)
-    assert process.returncode == 0
+    started = time.monotonic()
+    peak = peak_anonymous_bytes(list(map(str, command)))
     print(f"peak {peak / 1e9:.2f} GB of {LIMIT_BYTES / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
     assert LAYER_BYTES < peak < LIMIT_BYTES, "a layer in float32 is needed; less means that nothing was measured"

@@ -1,15 +1,20 @@
 """The engine folder: complete or not there, and refused when anything in it was changed."""
 
+import hashlib
 import json
 import os
+import shutil
+import signal
 
+import goldens
 import pytest
 import tiny_engine
+from tiny_engine import snapshot
 
-from baichuan import builder, engine, manifest
+from baichuan import engine, manifest
 from baichuan.comm import Solo, run_ranks
 from baichuan.engine import CONFIG_NAME, read_engine
-from baichuan.errors import BaichuanError, ConfigError, EngineError, UnsupportedError
+from baichuan.errors import BaichuanError, ConfigError, EngineError
 from baichuan.runtime import open_session
 
 VERSION = "v1_7b"
@@ -44,6 +49,23 @@ def test_a_truncated_file_is_refused(folder):
     refused(folder, "truncated")
 
 
+def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
+    def unreadable(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest, "_digests", unreadable)
+    refused(folder, "cannot be read .Permission denied.")
+
+
+def test_digests_are_of_each_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(manifest, "READ_BYTES", 300)
+    content = bytes(index % 251 for index in range(2500))
+    (tmp_path / "file").write_bytes(content)
+    expected = [hashlib.sha256(content[start : start + 1000]).hexdigest() for start in (0, 1000, 2000)]
+    assert manifest.describe(tmp_path / "file") == {"bytes": 2500, "sha256": expected}
+
+
 @pytest.mark.parametrize("place", [0, 9, -1])
 def test_one_flipped_bit_is_refused(folder, place):
     content = bytearray(rank_file(folder).read_bytes())
@@ -72,6 +94,20 @@ def test_an_edited_config_is_refused(folder, old, new):
 def test_a_config_that_is_no_engines_is_refused(folder, content):
     (folder / CONFIG_NAME).write_text(content)
     refused(folder, "build")
+
+
+@pytest.mark.parametrize("names", [[], ["baichuan_float32_tp1_rank0.engine", "../notes.txt"]])
+def test_a_sealed_config_that_names_other_files_is_refused_and_deletes_none(folder, names):
+    path, notes = folder / CONFIG_NAME, folder.parent / "notes.txt"
+    notes.write_text("not the engine's")
+    values = json.loads(path.read_text())
+    entry = {"bytes": 0, "sha256": []}
+    values["baichuan"]["files"] = {name: values["baichuan"]["files"].get(name, entry) for name in names}
+    del values["sha256"]
+    path.write_text(json.dumps(manifest.seal(values)))
+    refused(folder, "one file a rank")
+    tiny_engine.build(folder, VERSION)  # replaces the engine before, and deletes its files
+    assert notes.exists()
 
 
 def test_a_huge_config_is_refused(folder):
@@ -104,37 +140,6 @@ def test_one_bad_rank_file_stops_every_rank(tmp_path):
     assert len(sentences) == 2 and "rank1" in sentences[0] == sentences[1]
 
 
-def snapshot(folder):
-    return {path.name: manifest.describe(path) for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("function", ["write_tensors", "write_config", "publish"])
-def test_a_build_that_fails_leaves_the_old_engine(folder, monkeypatch, function):
-    before = snapshot(folder)
-
-    def fail(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(builder, function, fail)
-    with pytest.raises(OSError):
-        tiny_engine.build(folder, "v2_13b", tp_size=2)
-    assert snapshot(folder) == before
-    open_session(folder, Solo(), VERSION)
-
-
-def test_a_refused_check_leaves_the_old_engine(folder, monkeypatch):
-    before = snapshot(folder)
-    original = builder.build_engine
-
-    def refuse(_):
-        raise EngineError("the check fails")
-
-    monkeypatch.setattr(tiny_engine, "build_engine", lambda request: original(request, refuse))
-    with pytest.raises(EngineError, match="the check fails"):
-        tiny_engine.build(folder, VERSION, tp_size=2)
-    assert snapshot(folder) == before
-
-
 def test_a_new_engine_replaces_the_old_one_and_its_files(tmp_path):
     tiny_engine.build(tmp_path, VERSION, tp_size=2)
     (tmp_path / "notes.txt").write_text("the user's own")
@@ -149,18 +154,39 @@ def test_the_same_checkpoint_gives_the_same_bytes(folder, tmp_path):
     assert read_engine(folder).files == read_engine(tmp_path / "again").files
 
 
-def test_resources_are_asked_for_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UnsupportedError, match=r"needs 0\.\d\d GB on the disk"):
-        tiny_engine.build(tmp_path / "a", VERSION)
-    monkeypatch.undo()
-    monkeypatch.setattr(builder, "PROCESS_BYTES", 1 << 50)
-    with pytest.raises(UnsupportedError, match="host memory"):
-        tiny_engine.build(tmp_path / "a", VERSION)
-    assert not list((tmp_path / "a").iterdir())
-
-
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         tiny_engine.build(tmp_path / "file" / "engine", VERSION)
+
+
+def test_a_checkpoint_is_not_built_over(tmp_path):
+    """Its config.json would be the engine's."""
+    shutil.copytree(goldens.checkpoint(VERSION), tmp_path / "checkpoint")
+    before = snapshot(tmp_path / "checkpoint")
+    with pytest.raises(ConfigError, match="is no engine's and would be overwritten"):
+        tiny_engine.build(tmp_path / "checkpoint", VERSION)
+    assert snapshot(tmp_path / "checkpoint") == before
+
+
+def test_a_broken_engine_is_built_over(folder):
+    (folder / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text()[:-9])
+    tiny_engine.build(folder, VERSION)
+    open_session(folder, Solo(), VERSION)
+
+
+def test_ctrl_c_between_the_renames_waits_for_the_last(folder, monkeypatch):
+    rename, renamed = os.replace, []
+
+    def replace(old, new):
+        rename(old, new)
+        renamed.append(new)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", replace)
+    tiny_engine.build(folder, "v2_13b", tp_size=2)
+    assert len(renamed) == 3
+    monkeypatch.undo()
+    assert {path.name for path in folder.iterdir()} == {CONFIG_NAME, *read_engine(folder).files}
+    for rank in (0, 1):
+        manifest.verify(rank_file(folder, rank), read_engine(folder).files[rank_file(folder, rank).name])

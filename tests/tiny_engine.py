@@ -8,6 +8,7 @@ from pathlib import Path
 
 import goldens
 
+from baichuan import manifest
 from baichuan.builder import BuildRequest, build_engine
 from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.checkpoint.plan import plan_hub
@@ -37,6 +38,11 @@ def build(folder: Path, version: str, quant: QuantConfig | None = None, tp_size:
 
 def _plan_rank(tensors, model, quant, tp_size, rank):
     return plan_hub(tensors, model, quant, rank, tp_size)
+
+
+def snapshot(folder: Path) -> dict[str, dict]:
+    """Sizes and digests of the folder's files by name."""
+    return {path.name: manifest.describe(path) for path in folder.iterdir()}
 
 
 @cache

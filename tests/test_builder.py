@@ -1,0 +1,256 @@
+"""Building an engine: what it takes is asked for first, what it made is checked, and a failure leaves the old one."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import goldens
+import pytest
+import scripts
+import tiny_engine
+import torch
+from process_memory import peak_anonymous_bytes
+from tiny_engine import snapshot
+
+import build
+import weight
+from baichuan import builder, self_check
+from baichuan.builder import BuildRequest, build_engine
+from baichuan.checkpoint.hub_config import read_model_config
+from baichuan.checkpoint.plan import PlannedTensors
+from baichuan.checkpoint.tensor_file import planned_bytes, write_tensors
+from baichuan.comm import Solo
+from baichuan.config import BuildConfig, QuantConfig
+from baichuan.errors import EngineError, UnsupportedError
+from baichuan.runtime import open_executor, open_session
+
+VERSION = "v1_7b"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_engine.build(tmp_path / "engine", VERSION)
+    return tmp_path / "engine"
+
+
+def request(folder, version=VERSION, weights="none", tp_size=1, change=None, **more):
+    """A request for the golden checkpoint's engine; change(rank, plan) may spoil it."""
+    source, quant = weight.WeightSource(goldens.checkpoint(version)), QuantConfig(weights)
+    model = read_model_config(source.hub_folder, version, "float32")
+    plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=tp_size)
+    limits = BuildConfig(tp_size, **tiny_engine.LIMITS)
+    return BuildRequest(folder, model, quant, limits, change or plan_rank, **more), source
+
+
+# What fails leaves the old engine and nothing else
+
+
+@pytest.mark.parametrize("function", ["write_tensors", "write_config", "publish"])
+def test_a_build_that_fails_leaves_the_old_engine(folder, monkeypatch, function):
+    before = snapshot(folder)
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builder, function, fail)
+    with pytest.raises(OSError, match=str(folder)):
+        tiny_engine.build(folder, "v2_13b", tp_size=2)
+    assert snapshot(folder) == before
+    open_session(folder, Solo(), VERSION)
+
+
+def test_a_process_that_is_killed_leaves_the_old_engine(folder):
+    before = snapshot(folder)
+    asked, _ = request(folder, tp_size=2, parallel=True, change=plan_or_die)
+    with pytest.raises(UnsupportedError, match="one of 2 processes was killed.* leave --parallel_build out"):
+        build_engine(asked)
+    assert snapshot(folder) == before
+
+
+def plan_or_die(rank):
+    """A plan whose second rank's process is killed when it writes."""
+    asked, _ = request(None, tp_size=2)
+    return [replace(item, blocks=die) for item in asked.plan_rank(rank)] if rank == 1 else asked.plan_rank(rank)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB, which the engine of 11.5 MB does not fit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if not done or done.returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_too_small_is_named_with_numbers(small_disk, capsys):
+    assert build.main(scripts.build_flags(small_disk / "engine", VERSION, "--log_level", "error")) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"needs 0.01 GB on the disk of {small_disk / 'engine'} and 0.01 GB are free" in line
+    assert not list((small_disk / "engine").iterdir())
+
+
+def test_a_disk_that_becomes_full(small_disk, capsys, monkeypatch):
+    monkeypatch.setattr(builder, "_require_resources", lambda *_: None)
+    assert build.main(scripts.build_flags(small_disk / "engine", VERSION, "--log_level", "error")) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "engine: No space left on device; free space or choose another folder" in line
+    assert not list((small_disk / "engine").iterdir())
+
+
+# Resources
+
+
+def test_resources_are_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UnsupportedError, match=r"needs 0\.\d\d GB on the disk"):
+        tiny_engine.build(tmp_path / "a", VERSION)
+    monkeypatch.undo()
+    monkeypatch.setattr(builder, "PROCESS_BYTES", 1 << 50)
+    with pytest.raises(UnsupportedError, match="host memory"):
+        tiny_engine.build(tmp_path / "a", VERSION)
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_an_engine_that_no_gpu_here_can_run_is_refused_or_warned_of(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, logger="baichuan")  # a script that ran before in this process may have raised it
+    huge = dict(max_batch_size=4096, max_input_len=1 << 20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny_engine.build(tmp_path / "a", VERSION, **huge)  # it may run elsewhere
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "GB when it runs at full size and this machine has" in warning
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    with pytest.raises(UnsupportedError, match="at full size and the GPU has 85.90 GB; use more ranks"):
+        tiny_engine.build(tmp_path / "b", VERSION, **huge)
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_what_is_planned_is_what_is_written_and_reported(tmp_path):
+    asked, _ = request(tmp_path, weights="int8")
+    plan, sizes = asked.plan_rank(0), []
+    write_tensors(tmp_path / "file", plan, sizes.append)
+    header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert sum(sizes) == planned_bytes(plan) == (tmp_path / "file").stat().st_size - 8 - header
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory in /proc")
+@pytest.mark.parametrize(
+    ("more", "least", "most"),
+    [
+        ([], 0.2e9, 1.0e9),  # PyTorch and the dummy weights' pool; the engine has 1.45 GB
+        pytest.param(
+            ["--use_weight_only", "--weight_only_precision", "int4", "--world_size", "2", "--parallel_build"],
+            0.4e9,
+            2.0e9,  # two processes; in float32 the one layer and a head have 1.9 GB
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["float16", "int4 in two processes"],
+)
+def test_a_build_streams(tmp_path, more, least, most):
+    """With one layer of the released sizes, anonymous memory stays below the weights'."""
+    out = tmp_path / "engine"
+    given = ["--model_version", VERSION, "--n_layer", "1", "--backend", "torch", "--no_self_check", *more]
+    try:
+        peak = peak_anonymous_bytes(scripts.script("build.py", [*given, "--output_dir", str(out)]))
+    finally:
+        shutil.rmtree(out, ignore_errors=True)  # gigabytes, which pytest would keep
+    assert least < peak < most, f"{peak / 1e9:.2f} GB"
+
+
+# The self-check
+
+
+def agreement(engine, source):
+    floats = weight.load_float32(source, engine.model)
+    ids = self_check.default_ids(engine.model.vocab_size)
+    return self_check.check_engine(engine, lambda comm: open_executor(engine, comm), floats, ids)
+
+
+@pytest.mark.parametrize("version", goldens.VERSIONS_WITH_GOLDENS)
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("weights", "kl", "top1"),
+    [
+        ("none", 1e-6, 1.0),  # float32's sums
+        ("int8", 0.01, 0.75),  # random weights have close seconds
+        ("int4", 1.5, 0.1),  # and no structure that 15 levels a channel could keep; by chance they agree at 0.001
+    ],
+)
+def test_good_engines_agree_with_their_checkpoint(tmp_path, version, tp_size, weights, kl, top1):
+    asked, source = request(tmp_path, version, weights, tp_size)
+    found = agreement(build_engine(asked), source)
+    assert found.kl <= kl and found.top1 >= top1
+    assert (found.kl > 1e-6) == (weights != "none")
+
+
+def test_the_divergence_is_pytorchs():
+    p, q = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).double()
+    expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (p, q))).mean()
+    found = self_check.Agreement.of(p, q)
+    assert found.kl == pytest.approx(expected.item(), rel=1e-12)
+    assert found.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean()
+
+
+def spoilt(spoil, tp_size, rank):
+    asked, _ = request(None, tp_size=tp_size)
+    return spoil(asked.plan_rank, rank, tp_size)
+
+
+def rolled_head(plan_rank, rank, _):
+    """lm_head's rows one off, so that each token gets its neighbour's logit."""
+    *rest, head = plan_rank(rank)
+
+    def blocks():
+        rows = torch.cat([block["lm_head.weight"] for block in head.blocks()])
+        yield {"lm_head.weight": rows.roll(1, 0)}
+
+    return [*rest, PlannedTensors(head.specs, blocks)]
+
+
+def not_a_number(plan_rank, rank, _):
+    *rest, norm, head = plan_rank(rank)
+    [block] = norm.blocks()
+    return [*rest, replace(norm, blocks=lambda: [{"norm": block["norm"] * torch.nan}]), head]
+
+
+def swapped_ranks(plan_rank, rank, tp_size):
+    return plan_rank((rank + 1) % tp_size)
+
+
+@pytest.mark.parametrize(("spoil", "tp_size"), [(rolled_head, 1), (not_a_number, 1), (swapped_ranks, 2)])
+def test_a_bad_engine_is_refused_and_leaves_the_old_one(folder, spoil, tp_size):
+    before = snapshot(folder)
+    asked, source = request(folder, tp_size=tp_size, change=partial(spoilt, spoil, tp_size))
+    with pytest.raises(EngineError, match=r"mean KL of (nan|\d+\.?\d*) nats.*--no_self_check") as error:
+        build_engine(asked, build.self_checker(source, asked.model))
+    assert "\n" not in str(error.value)
+    assert snapshot(folder) == before
+    build_engine(asked)  # unchecked, it is written
+    assert snapshot(folder) != before
+
+
+def test_the_check_fits_the_shortest_engine(tmp_path, capsys):
+    flags = scripts.build_flags(tmp_path, VERSION, "--max_input_len", "1", "--max_output_len", "1")
+    assert build.main(flags) == 0
+    assert "same first choice at 100.0 %" in capsys.readouterr().err
+
+
+def test_a_check_without_memory_for_it_is_skipped_and_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "fits_host_memory", lambda _: False)
+    assert build.main(scripts.build_flags(tmp_path, VERSION)) == 0
+    assert "self-check skipped: the float32 weights take 0.0 GB of memory" in capsys.readouterr().err
+    open_session(tmp_path, Solo(), VERSION)
