@@ -23,6 +23,7 @@ from baichuan.tokenizer import Tokenizer
 logger = logging.getLogger("baichuan.run")
 
 DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
+FILE_FLAGS = ("input_tokens", "output_csv", "output_npy", "output_logits_npy")
 SAMPLING_FLAGS = {
     "num_beams": "continuations that beam search keeps; 1 = sample, or take the likeliest with --top_k 1",
     "top_k": "sample from this many likeliest tokens; 0 = all",
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
+    sampling_config(args, args.model_version or "v1_13b")  # its errors come before the engine is read
     folder = resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     tokenizer = Tokenizer(folder) if folder else None
     session = open_session(Path(args.engine_dir), comm, args.model_version)
@@ -89,9 +91,12 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that exclude or lack each other, and for files that could not be written later."""
-    for name in ("output_csv", "output_npy", "output_logits_npy"):
-        if getattr(args, name):
-            token_files.require_writable(name, Path(getattr(args, name)))
+    files = {name: Path(getattr(args, name)) for name in FILE_FLAGS if getattr(args, name)}
+    for name, path in files.items():
+        if name != "input_tokens":
+            token_files.require_writable(name, path)
+        if other := next((o for o in files if o != name and files[o].resolve() == path.resolve()), None):
+            raise ConfigError(f"--{name} and --{other} are both {path}; name two files")
     if args.input_text is not None and args.input_tokens:
         raise ConfigError("--input_text and --input_tokens are both given; prompts come from one place, leave one out")
     if not args.tokenizer_dir and not args.input_tokens:
@@ -104,8 +109,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--system belongs to a chat; add --chat")
     if args.streaming and args.num_beams not in (None, 1):
         raise ConfigError(f"--streaming with num_beams {args.num_beams}: beams are known at the end; leave one out")
-    if args.num_beams not in (None, 1) and (args.top_k is not None or args.top_p is not None):
-        raise ConfigError(f"num_beams {args.num_beams} searches and does not sample; leave --top_k and --top_p out")
+    for name in ("top_k", "top_p", "random_seed"):
+        if args.num_beams not in (None, 1) and getattr(args, name) is not None:
+            raise ConfigError(f"num_beams {args.num_beams} searches and does not sample; leave --{name} out")
     if args.length_penalty is not None and args.num_beams in (None, 1):
         raise ConfigError(f"length_penalty {args.length_penalty} belongs to beam search; add --num_beams")
     if args.chat and args.input_text is None and (args.output_csv or args.output_npy or args.output_logits_npy):

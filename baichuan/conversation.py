@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 from baichuan.chat import ChatRoles, build_chat_prompt
@@ -65,7 +66,7 @@ def converse(
 def _read_line(comm: Communicator) -> str | None:
     """Rank 0's next line on every rank, None at the end of input."""
     line = None
-    if comm.rank == 0:
+    if comm.rank == 0 and sys.stdin:  # None where the program was started without one
         try:
             line = input("> ").strip()
         except EOFError:

@@ -42,7 +42,8 @@ class Timing:
     def summary(self) -> str:
         """Tokens per second of both phases, for the log."""
         decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
-        decoded = self.new_tokens / max(self.decode_s, 1e-9) if self.decode_steps else 0.0
+        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # the first ones are the prefill's
+        decoded = stepped / max(self.decode_s, 1e-9)
         return (
             f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
             f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms a step"

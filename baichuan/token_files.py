@@ -44,10 +44,11 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
 
 def require_writable(name: str, path: Path) -> None:
     """Raise ConfigError unless a file `path` can be made; name is the flag that names it."""
-    if path.is_dir():
-        raise ConfigError(f"{name} {path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise ConfigError(f"{name} {path} is {kind}, which no file can replace; name a file")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
             pass
     except OSError as error:
         raise ConfigError(f"{name} {path} cannot be written ({error.strerror}); choose another folder") from None

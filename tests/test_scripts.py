@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -164,6 +165,23 @@ def test_a_conversation_ends_with_its_input_and_refuses_other_encodings(engine):
     assert talk(engine, b"Hello").returncode == 0
 
 
+def test_a_conversation_without_an_input_ends(engine, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python sets it where descriptor 0 is closed
+    assert run.main(text_flags(engine, "--chat")) == 0
+    assert capsys.readouterr().out.startswith("Type a message")
+
+
+def test_an_output_that_nobody_reads(engine):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = scripts.script("run.py", text_flags(engine, "--input_text", "The river"))
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=scripts.ENVIRONMENT, timeout=60)
+    os.close(writer)
+    err = done.stderr.decode()
+    assert done.returncode == 2 and "nobody reads the output" in scripts.sentences(err)[0], err
+    assert "Traceback" not in err and "Exception ignored" not in err, err
+
+
 # Wrong values
 
 
@@ -287,6 +305,9 @@ RUN_ERRORS = [
     (["--output_csv", "/nowhere/x.csv"], "/nowhere"),
     (["--output_csv", "/proc/x.csv"], "/proc"),
     (["--output_csv", "/"], "output_csv /"),
+    (["--output_csv", "/dev/null"], "output_csv /dev/null is a device or a pipe"),
+    (["--output_csv", "x", "--output_npy", "./x"], "--output_csv and --output_npy are both x; name two files"),
+    (["--input_tokens", "/x.csv", "--output_csv", "/x.csv"], "--input_tokens and --output_csv are both /x.csv"),
     (["--output_csv", ""], "output_csv"),
     (["--output_npy", "/nowhere/x.npy"], "/nowhere"),
     (["--output_npy", ""], "output_npy"),
@@ -297,7 +318,9 @@ RUN_ERRORS = [
     (["--system", "x"], "--system belongs to a chat"),
     (["--num_beams", "0"], "num_beams 0 is out of range"),
     (["--num_beams", "3"], "num_beams 3 is over the engine's max_beam_width 2"),
-    (["--num_beams", "2", "--top_k", "3"], "leave --top_k and --top_p out"),
+    (["--num_beams", "2", "--top_k", "3"], "leave --top_k out"),
+    (["--num_beams", "2", "--top_p", "0.5"], "leave --top_p out"),
+    (["--num_beams", "2", "--random_seed", "1"], "leave --random_seed out"),
     (["--num_beams", "2", "--streaming"], "needs a tokenizer"),
     (["--length_penalty", "1"], "belongs to beam search"),
     (["--num_beams", "2", "--length_penalty", "nan"], "length_penalty nan is out of range"),
@@ -384,8 +407,8 @@ BAD_FILES = {
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, files in BAD_FILES.items() for name in files])
 def test_bad_files_of_tokens(engine, tmp_path, capsys, kind, name):
     content, sentence = BAD_FILES[kind][name]
-    (tmp_path / f"ids.{kind}").write_bytes(content)
-    refused(run.main, scripts.run_flags(engine, tmp_path / f"ids.{kind}", tmp_path), sentence, capsys)
+    (tmp_path / f"bad.{kind}").write_bytes(content)
+    refused(run.main, scripts.run_flags(engine, tmp_path / f"bad.{kind}", tmp_path), sentence, capsys)
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -95,4 +95,6 @@ def test_timing_counts(session, prompt):
     session.generate([prompt, prompt], GREEDY, 5)
     timing = session.timing
     assert (timing.prompt_tokens, timing.new_tokens, timing.decode_steps) == (14, 10, 4)
-    assert timing.prefill_s > 0 and timing.decode_s > 0 and "tok/s" in timing.summary()
+    assert timing.prefill_s > 0 and timing.decode_s > 0
+    rate = 8 / timing.decode_s  # of the tokens that the steps made
+    assert f"{14 / timing.prefill_s:.1f} tok/s; decode 4 steps, {rate:.1f} tok/s" in timing.summary()
