@@ -19,24 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.config import PRESETS, BuildConfig, ModelConfig, QuantConfig, SamplingConfig
+from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.executors.cuda import CudaExecutor
 from baichuan.executors.memory import kv_cache_bytes
 from baichuan.session import Session
 from benchmarks.gpu_timing import copy_bandwidth
-from benchmarks.random_weights import RandomWeights
+from benchmarks.random_weights import PRECISIONS, RandomWeights
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
-PRECISIONS = {
-    "float16": QuantConfig(),
-    "bfloat16": QuantConfig(),
-    "int8": QuantConfig("int8"),
-    "int4": QuantConfig("int4"),
-    "int4_g128": QuantConfig("int4", group_size=128),
-    "smooth_quant": QuantConfig("smooth_quant", per_channel=True),
-    "smooth_quant_per_token": QuantConfig("smooth_quant", per_channel=True, per_token=True),
-    "fp8": QuantConfig("fp8"),
-}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,16 @@ from baichuan.records import (
     Weight,
 )
 
+PRECISIONS = {
+    "float16": QuantConfig(),
+    "bfloat16": QuantConfig(),
+    "int8": QuantConfig("int8"),
+    "int4": QuantConfig("int4"),
+    "int4_g128": QuantConfig("int4", group_size=128),
+    "smooth_quant": QuantConfig("smooth_quant", per_channel=True),
+    "smooth_quant_per_token": QuantConfig("smooth_quant", per_channel=True, per_token=True),
+    "fp8": QuantConfig("fp8"),
+}
 INT8_DEVIATION = 73.3  # of uniform integers in [-127, 127]
 INT4_DEVIATION = 4.6  # of uniform integers in [-8, 7]
 
@@ -30,21 +40,25 @@ class RandomWeights:
     def __init__(self, model: ModelConfig, quant: QuantConfig, device: torch.device | str, seed: int = 0):
         self.model, self.quant, self.device = model, quant, torch.device(device)
         self.dtype = getattr(torch, model.dtype)
+        self.seed = seed
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
-    def rank(self, tp_size: int = 1) -> ModelWeights:
-        """The weights of one of tp_size ranks."""
+    def rank(self, tp_size: int = 1, rank: int = 0) -> ModelWeights:
+        """The weights of rank `rank` of tp_size: its own shares, and what every rank has alike."""
         model, quant = self.model, self.quant
         hidden, intermediate = model.hidden_size, model.intermediate_size // tp_size
         vocab_rows = -(-model.vocab_size // tp_size)
         kv_scale = self._full(1, 0.04) if quant.kv_cache == "int8" else self._full(1, 0.01)
+        embedding = self._normal((model.vocab_size, hidden), 1.0)
+        norms = [self._norm(hidden) for _ in range(2 * model.num_layers + 1)]
+        self.generator.manual_seed(self.seed + 1 + rank)
 
-        def layer() -> LayerWeights:
+        def layer(number: int) -> LayerWeights:
             return LayerWeights(
-                input_norm=self._norm(hidden),
+                input_norm=norms[2 * number],
                 qkv=self.linear(3 * hidden // tp_size, hidden, absorbed=True),
                 o_proj=self.linear(hidden, hidden // tp_size, absorbed=False),
-                post_norm=self._norm(hidden),
+                post_norm=norms[2 * number + 1],
                 gate_up=self.linear(2 * intermediate, hidden, absorbed=True),
                 down_proj=self.linear(hidden, intermediate, absorbed=False),
                 k_scale=None if quant.kv_cache == "none" else kv_scale,
@@ -52,9 +66,9 @@ class RandomWeights:
             )
 
         return ModelWeights(
-            embedding=self._normal((model.vocab_size, hidden), 1.0),
-            layers=tuple(layer() for _ in range(model.num_layers)),
-            norm=self._norm(hidden),
+            embedding=embedding,
+            layers=tuple(layer(number) for number in range(model.num_layers)),
+            norm=norms[-1],
             lm_head=self.linear(vocab_rows, hidden, True)
             if quant.quantize_lm_head
             else self._dense(vocab_rows, hidden),

@@ -1,0 +1,367 @@
+"""What bench_kernels.py checks and times: kernels launched as the CUDA executor does, beside the reference's meaning.
+
+A product is CudaLinear's own choice for that weight and number of rows, and includes turning its input into integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baichuan.comm import Solo
+from baichuan.config import ModelConfig
+from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.memory import KV_DTYPES
+from baichuan.executors.reference import ReferenceOps
+from baichuan.executors.reference_linear import linear
+from baichuan.kernels.argmax import argmax
+from baichuan.kernels.digits import Digits, make_digits
+from baichuan.kernels.kv_store import store_kv
+from baichuan.kernels.norm import NormInput, add_rms_norm
+from baichuan.kernels.rows import quantise_rows
+from baichuan.kernels.silu import silu_mul
+from baichuan.model import attention_spec
+from baichuan.quant.kv_cache import dequantise_kv
+from baichuan.quant.scaled import quantise, scale_for
+from baichuan.records import AttentionSpec, LayerCache, Step
+from benchmarks.random_weights import PRECISIONS, RandomWeights
+
+# ‖result - reference‖ / ‖reference‖ of a result that is rounded to its dtype once or twice: a step of its mantissa
+ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+NEIGHBOUR = 1e-2  # an 8-bit number next to the reference's, where the quotient lies at the border of two
+FLOAT32_SUMS = 1e-4  # tensor cores cut float32 sums off instead of rounding them, some hundred times a row
+E4M3_SUMS = 5e-3  # tensor cores keep some 14 bits of a block's sum of e4m3 products
+PAIR_STEPS = 1e-4  # a rounding to max|row| / 32639
+KV_SCALES = {"none": None, "int8": 0.04, "fp8": 0.01}
+EPS = 1e-6
+
+
+def _plain(raw: Any, *operands) -> Tensor:
+    return raw
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str  # family, then what is special
+    make: Callable[[int], tuple]  # operands, other ones for another seed
+    run: Callable[..., Any]  # the kernels, as the executor launches them
+    expected: Callable[..., Tensor]  # the reference executor's result on operands that it leaves alone
+    tolerance: float  # of ‖result - expected‖ / ‖expected‖
+    flops: int = 0
+    rate: str = "float16"  # the type whose matrix products are the ceiling
+    result: Callable[..., Tensor] = _plain  # of what run returned, and of the operands
+    num_bytes: int = 0  # that a run has to read and write; 0 = its operands and what it returns
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of a run."""
+
+    model: ModelConfig
+    rows: tuple[int, ...]  # of products
+    tokens: tuple[int, ...]  # of the kernels between products
+    decode: tuple[tuple[int, int], ...]  # (batch size, context length)
+    prefill: tuple[tuple[int, int], ...]  # (batch size, prompt length)
+
+
+def full_sizes(model: ModelConfig) -> Sizes:
+    decode = ((1, 256), (1, 4096), (64, 256), (256, 256))
+    return Sizes(model, (1, 16, 64, 256), (1, 64, 1024), decode, ((1, 1024), (8, 256)))
+
+
+def small_sizes(model: ModelConfig) -> Sizes:
+    """What Triton's interpreter computes in seconds."""
+    small = replace(model, hidden_size=128, num_heads=2, intermediate_size=128, vocab_size=66, num_layers=1)
+    return Sizes(small, (1, 16), (1, 3), ((1, 200), (3, 20)), ((2, 40),))
+
+
+def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Every kernel family's cases, products first."""
+    for precision in PRECISIONS:
+        yield from _products(sizes, device, precision)
+    yield from _norms(sizes, device)
+    yield from _activations(sizes, device)
+    yield from _rows(sizes, device)
+    yield from _attention(sizes, device)
+
+
+def _normal(shape: tuple[int, ...], device: torch.device, seed: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
+
+
+def _products(sizes: Sizes, device: torch.device, precision: str) -> Iterator[Case]:
+    """One layer's products at one row and, for one of each kernel's precisions, at more."""
+    model, quant = sizes.model, PRECISIONS[precision]
+    if precision == "smooth_quant":
+        return  # the same product as with a scale for each token; the norms' cases have both
+    hidden, intermediate = model.hidden_size, model.intermediate_size
+    shapes = {
+        "qkv": (3 * hidden, hidden),
+        "o_proj": (hidden, hidden),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+    if quant.weights == "none":
+        shapes["head"] = (model.vocab_size, hidden)
+    for rows in sizes.rows if precision != "bfloat16" else sizes.rows[:1]:
+        for name, shape in shapes.items():
+            if name != "head" or rows == 1 or device.type == "cuda":  # PyTorch has no such product on the CPU
+                yield _product(model, device, precision, name, shape, rows)
+
+
+def _product(
+    model: ModelConfig, device: torch.device, precision: str, name: str, shape: tuple[int, int], rows: int
+) -> Case:
+    """x @ Wᵀ, with silu(gate) * up for one row of gate_up, where it is part of the kernel; the head in float32."""
+    quant, (out_features, in_features) = PRECISIONS[precision], shape
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    model = replace(model, dtype=str(dtype).removeprefix("torch."))
+    multiply = CudaOps(attention_spec(model, 0, 1), Solo(), 1, device, Switches()).multiply
+    gated, out_dtype = name == "gate_up" and rows == 1, torch.float32 if name == "head" else dtype
+
+    def make(seed: int) -> tuple:
+        absorbed = name in ("qkv", "gate_up")  # as in SmoothQuant's weights after a norm
+        weight = RandomWeights(model, quant, device, seed).linear(out_features, in_features, absorbed)
+        return _normal((rows, in_features), device, seed, dtype), weight
+
+    def run(x, weight):
+        return multiply.gated(x, weight, dtype) if gated else multiply(x, weight, out_dtype)
+
+    def expected(x, weight):
+        with torch.device(device):  # where the reference, made for the CPU, allocates its result
+            y = linear(x, weight, torch.float32, Solo())
+            return ReferenceOps.silu_mul(None, y) if gated else y
+
+    kernel = "gemv" if rows == 1 else "gemm"
+    tolerance = FLOAT32_SUMS if name == "head" else E4M3_SUMS if precision == "fp8" else ROUNDED[dtype]
+    if gated:
+        tolerance *= 2  # gate and up are rounded before their product is
+    return Case(
+        name=f"{kernel} {precision} {name} {out_features}x{in_features}, {_count(rows, 'row')}",
+        make=make,
+        run=run,
+        expected=expected,
+        tolerance=tolerance,
+        flops=2 * rows * out_features * in_features,
+        rate={"smooth_quant": "int8", "fp8": "fp8"}.get(quant.weights, "float16"),
+    )
+
+
+def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    width = sizes.model.hidden_size
+    static = torch.full((1,), 0.03, device=device)
+    kinds = {
+        "float16": (None, None, ROUNDED[torch.float16]),
+        "to int8, a scale a token": (torch.int8, None, NEIGHBOUR),
+        "to int8, one scale": (torch.int8, static, NEIGHBOUR),
+        "to e4m3": (torch.float8_e4m3fn, static, NEIGHBOUR),
+        "to pairs of int8": (torch.int16, None, PAIR_STEPS + ROUNDED[torch.float16]),
+    }
+
+    def make(tokens: int, seed: int) -> tuple:
+        return tuple(_normal(shape, device, seed + n) for n, shape in enumerate([(tokens, width)] * 2 + [(width,)]))
+
+    for tokens in sizes.tokens:
+        for kind, (dtype, scale, tolerance) in kinds.items():
+            yield Case(
+                name=f"add_rms_norm {kind}, {_count(tokens, 'token')}",
+                make=partial(make, tokens),
+                run=lambda x, residual, weight, dtype=dtype, scale=scale: add_rms_norm(
+                    x, residual, weight, EPS, dtype, scale
+                ),
+                expected=lambda x, residual, weight, dtype=dtype, scale=scale: torch.cat(
+                    _quantised_sum(ReferenceOps.add_rms_norm(None, x, residual, weight, EPS), dtype, scale)
+                ),
+                tolerance=tolerance,
+                result=lambda raw, *_, dtype=dtype: torch.cat((_dequantised(raw[0], raw[2], dtype), raw[1].float())),
+            )
+    for bits in (8, 4):
+        yield Case(
+            name=f"digits of a norm, for {bits}-bit weights",
+            make=lambda seed: (_norm_input(*make(1, seed)),),
+            run=lambda x, bits=bits: make_digits(x, bits == 4),
+            expected=lambda x: ReferenceOps.add_rms_norm(None, x.x, x.residual, x.weight, EPS)[0].float(),
+            tolerance=ROUNDED[torch.float16],
+            result=lambda raw, x, bits=bits: _value_of_digits(raw, bits),
+        )
+
+
+def _norm_input(x: Tensor, residual: Tensor, weight: Tensor) -> NormInput:
+    return NormInput(x, residual, weight, EPS, torch.empty_like(x))
+
+
+def _value_of_digits(digits: Digits, bits: int) -> Tensor:
+    """[1, in_features] float32, from bytes whose place digits.py describes"""
+    parts = 2 if bits == 4 else 1
+    bytes_of = digits.words.view(torch.int8).unflatten(0, (-1, parts)).mT.flatten(1).double()
+    places = 256.0 ** torch.arange(bytes_of.shape[0], device=bytes_of.device, dtype=torch.float64)
+    return (bytes_of * places[:, None]).sum(0, keepdim=True).float() * digits.scale
+
+
+def _quantised_sum(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None, scale: Tensor | None):
+    return _rounded(pair[0], dtype, scale), pair[1].float()
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None, scale: Tensor | None) -> Tensor:
+    """x as the numbers of `dtype` say it, in float32; pairs of bytes say it exactly for what is asked here."""
+    if dtype in (None, torch.int16):
+        return x.float()
+    scale = scale_for(x.abs().amax(-1, keepdim=True), dtype) if scale is None else scale
+    return quantise(x, scale, dtype).float() * scale
+
+
+def _dequantised(q: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """What a kernel that ends in store_row wrote, in float32."""
+    if dtype is None:
+        return q.float()
+    if dtype == torch.int16:
+        high, low = q.float().unflatten(0, (-1, 2)).unbind(1)
+        q = 256 * high + low
+    return q.float() * scale.view(-1, 1)
+
+
+def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    width = sizes.model.intermediate_size
+    kinds = {
+        "float16": (None, ROUNDED[torch.float16]),
+        "to int8, a scale a token": (torch.int8, NEIGHBOUR),
+        "to pairs of int8": (torch.int16, PAIR_STEPS + ROUNDED[torch.float16]),
+    }
+    for tokens in sizes.tokens:
+        for kind, (dtype, tolerance) in kinds.items():
+            yield Case(
+                name=f"silu_mul {kind}, {_count(tokens, 'token')}",
+                make=lambda seed, tokens=tokens: (_normal((tokens, 2 * width), device, seed),),
+                run=lambda x, dtype=dtype: silu_mul(x, dtype),
+                expected=lambda x, dtype=dtype: _rounded(ReferenceOps.silu_mul(None, x), dtype, None),
+                tolerance=tolerance,
+                result=lambda raw, _, dtype=dtype: _dequantised(*raw, dtype),
+            )
+
+
+def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    width, vocab_size = sizes.model.hidden_size, sizes.model.vocab_size
+    for tokens in sizes.tokens:
+        for kind, dtype, tolerance in (("int8", torch.int8, NEIGHBOUR), ("pairs of int8", torch.int16, PAIR_STEPS)):
+            yield Case(
+                name=f"quantise_rows to {kind}, {_count(tokens, 'token')}",
+                make=lambda seed, tokens=tokens: (_normal((tokens, width), device, seed),),
+                run=lambda x, dtype=dtype: quantise_rows(x, dtype),
+                expected=lambda x, dtype=dtype: _rounded(x, dtype, None),
+                tolerance=tolerance,
+                result=lambda raw, _, dtype=dtype: _dequantised(*raw, dtype),
+            )
+    for rows in sizes.tokens[:2]:
+        yield Case(
+            name=f"argmax of {vocab_size} logits, {_count(rows, 'row')}",
+            make=lambda seed, rows=rows: (_normal((rows, vocab_size), device, seed, torch.float32),),
+            run=argmax,
+            expected=lambda logits: (
+                logits.argmax(-1).float() + 1
+            ),  # 1: no index is 0, whose relative error says nothing
+            tolerance=0.0,
+            result=lambda raw, _: raw.float() + 1,
+        )
+
+
+def _attention(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    own = attention_spec(sizes.model, 0, 1)
+    for spec in (own, replace(own, rotary=not own.rotary)):
+        for batch, length in sizes.prefill:
+            yield _prefill(spec, device, "none", batch, length)
+            yield _store(spec, device, "none", batch, length)
+    yield _store(own, device, "int8", *sizes.prefill[-1])
+    yield _store(own, device, "fp8", *sizes.prefill[-1])
+    for kv_cache in KV_SCALES:
+        for batch, context in sizes.decode:
+            yield _decode(own, device, kv_cache, batch, context)
+    yield _decode(replace(own, rotary=not own.rotary), device, "none", *sizes.decode[-1])
+
+
+def _decode(spec: AttentionSpec, device: torch.device, kv_cache: str, batch: int, context: int) -> Case:
+    step = Step.of([[0]] * batch, [context - 1] * batch, device=device)
+    name = f"decode attention {_position(spec)}, cache {_cache(kv_cache)}, {batch} x {context}"
+    return _attending(name, spec, device, kv_cache, step, flops=0)
+
+
+def _prefill(spec: AttentionSpec, device: torch.device, kv_cache: str, batch: int, length: int) -> Case:
+    step = Step.of([[0] * length] * batch, device=device)
+    name = f"prefill attention {_position(spec)} with its kv store, {batch} x {length}"
+    flops = batch * spec.num_heads * spec.head_dim * 2 * length * (length + 1)  # two products over half a square
+    return _attending(name, spec, device, kv_cache, step, flops)
+
+
+def _attending(name: str, spec: AttentionSpec, device: torch.device, kv_cache: str, step: Step, flops: int) -> Case:
+    capacity = step.max_context_length
+    ops = CudaOps(spec, Solo(), capacity, device, Switches())
+    reference = ReferenceOps(spec, Solo(), capacity, device)
+    return Case(
+        name=name,
+        make=partial(_qkv_and_cache, spec, device, kv_cache, step),
+        run=lambda qkv, cache: ops.attention(qkv, cache, spec, step),
+        expected=lambda qkv, cache: reference.attention(qkv, _copy(cache), spec, step).float(),
+        tolerance=2 * ROUNDED[torch.float16] if kv_cache == "none" else NEIGHBOUR,  # the probabilities are rounded too
+        flops=flops,
+    )
+
+
+def _store(spec: AttentionSpec, device: torch.device, kv_cache: str, batch: int, length: int) -> Case:
+    step = Step.of([[0] * length] * batch, device=device)
+    ops = CudaOps(spec, Solo(), length, device, Switches())
+    reference = ReferenceOps(spec, Solo(), length, device)
+
+    def expected(qkv, cache):
+        cache = _copy(cache)
+        reference.attention(qkv, cache, spec, step)
+        return _cached(None, qkv, cache)
+
+    read = (6 if spec.rotary else 4) * batch * length * spec.num_heads * spec.head_dim
+    element = torch.int8.itemsize if KV_SCALES[kv_cache] else torch.float16.itemsize
+    written = (2 * element + (2 if spec.rotary else 0)) * batch * length * spec.num_heads * spec.head_dim
+    return Case(
+        name=f"kv store {_position(spec)}, cache {_cache(kv_cache)}, {batch} x {length}",
+        make=partial(_qkv_and_cache, spec, device, kv_cache, step),
+        run=lambda qkv, cache: store_kv(qkv, ops.cos, ops.sin, cache, spec, step),
+        expected=expected,
+        tolerance=ROUNDED[torch.float16] if kv_cache == "none" else NEIGHBOUR,
+        result=_cached,
+        num_bytes=read + written,
+    )
+
+
+def _qkv_and_cache(
+    spec: AttentionSpec, device: torch.device, kv_cache: str, step: Step, seed: int
+) -> tuple[Tensor, LayerCache]:
+    width, scale = spec.num_heads * spec.head_dim, KV_SCALES[kv_cache]
+    qkv = _normal((step.tokens.shape[0], 3 * width), device, seed)
+    shape = (step.batch_size, spec.num_heads, step.max_context_length, spec.head_dim)
+    scales = [None if scale is None else torch.full((1,), scale, device=device) for _ in range(2)]
+    k, v = (_normal(shape, device, seed + n) for n in (1, 2))
+    if scale is not None:
+        k, v = (quantise(each, scales[0], KV_DTYPES[kv_cache]) for each in (k, v))
+    return qkv, LayerCache(k, v, *scales)
+
+
+def _copy(cache: LayerCache) -> LayerCache:
+    return replace(cache, k=cache.k.clone(), v=cache.v.clone())
+
+
+def _cached(raw: None, qkv: Tensor, cache: LayerCache) -> Tensor:
+    return torch.stack((dequantise_kv(cache.k, cache.k_scale), dequantise_kv(cache.v, cache.v_scale)))
+
+
+def _position(spec: AttentionSpec) -> str:
+    return "RoPE" if spec.rotary else "ALiBi"
+
+
+def _cache(kv_cache: str) -> str:
+    return "float16" if kv_cache == "none" else kv_cache
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
