@@ -1,29 +1,36 @@
-"""Generation on a GPU with dummy weights drawn there, nothing on disk: python benchmarks/bench_generate.py
+"""Generation on GPUs with dummy weights drawn there, nothing on disk: python benchmarks/bench_generate.py
 
     python benchmarks/bench_generate.py --model_version v1_7b v2_13b --precision float16 int8 --batch_size 1 64
+    mpirun -n 2 python benchmarks/bench_generate.py --tp 1 2
 
 Prints, for each combination, ms a decode step and tokens a second of greedy generation through session.Session, the
-bytes that a step must read (weights, and keys and values at the middle of the output) over its time, as a share of the
-copy bandwidth measured in this run, and the prefill's time and rate.
+bytes that a step must read on each GPU (weights, and keys and values at the middle of the output) over its time, as a
+share of the copy bandwidth measured in this run, and the prefill's time and rate on each GPU.  With --tp 1 N the first
+rank measures alone while the others wait, then all measure together.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from baichuan.cli import Parser, run_script
+from baichuan.comm import Communicator, Solo
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
+from baichuan.errors import ConfigError
 from baichuan.executors.cuda import CudaExecutor
+from baichuan.executors.cuda_comm import Nccl, gpu_of_rank
 from baichuan.executors.memory import kv_cache_bytes
 from baichuan.session import Session
-from benchmarks.gpu_timing import copy_bandwidth
+from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
@@ -31,56 +38,130 @@ GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 
 @dataclass(frozen=True)
 class Result:
+    """One line of the table."""
+
+    model_version: str
+    precision: str
+    kv_cache: str
+    batch_size: int
+    input_len: int
+    output_len: int
+    tp_size: int
     prefill_ms: float
+    prefill_tflops: float  # on each GPU
     step_ms: float
-    output_tokens_per_s: float  # of the whole run, prefill included
+    limit_ms: float  # what reading the step's bytes would take at the copy bandwidth
+    run_tokens_per_s: float  # new tokens over prefill and decode
+
+    @property
+    def line(self) -> str:
+        tokens_per_s, share = 1e3 * self.batch_size / self.step_ms, self.limit_ms / self.step_ms
+        return (
+            f"{self.model_version:7s} {self.precision:22s} {self.batch_size:5d} {self.tp_size:3d} | "
+            f"{self.prefill_ms:10.2f} {self.prefill_tflops:7.0f} | "
+            f"{self.step_ms:7.3f} {tokens_per_s:7.0f} {share:7.0%} | {self.run_tokens_per_s:9.0f}"
+        )
+
+
+TITLES = "version precision              batch  tp | prefill ms TFLOP/s | step ms   tok/s of copy | run tok/s | to tp 1"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"])
-    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"])
-    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none")
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[1])
-    parser.add_argument("--input_len", type=int, default=128)
-    parser.add_argument("--output_len", type=int, default=128)
+    parser = Parser(__doc__)
+    parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="whose shapes")
+    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="of the weights")
+    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="sequences at a time")
+    parser.add_argument("--tp", nargs="+", type=int, help="1, the number of ranks, or both; default: all ranks")
+    parser.add_argument("--input_len", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--output_len", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--max_num_tokens", type=int, default=16384, help="prompt tokens of one prefill step")
     parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported; one more warms up")
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, which chart.py draws")
+    return run_script(parser, argv, bench)
+
+
+def bench(args: argparse.Namespace, host: Communicator) -> int:
+    require_gpu("bench_generate.py", "bench_cpu.py measures the CPU")
+    sizes = sorted(set(args.tp or [host.world_size]))
+    if not set(sizes) <= {1, host.world_size}:
+        raise ConfigError(
+            f"--tp {sizes[-1]} is neither 1 nor the number of ranks, {host.world_size}; "
+            f"start it with mpirun -n {sizes[-1]}"
+        )
+    device = gpu_of_rank(host)
+    torch.cuda.set_device(device)
+    comms = {tp: Solo() if tp == 1 else Nccl(host, device) for tp in sizes}
     bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    print(f"{args.input_len} tokens in, {args.output_len} out, KV cache {args.kv_cache}")
-    print("version  precision                batch | prefill ms TFLOP/s | step ms   tok/s  TB/s of copy | run tok/s")
+    if host.rank == 0:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
+        print(f"{args.input_len} tokens in, {args.output_len} out, KV cache {args.kv_cache}")
+        print(TITLES, flush=True)
+    results: list[Result] = []
     for version in args.model_version:
         for precision in args.precision:
-            measure_model(args, version, precision, bandwidth)
+            for tp in sizes:
+                if host.rank < tp:
+                    measure_model(args, version, precision, comms[tp], device, bandwidth, results)
+                host.gather_objects(None)  # where the ranks wait that take no part
+    if args.json and host.rank == 0:
+        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+        args.json.write_text(json.dumps(facts | {"results": [asdict(each) for each in results]}, indent=1) + "\n")
     return 0
 
 
-def measure_model(args: argparse.Namespace, version: str, precision: str, bandwidth: float) -> None:
+def measure_model(
+    args: argparse.Namespace,
+    version: str,
+    precision: str,
+    comm: Communicator,
+    device: torch.device,
+    bandwidth: float,
+    results: list[Result],
+) -> None:
+    """Every batch size of one model, added to the results and printed by the first rank."""
     dtype = precision if precision == "bfloat16" else "float16"
     model = replace(PRESETS[version], dtype=dtype, num_layers=args.num_layers or PRESETS[version].num_layers)
+    model.check_tensor_parallel(comm.world_size)
     quant = replace(PRECISIONS[precision], kv_cache=args.kv_cache)
-    weights = RandomWeights(model, quant, "cuda").rank()
-    executor = CudaExecutor(model, quant, weights)
+    weights = RandomWeights(model, quant, device).rank(comm.world_size, comm.rank)
+    executor = CudaExecutor(model, quant, weights, comm)
     for batch in args.batch_size:
-        result = measure(args, Session(executor, model, build_limits(args, batch)), batch)
-        step_bytes = weight_bytes(weights) + kv_cache_bytes(
-            model, quant, 1, batch, args.input_len + args.output_len // 2
-        )
-        rate = step_bytes / (result.step_ms / 1e3)
+        prefill_ms, step_ms, rate = measure(args, Session(executor, model, build_limits(args, comm, batch)), batch)
+        middle = args.input_len + args.output_len // 2
+        step_bytes = weight_bytes(weights) + kv_cache_bytes(model, quant, comm.world_size, batch, middle)
         flops = batch * args.input_len * 2 * layer_parameters(model) + batch * 2 * model.hidden_size * model.vocab_size
-        print(
-            f"{version:8s} {precision:24s} {batch:5d} | {result.prefill_ms:10.2f} "
-            f"{flops / result.prefill_ms / 1e9:7.0f} | {result.step_ms:7.3f} {1e3 * batch / result.step_ms:7.0f} "
-            f"{rate / 1e12:5.2f} {100 * rate / bandwidth:5.0f} % | {result.output_tokens_per_s:9.0f}",
-            flush=True,
+        result = Result(
+            model_version=version,
+            precision=precision,
+            kv_cache=args.kv_cache,
+            batch_size=batch,
+            input_len=args.input_len,
+            output_len=args.output_len,
+            tp_size=comm.world_size,
+            prefill_ms=prefill_ms,
+            prefill_tflops=flops / comm.world_size / prefill_ms / 1e9,
+            step_ms=step_ms,
+            limit_ms=1e3 * step_bytes / bandwidth,
+            run_tokens_per_s=rate,
         )
+        results.append(result)
+        if comm.rank == 0:
+            print(result.line + " | " + ratio_to_one(result, results), flush=True)
 
 
-def build_limits(args: argparse.Namespace, batch: int) -> BuildConfig:
+def ratio_to_one(result: Result, results: list[Result]) -> str:
+    """The step's time over that of the same step on one GPU in the same run, if it was measured."""
+    same = replace(result, tp_size=1)
+    keys = ("model_version", "precision", "batch_size", "tp_size")
+    ones = [each for each in results if all(getattr(each, key) == getattr(same, key) for key in keys)]
+    return f"{result.step_ms / ones[0].step_ms:.2f} x" if ones and result.tp_size > 1 else ""
+
+
+def build_limits(args: argparse.Namespace, comm: Communicator, batch: int) -> BuildConfig:
     return BuildConfig(
+        world_size=comm.world_size,
         max_batch_size=batch,
         max_input_len=args.input_len,
         max_output_len=args.output_len,
@@ -88,23 +169,18 @@ def build_limits(args: argparse.Namespace, batch: int) -> BuildConfig:
     )
 
 
-def measure(args: argparse.Namespace, session: Session, batch: int) -> Result:
+def measure(args: argparse.Namespace, session: Session, batch: int) -> tuple[float, float, float]:
+    """Medians over the runs: ms of the prefill, ms of a decode step, new tokens a second of the whole run."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(session.model.vocab_size, (batch, args.input_len), generator=generator).tolist()
-    results = []
+    runs = []
     for _ in range(args.runs + 1):
         session.generate(prompts, GREEDY, args.output_len)
         timing = session.timing
-        results.append(
-            Result(
-                prefill_ms=1e3 * timing.prefill_s,
-                step_ms=1e3 * timing.decode_s / max(timing.decode_steps, 1),
-                output_tokens_per_s=timing.new_tokens / (timing.prefill_s + timing.decode_s),
-            )
-        )
-    return Result(
-        *(statistics.median(getattr(r, field.name) for r in results[min(1, args.runs) :]) for field in fields(Result))
-    )
+        step_ms = 1e3 * timing.decode_s / max(timing.decode_steps, 1)
+        rate = batch * args.output_len / (timing.prefill_s + timing.decode_s)
+        runs.append((1e3 * timing.prefill_s, step_ms, rate))
+    return tuple(statistics.median(column) for column in zip(*runs[min(1, args.runs) :], strict=True))
 
 
 def layer_parameters(model: ModelConfig) -> int:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baichuan.cli import Parser, run_script
 from baichuan.comm import Communicator
 from baichuan.config import PRESETS
-from baichuan.errors import BaichuanError, ConfigError, UnsupportedError
-from benchmarks.gpu_timing import copies_beyond_cache, copy_bandwidth, gemm_rate, seconds
+from baichuan.errors import BaichuanError, ConfigError
+from benchmarks.gpu_timing import copies_beyond_cache, copy_bandwidth, gemm_rate, require_gpu, seconds
 
 RATES = {"float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MAX_COPIES = 64  # of operands so small that a model, too, finds them in the cache
@@ -44,12 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace, comm: Communicator) -> int:
+    if not (args.check_only and args.small):
+        require_gpu("bench_kernels.py", "--check_only --small checks the kernels in Triton's interpreter")
     if not torch.cuda.is_available():
-        if not (args.check_only and args.small):
-            raise UnsupportedError(
-                f"{Path(__file__).name} needs a GPU and this machine has none; --check_only --small checks the kernels "
-                "in Triton's interpreter"
-            )
         os.environ["TRITON_INTERPRET"] = "1"
     from benchmarks.kernel_cases import Case, cases, full_sizes, small_sizes  # reads TRITON_INTERPRET
 

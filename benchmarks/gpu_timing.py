@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from baichuan.errors import UnsupportedError
+
 CACHE_BYTES = 256 << 20  # several times the second-level cache of any GPU so far
+
+
+def require_gpu(program: str, instead: str) -> None:
+    """Raise UnsupportedError, which says what to do instead, on a machine without a GPU."""
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"{program} needs a GPU and this machine has none; {instead}")
 
 
 def copies_beyond_cache(bytes_each: int) -> int:
