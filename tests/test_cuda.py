@@ -1,5 +1,7 @@
 """The CUDA executor on a GPU: the original code's numbers, graphs, and that every run is the same run."""
 
+from dataclasses import replace
+
 import goldens
 import pytest
 import torch
@@ -47,19 +49,41 @@ def test_logits_and_tokens_of_the_original_code(version, dtype, own):
         assert [result.ids for result in results] == [golden[f"gen_{length}"].tolist() for length in goldens.LENGTHS]
 
 
-@pytest.mark.parametrize(
-    "quant", [QuantConfig(), QuantConfig("int4", group_size=64, kv_cache="int8")], ids=["dense", "int4"]
-)
-@pytest.mark.parametrize("rows", [1, 3, 11])
-def test_a_graph_computes_what_the_kernels_compute_without_it(quant, rows):
-    prompts = [list(range(5 + row, 25 + 2 * row)) for row in range(rows)]
-    logits = {}
-    for captures in (True, False):
-        cuda = executor(quant=quant)
-        cuda.captures = captures
-        logits[captures] = greedy_logits(cuda, prompts, steps=6)
-    assert torch.equal(logits[True], logits[False]) or padded_batch_size(rows) != rows
-    assert relative_error(logits[True], logits[False]) < 5e-3  # another padded batch is another product
+QUANTS = {
+    "dense": QuantConfig(),
+    "int8": QuantConfig("int8"),
+    "int4, int8 cache": QuantConfig("int4", group_size=64, kv_cache="int8"),
+    "smooth_quant, fp8 cache": QuantConfig("smooth_quant", per_token=True, kv_cache="fp8"),
+    "fp8": QuantConfig("fp8"),
+}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("version, rows", [("v1_7b", 1), ("v2_13b", 4)])
+def test_a_graph_computes_the_very_numbers_of_the_kernels_without_it(version, rows, quant):
+    """Bit for bit, over a prefill and decode steps of a batch that needs no padding."""
+    assert padded_batch_size(rows) == rows
+    model, quant = replace(SMALL, model_version=version), QUANTS[quant]
+    captured, eager = executor(model, quant), executor(model, quant)
+    eager.captures = False
+    logits = greedy_logits(captured, some_prompts(rows), steps=6)
+    assert captured.graphs._captured and not eager.graphs._captured, "one replays graphs, the other has none"
+    assert torch.equal(logits, greedy_logits(eager, some_prompts(rows), steps=6))
+    assert not torch.equal(logits[1:], logits[:-1])
+
+
+@pytest.mark.parametrize("rows", [3, 11])
+def test_padding_a_batch_changes_only_roundings(rows):
+    """Another padded batch is another product, which adds in another order."""
+    assert padded_batch_size(rows) != rows
+    padded, eager = executor(), executor()
+    eager.captures = False
+    expected = greedy_logits(eager, some_prompts(rows), steps=6)
+    assert relative_error(greedy_logits(padded, some_prompts(rows), steps=6), expected) < 5e-3
+
+
+def some_prompts(rows):
+    return [list(range(5 + row, 25 + 2 * row)) for row in range(rows)]
 
 
 def greedy_logits(cuda, prompts, steps):

@@ -1,0 +1,68 @@
+"""Kernels that test_kernels.py leaves out: writing a quantised matrix out, and the sum over GPUs.  Of that, one rank's
+part runs alone, in Triton's interpreter or on the GPU, beside what the other ranks would have left in memory.
+"""
+
+import pytest
+import torch
+from kernel_device import DEVICE, relative_error
+
+from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
+from baichuan.kernels.dequantise import dequantise_to
+from baichuan.kernels.spec import cdiv
+from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
+from baichuan.records import Int4Weight, Int8Weight
+
+ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a step of the mantissa; Triton's interpreter cuts off
+WIDTH = 288  # no power of two, nor a multiple of the kernel's block
+
+
+def quantised(group_size):
+    """A record of a matrix [5, WIDTH]; group_size None = int8."""
+    matrix = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    if group_size is None:
+        return Int8Weight(*quantise_int8(matrix))
+    return Int4Weight(*quantise_int4(matrix, group_size, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("group_size", [None, 0, 32], ids=["int8", "int4", "int4 in groups"])
+def test_dequantised_matrix(group_size, dtype):
+    weight = quantised(group_size)
+    stored, scale = (each.to(DEVICE) for each in vars(weight).values())
+    dense, expected = dequantise_to(stored, scale, dtype), dequantise(weight)
+    assert dense.dtype == dtype
+    assert relative_error(dense, expected) < ROUNDED[dtype]
+    assert relative_error(dense.roll(1, 1), expected) > 0.5, "the control: every column in its neighbour's place"
+
+
+def partial_sum(dtype, elements, world_size, rank):
+    """(result, parts, own flags, each peer's flags) of `rank`'s launch, whose peers have done their share already."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(elements, generator=generator).to(DEVICE, dtype) for _ in range(world_size)]
+    buffers = [part.clone() for part in parts]
+    buffers[rank].fill_(torch.nan)  # the kernel itself copies this rank's part there
+    blocks = cdiv(elements, BLOCK)
+    flags = [torch.zeros(blocks, world_size, dtype=torch.int32, device=DEVICE) for _ in range(world_size)]
+    for peer in range(world_size):
+        if peer != rank:
+            flags[rank][:, peer] = 1  # what the peer's launch announces
+    addresses = [torch.tensor([each.data_ptr() for each in of], device=DEVICE) for of in (buffers, flags)]
+    result = one_shot_all_reduce(parts[rank], *addresses, buffers[rank], rank, world_size)
+    return result, parts, flags
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("world_size, rank", [(1, 0), (2, 0), (2, 1), (4, 2)])
+def test_one_ranks_part_of_a_sum(dtype, world_size, rank):
+    elements = 2 * BLOCK + 100
+    result, parts, flags = partial_sum(dtype, elements, world_size, rank)
+    expected = parts[0].float()
+    for part in parts[1:]:  # in rank order, rounded once
+        expected = expected + part.float()
+    assert torch.equal(result, expected.to(dtype))
+    assert world_size == 1 or not torch.equal(result, parts[rank])
+    for peer in range(world_size):
+        announced = torch.zeros_like(flags[peer])
+        if peer != rank:
+            announced[:, rank] = 1  # the peer has not taken note yet
+        assert torch.equal(flags[peer], announced)
