@@ -24,8 +24,12 @@ PYTEST ?= $(BIN)/python -m pytest
 test-cuda:
 	$(PYTEST) -m "cuda or multi_gpu"
 
-bench: $(READY)
-	$(BIN)/python benchmarks/bench_generate.py
+# On a GPU machine too; BENCH=python3 uses an environment that has torch with CUDA already.
+BENCH ?= $(BIN)/python
+bench: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
+	$(BENCH) benchmarks/bench_generate.py --model_version v1_7b v2_13b --batch_size 1 64
+	$(BENCH) benchmarks/bench_kernels.py
+	$(BENCH) benchmarks/bench_load.py
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
