@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import chart
+from benchmarks.random_weights import PRECISIONS
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -79,6 +80,10 @@ def test_of_two_results_for_one_bar_the_later_counts(tmp_path):
     root = drawn(tmp_path, result(step=9.0), result(step=6.7))
     assert len(of_class(root, "bar", "rect")) == 1
     assert "6.70 ms" in [text.text for text in root.iter(SVG + "text")]
+
+
+def test_every_precision_has_a_name():
+    assert set(chart.PRECISIONS) == set(PRECISIONS)
 
 
 @pytest.mark.parametrize("largest, step", [(0.5, 0.1), (6.0, 1), (6.1, 2), (26.1, 5), (120.0, 20), (123.4, 50)])
