@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from baichuan import manifest
 from baichuan.checkpoint.plan import PlannedTensors
 from baichuan.checkpoint.tensor_file import planned_bytes, write_tensors
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
@@ -55,10 +56,12 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
         contract = {}
         if request.build.backend == "torch":
-            _write_ranks(request, paths, sum(sizes))
+            files = _write_ranks(request, paths, sum(sizes))
         else:
             contract = _build_plans(request, paths)
-        engine = write_config(staged, request.model, request.quant, request.build, contract)
+            files = {path.name: manifest.describe(path) for path in paths}
+        engine = Engine(staged, request.model, request.quant, request.build, files, contract)
+        write_config(engine)
         if check:
             check(engine)
         publish(staged, request.output_dir)
@@ -99,13 +102,21 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
         logger.warning("%s, or run the engine elsewhere", message)
 
 
-def _write_ranks(request: BuildRequest, paths: Sequence[Path], size: int) -> None:
+def _write_ranks(request: BuildRequest, paths: Sequence[Path], size: int) -> dict[str, dict]:
+    """The files' entries in config.json, by name."""
     with Progress("writing the engine", size, "B") as progress:
         if request.parallel and len(paths) > 1:
-            _write_in_processes(request.plan_rank, paths, progress)
+            entries = _write_in_processes(request.plan_rank, paths, progress)
         else:
-            for rank, path in enumerate(paths):
-                write_tensors(path, request.plan_rank(rank), progress.advance)
+            entries = [_write_rank(request.plan_rank, *each, progress.advance) for each in enumerate(paths)]
+    return {path.name: entries[rank] for rank, path in enumerate(paths)}
+
+
+def _write_rank(plan_rank: PlanRank, rank: int, path: Path, advance: Callable[[int], None]) -> dict:
+    """The file's entry in config.json."""
+    with manifest.Describer(path) as describer:
+        write_tensors(path, plan_rank(rank), advance, describer.wrote)
+        return describer.entry()
 
 
 def _build_plans(request: BuildRequest, paths: Sequence[Path]) -> dict:
@@ -120,8 +131,8 @@ def _build_rank_plan(request: BuildRequest, rank: int, path: Path) -> dict:
     return write_plan(path, tensors, request.model, request.quant, request.build, rank, request.tensorrt)
 
 
-def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> None:
-    """One process a rank; the bytes that they have written meet in one counter."""
+def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> dict[int, dict]:
+    """_write_rank in one process a rank; the bytes that they have written meet in one counter."""
     counter, done = CONTEXT.Value("q", 0), threading.Event()
 
     def watch() -> None:
@@ -130,10 +141,9 @@ def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Pr
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    tasks = {rank: partial(_write_rank, plan_rank, rank, path) for rank, path in enumerate(paths)}
+    tasks = {rank: partial(_write_rank, plan_rank, rank, path, _count) for rank, path in enumerate(paths)}
     try:
-        for _ in run_tasks(tasks, len(tasks), "leave --parallel_build out", partial(_remember_counter, counter)):
-            pass
+        return dict(run_tasks(tasks, len(tasks), "leave --parallel_build out", partial(_remember_counter, counter)))
     finally:
         done.set()
         watcher.join()
@@ -147,9 +157,6 @@ def _remember_counter(counter) -> None:
     _counter = counter
 
 
-def _write_rank(plan_rank: PlanRank, rank: int, path: Path) -> None:
-    def advance(size: int) -> None:
-        with _counter.get_lock():
-            _counter.value += size
-
-    write_tensors(path, plan_rank(rank), advance)
+def _count(size: int) -> None:
+    with _counter.get_lock():
+        _counter.value += size

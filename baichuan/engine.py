@@ -72,10 +72,9 @@ def staging(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_config(folder: Path, model: ModelConfig, quant: QuantConfig, build: BuildConfig, contract: dict) -> Engine:
-    """Describe the rank files in `folder` in its config.json."""
-    names = [rank_file_name(model, build, rank) for rank in range(build.world_size)]
-    files = {name: manifest.describe(folder / name) for name in names}
+def write_config(engine: Engine) -> None:
+    """Write the config.json of complete rank files."""
+    model, quant, build = engine.model, engine.quant, engine.build
     values = {
         "builder_config": _builder_config(model, quant, build),
         "plugin_config": _plugin_config(model, quant, build),
@@ -85,12 +84,11 @@ def write_config(folder: Path, model: ModelConfig, quant: QuantConfig, build: Bu
             "model": to_json(model),
             "quant": to_json(quant),
             "build": to_json(build),
-            "files": files,
-            "contract": contract,
+            "files": engine.files,
+            "contract": engine.contract,
         },
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(manifest.seal(values), indent=2) + "\n")
-    return Engine(folder, model, quant, build, files, contract)
+    (engine.folder / CONFIG_NAME).write_text(json.dumps(manifest.seal(values), indent=2) + "\n")
 
 
 def publish(staged: Path, output_dir: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from baichuan.errors import EngineError
@@ -14,9 +14,49 @@ CHUNK_BYTES = 64 << 20
 READ_BYTES = 1 << 20  # each thread's buffer
 
 
+class Describer:
+    """`describe` for a file that is being written: threads take a chunk's digest as soon as all of it is there."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._missing: dict[int, int] = {}  # bytes, by the number of a chunk that is begun
+        self._digests: dict[int, Future[str]] = {}
+        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+    def wrote(self, start: int, size: int) -> None:
+        """The file holds its bytes start to start + size; no byte is told of twice."""
+        end = start + size
+        while start < end:
+            chunk, place = divmod(start, CHUNK_BYTES)
+            part = min(CHUNK_BYTES - place, end - start)
+            self._missing[chunk] = self._missing.get(chunk, CHUNK_BYTES) - part
+            if not self._missing[chunk]:
+                self._submit(chunk)
+            start += part
+
+    def entry(self) -> dict:
+        """What `describe` gives.  The file is complete."""
+        size = self._path.stat().st_size
+        chunks = range(-(-size // CHUNK_BYTES))
+        for chunk in chunks:
+            if chunk not in self._digests:
+                self._submit(chunk)
+        return {"bytes": size, "sha256": [self._digests[chunk].result() for chunk in chunks]}
+
+    def _submit(self, chunk: int) -> None:
+        self._digests[chunk] = self._pool.submit(_digest, self._path, chunk * CHUNK_BYTES)
+
+    def __enter__(self) -> Describer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def describe(path: Path) -> dict:
     """{"bytes": size, "sha256": [digest of each 64 MiB chunk]}"""
-    return {"bytes": path.stat().st_size, "sha256": _digests(path)}
+    with Describer(path) as describer:
+        return describer.entry()
 
 
 def verify(path: Path, entry: dict) -> None:
@@ -25,12 +65,12 @@ def verify(path: Path, entry: dict) -> None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
-        digests = _digests(path)
+        found = describe(path)
     except FileNotFoundError:
         raise EngineError(f"{path} is missing; build the engine again") from None
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); make it readable or build it again") from None
-    if digests != entry["sha256"]:
+    if found["sha256"] != entry["sha256"]:
         raise EngineError(f"{path} differs from what the build wrote (SHA-256); it is damaged, build it again")
 
 
@@ -48,16 +88,11 @@ def _own_digest(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(path: Path) -> list[str]:
-    size = path.stat().st_size
-
-    def digest(start: int) -> str:
-        found, end = hashlib.sha256(), min(start + CHUNK_BYTES, size)
-        with open(path, "rb", buffering=0) as file:
-            while start < end and (data := os.pread(file.fileno(), min(READ_BYTES, end - start), start)):
-                found.update(data)
-                start += len(data)
-        return found.hexdigest()
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, range(0, size, CHUNK_BYTES)))
+def _digest(path: Path, start: int) -> str:
+    """SHA-256 of the chunk that begins at `start`, or of what there is of it."""
+    found, end = hashlib.sha256(), start + CHUNK_BYTES
+    with open(path, "rb", buffering=0) as file:
+        while start < end and (data := os.pread(file.fileno(), min(READ_BYTES, end - start), start)):
+            found.update(data)
+            start += len(data)
+    return found.hexdigest()

@@ -19,7 +19,7 @@ from tiny_engine import snapshot
 
 import build
 import weight
-from baichuan import builder, self_check
+from baichuan import builder, manifest, self_check
 from baichuan.builder import BuildRequest, build_engine
 from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.checkpoint.plan import PlannedTensors
@@ -140,10 +140,26 @@ def test_an_engine_that_no_gpu_here_can_run_is_refused_or_warned_of(tmp_path, mo
 
 def test_what_is_planned_is_what_is_written_and_reported(tmp_path):
     asked, _ = request(tmp_path, weights="int8")
-    plan, sizes = asked.plan_rank(0), []
-    write_tensors(tmp_path / "file", plan, sizes.append)
-    header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
-    assert sum(sizes) == planned_bytes(plan) == (tmp_path / "file").stat().st_size - 8 - header
+    plan, sizes, spans, path = asked.plan_rank(0), [], [], tmp_path / "file"
+
+    def wrote(start, size):
+        assert path.stat().st_size >= start + size
+        spans.append((start, start + size))
+
+    write_tensors(path, plan, sizes.append, wrote)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert sum(sizes) == planned_bytes(plan) == path.stat().st_size - 8 - header
+    starts, ends = zip(*sorted(spans), strict=True)
+    assert starts == (0, *ends[:-1]) and ends[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_engine_lists_what_its_files_are(tmp_path, monkeypatch, parallel):
+    if not parallel:  # the other processes have the real size, which is larger than this engine
+        monkeypatch.setattr(manifest, "CHUNK_BYTES", 1 << 20)
+    engine = build_engine(request(tmp_path, weights="int8", tp_size=2, parallel=parallel)[0])
+    assert engine.files == {name: manifest.describe(tmp_path / name) for name in engine.files}
+    assert len(engine.files) == 2 and all(len(each["sha256"]) > 1 or parallel for each in engine.files.values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory in /proc")

@@ -50,10 +50,10 @@ def test_a_truncated_file_is_refused(folder):
 
 
 def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
-    def unreadable(_):
+    def unreadable(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(manifest, "_digests", unreadable)
+    monkeypatch.setattr(manifest.os, "pread", unreadable)
     refused(folder, "cannot be read .Permission denied.")
 
 
@@ -64,6 +64,26 @@ def test_digests_are_of_each_chunk(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(content)
     expected = [hashlib.sha256(content[start : start + 1000]).hexdigest() for start in (0, 1000, 2000)]
     assert manifest.describe(tmp_path / "file") == {"bytes": 2500, "sha256": expected}
+
+
+def test_digests_are_taken_while_a_file_is_written(tmp_path, monkeypatch):
+    """Pieces may come in any order; a chunk's digest is taken once all of it is there."""
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", 1000)
+    submit, submitted, seen = manifest.Describer._submit, [], []
+    monkeypatch.setattr(
+        manifest.Describer, "_submit", lambda self, chunk: submitted.append(chunk) or submit(self, chunk)
+    )
+    content, path = bytes(index % 251 for index in range(3500)), tmp_path / "file"
+    with open(path, "wb", buffering=0) as file, manifest.Describer(path) as describer:
+        for start, end in ((2100, 2250), (0, 700), (2250, 3500), (700, 2100)):
+            file.seek(start)
+            file.write(content[start:end])
+            describer.wrote(start, end - start)
+            seen.append(list(submitted))
+        entry = describer.entry()
+    assert seen == [[], [], [], [0, 1, 2]]
+    expected = [hashlib.sha256(content[start : start + 1000]).hexdigest() for start in (0, 1000, 2000, 3000)]
+    assert entry == {"bytes": 3500, "sha256": expected} == manifest.describe(path)
 
 
 @pytest.mark.parametrize("place", [0, 9, -1])

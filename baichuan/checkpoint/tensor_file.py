@@ -30,9 +30,15 @@ def planned_bytes(plan: list[PlannedTensors]) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs)
 
 
-def write_tensors(path: Path, plan: list[PlannedTensors], advance: Callable[[int], None]) -> None:
-    """Write the plan's tensors; holds one block in memory.  advance is told the bytes of each block.
+def write_tensors(
+    path: Path,
+    plan: list[PlannedTensors],
+    advance: Callable[[int], None],
+    wrote: Callable[[int, int], None] = lambda start, size: None,
+) -> None:
+    """Write the plan's tensors; holds one block in memory.
 
+    advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
     Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
     """
     specs = {name: spec for item in plan for name, spec in item.specs.items()}
@@ -44,13 +50,19 @@ def write_tensors(path: Path, plan: list[PlannedTensors], advance: Callable[[int
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 64 + 56)  # the data starts at a multiple of 64
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        data = file.tell()
+
+        def write(start: int, content) -> int:
+            file.seek(start)
+            size = file.write(content)
+            file.flush()
+            wrote(start, size)
+            return size
+
+        data = write(0, struct.pack("<Q", len(encoded)) + encoded)
         for item in plan:
             for block in item.blocks():
                 for name, rows in block.items():
-                    file.seek(data + offsets[name])
-                    size = file.write(rows.contiguous().view(-1).view(torch.uint8).numpy())
+                    size = write(data + offsets[name], rows.contiguous().view(-1).view(torch.uint8).numpy())
                     offsets[name] += size
                     advance(size)
         for name, entry in header.items():
