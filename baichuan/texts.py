@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from baichuan.errors import ConfigError
+from baichuan.hub_dataset import CNN_DAILYMAIL, hub_rows, reason
 from baichuan.tokenizer import Tokenizer, check_ids
 
-DEFAULT_DATASET = "abisee/cnn_dailymail"
-HUB_CONFIGS = {DEFAULT_DATASET: "3.0.0"}  # data sets with several configurations: the one to use
-HUB_TIMEOUT_S = 20.0
+DEFAULT_DATASET = CNN_DAILYMAIL
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 TEXT_COLUMNS = ("article", "text", "content")  # in order of preference; else the first column of text
 
@@ -20,35 +20,14 @@ def read_texts(dataset: str, count: int, flag: str) -> list[str]:
 
     dataset: a json, jsonl, csv, parquet or txt file (one text a line), or a hub id.  Raises ConfigError.
     """
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
     path = Path(dataset)
     if path.suffix in BUILDERS:
-        if not path.is_file():
-            raise ConfigError(f"{flag} {dataset} does not exist; name a json, jsonl, csv, parquet or txt file")
-        arguments, named = (BUILDERS[path.suffix],), {"data_files": str(path), "streaming": True}
+        rows = _file_rows(path, flag)
     elif path.exists():
         raise ConfigError(f"{flag} {dataset} is no json, jsonl, csv, parquet or txt file; name one of these")
     else:
-        arguments, named = (dataset, HUB_CONFIGS.get(dataset)), {"streaming": not HF_HUB_OFFLINE}
-    local = "data_files" in named
-    try:
-        if not local and not HF_HUB_OFFLINE:
-            HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT_S)  # load_dataset would try again and again for 20 s
-        rows = load_dataset(*arguments, split="train", **named)
-        texts = list(islice((text for text in map(_text_of, rows) if text.strip()), count))
-    except ConfigError:
-        raise
-    except Exception as error:  # the library raises many types, for networks, formats and missing names
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if local:
-            raise ConfigError(f"{flag} {dataset} cannot be read ({reason}); repair it or name another file") from None
-        raise ConfigError(
-            f"the data set {dataset} cannot be loaded from the hub ({reason}); "
-            f"give {flag} a local json, jsonl, csv, parquet or txt file"
-        ) from None
+        rows = hub_rows(dataset, "train", f"give {flag} a local json, jsonl, csv, parquet or txt file")
+    texts = list(islice((text for text in map(_text_of, rows) if text.strip()), count))
     if not texts:
         raise ConfigError(f"{flag} {dataset} holds no text; name a data set that does")
     return texts
@@ -60,6 +39,17 @@ def encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int, vocab_
     for sample in samples:
         check_ids(sample, vocab_size, "a calibration text")
     return [sample for sample in samples if sample]
+
+
+def _file_rows(path: Path, flag: str) -> Iterator[dict]:
+    from datasets import load_dataset
+
+    if not path.is_file():
+        raise ConfigError(f"{flag} {path} does not exist; name a json, jsonl, csv, parquet or txt file")
+    try:
+        yield from load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    except Exception as error:  # the library raises many types
+        raise ConfigError(f"{flag} {path} cannot be read ({reason(error)}); repair it or name another file") from None
 
 
 def _text_of(row: dict) -> str:

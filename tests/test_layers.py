@@ -20,6 +20,7 @@ FLOORS = {
     "baichuan.files": 1,
     "baichuan.progress": 1,
     "baichuan.processes": 1,
+    "baichuan.hub_dataset": 1,
     "baichuan.texts": 1,
     "baichuan.checkpoint": 1,
     "baichuan.quant": 1,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baichuan.errors import ConfigError
+from baichuan.hub_dataset import CNN_DAILYMAIL, CONFIGS, hub_rows, reason
 
 logger = logging.getLogger(__name__)
 
-HUB_NAME, HUB_CONFIG, HUB_SPLIT = "abisee/cnn_dailymail", "3.0.0", "test"
+HUB_SPLIT = "test"
 COLUMNS = ("article", "highlights")
-HUB_TIMEOUT_S = 20.0
 ROWS_AT_ONCE = 256
 MAX_LINE_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 1 << 30  # a JSON array is read whole; JSON lines, CSV and parquet are not
@@ -50,7 +50,7 @@ def load_samples(path: Path | None, limit: int) -> Dataset:
     Raises ConfigError where that is not what is there.
     """
     if path is None:
-        source, rows = f"{HUB_NAME} {HUB_CONFIG}, {HUB_SPLIT}", _hub_rows()
+        source, rows = f"{CNN_DAILYMAIL} {CONFIGS[CNN_DAILYMAIL]}, {HUB_SPLIT}", _hub_rows()
     else:
         source, rows = str(path), _local_rows(path)
     samples, left_out = [], 0
@@ -105,28 +105,10 @@ def _not_utf8(place: str, where: str) -> ConfigError:
 
 
 def _hub_rows() -> Iterator[Row]:
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    logger.info("loading %s %s from the hub", HUB_NAME, HUB_CONFIG)
-    try:
-        if not HF_HUB_OFFLINE:
-            HfApi().dataset_info(HUB_NAME, timeout=HUB_TIMEOUT_S)  # load_dataset would try again and again for 20 s
-        # Streaming reads what is asked for; offline, the cache can only be read without it.
-        rows = load_dataset(HUB_NAME, HUB_CONFIG, split=HUB_SPLIT, streaming=not HF_HUB_OFFLINE)
-        for number, row in enumerate(rows):
-            yield f"{HUB_NAME} row {number}", row
-    except Exception as error:  # the library raises many types, for networks, formats and missing names
-        raise ConfigError(
-            f"{HUB_NAME} cannot be loaded from the hub ({_reason(error)}); "
-            f"give a local file with {' and '.join(COLUMNS)} as --dataset_path"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without the end of its sentence."""
-    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")
+    logger.info("loading %s from the hub", CNN_DAILYMAIL)
+    remedy = f"give a local file with {' and '.join(COLUMNS)} as --dataset_path"
+    for number, row in enumerate(hub_rows(CNN_DAILYMAIL, HUB_SPLIT, remedy)):
+        yield f"{CNN_DAILYMAIL} row {number}", row
 
 
 def _local_rows(path: Path) -> Iterator[Row]:
@@ -134,12 +116,12 @@ def _local_rows(path: Path) -> Iterator[Row]:
         for file in _files(path):
             yield from READERS[file.suffix](file)
     except OSError as error:
-        reason = error.strerror or _reason(error)
-        raise ConfigError(f"dataset_path {path} cannot be read ({reason}); check the path") from None
+        what = error.strerror or reason(error)
+        raise ConfigError(f"dataset_path {path} cannot be read ({what}); check the path") from None
     except UnicodeDecodeError as error:  # of a parser that hands out no bytes
         raise _not_utf8(str(path), f"a byte 0x{error.object[error.start]:02x}") from None
     except ValueError as error:  # what pandas and pyarrow raise for files that are damaged
-        raise ConfigError(f"dataset_path {path} cannot be read ({_reason(error)}); repair the file") from None
+        raise ConfigError(f"dataset_path {path} cannot be read ({reason(error)}); repair the file") from None
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,0 +1,31 @@
+"""Data sets of the hub, row by row, and one sentence where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from baichuan.errors import ConfigError
+
+CNN_DAILYMAIL = "abisee/cnn_dailymail"
+CONFIGS = {CNN_DAILYMAIL: "3.0.0"}  # of data sets with several configurations, the one to use
+TIMEOUT_S = 20.0
+
+
+def hub_rows(name: str, split: str, remedy: str) -> Iterator[dict]:
+    """The rows of a split.  Raises ConfigError, whose sentence ends in `remedy`, where they cannot be had."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    try:
+        if not HF_HUB_OFFLINE:
+            HfApi().dataset_info(name, timeout=TIMEOUT_S)  # load_dataset would try again and again for 20 s
+        # Streaming reads what is asked for; offline, the cache can only be read without it.
+        yield from load_dataset(name, CONFIGS.get(name), split=split, streaming=not HF_HUB_OFFLINE)
+    except Exception as error:  # the library raises many types, for networks, formats and missing names
+        raise ConfigError(f"{name} cannot be loaded from the hub ({reason(error)}); {remedy}") from None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the end of its sentence."""
+    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")
