@@ -21,13 +21,19 @@ USER_ERROR = 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any: a switch that is off and a flag left out say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, no abbreviations."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
         self.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="least severe message to print")
 
     def parse_args(self, args=None, namespace=None):
