@@ -98,7 +98,7 @@ def _check(case) -> float:
     operands = case.make(0)
     expected = case.expected(*operands)
     result = case.result(case.run(*operands), *operands)
-    error = _relative_error(result, expected)
+    error = relative_error(result, expected)
     if not error <= case.tolerance:  # NaN is a mismatch too
         raise Mismatch(
             f"{case.name}: the relative error against the reference executor is {error:.2e} and {case.tolerance:.0e} "
@@ -107,7 +107,7 @@ def _check(case) -> float:
     return error
 
 
-def _relative_error(result, expected) -> float:
+def relative_error(result, expected) -> float:
     difference = (result.double() - expected.double()).norm() / expected.double().norm()
     return float(difference) if result.shape == expected.shape else float("nan")
 

@@ -99,26 +99,28 @@ def _products(sizes: Sizes, device: torch.device, precision: str) -> Iterator[Ca
     model, quant = sizes.model, PRECISIONS[precision]
     if precision == "smooth_quant":
         return  # the same product as with a scale for each token; the norms' cases have both
+    names = [name for name in matrices(model) if name != "head" or quant.weights == "none"]
+    for rows in sizes.rows if precision != "bfloat16" else sizes.rows[:1]:
+        for name in names:
+            if name != "head" or rows == 1 or device.type == "cuda":  # PyTorch has no such product on the CPU
+                yield product_case(model, device, precision, name, rows)
+
+
+def matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[out_features, in_features] of a layer's matrices and the head"""
     hidden, intermediate = model.hidden_size, model.intermediate_size
-    shapes = {
+    return {
         "qkv": (3 * hidden, hidden),
         "o_proj": (hidden, hidden),
         "gate_up": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
+        "head": (model.vocab_size, hidden),
     }
-    if quant.weights == "none":
-        shapes["head"] = (model.vocab_size, hidden)
-    for rows in sizes.rows if precision != "bfloat16" else sizes.rows[:1]:
-        for name, shape in shapes.items():
-            if name != "head" or rows == 1 or device.type == "cuda":  # PyTorch has no such product on the CPU
-                yield _product(model, device, precision, name, shape, rows)
 
 
-def _product(
-    model: ModelConfig, device: torch.device, precision: str, name: str, shape: tuple[int, int], rows: int
-) -> Case:
+def product_case(model: ModelConfig, device: torch.device, precision: str, name: str, rows: int) -> Case:
     """x @ Wᵀ, with silu(gate) * up for one row of gate_up, where it is part of the kernel; the head in float32."""
-    quant, (out_features, in_features) = PRECISIONS[precision], shape
+    quant, (out_features, in_features) = PRECISIONS[precision], matrices(model)[name]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
     model = replace(model, dtype=str(dtype).removeprefix("torch."))
     multiply = CudaOps(attention_spec(model, 0, 1), Solo(), 1, device, Switches()).multiply
