@@ -1,0 +1,265 @@
+"""The tables that say how the kernels cut products up: candidates for their entries, and the choice by measured times.
+
+An entry is a tuple of numbers, those of a GemvBlock or of a Tile; a measured Tile's last number is its splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, is_dataclass
+from itertools import product
+
+from baichuan.config import PRESETS
+from baichuan.executors import cuda_linear
+from baichuan.kernels import gemm, gemv, gemv_int
+from baichuan.kernels.spec import cdiv
+from benchmarks.kernel_cases import matrices
+
+Entry = tuple[int, ...]
+Rule = tuple[int, int]  # PROGRAMS, MIN_STEPS
+Place = tuple[str, str, int | str | None]  # module, and the two keys of the entry in its table
+LIBRARY: Entry = ()  # PyTorch's product, of the dequantised matrix where it is quantised
+MARGIN = 0.01  # what a candidate has to be faster by: times differ by less from run to run
+
+TABLES = {"gemm": gemm.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
+NOW: Rule = (gemm.PROGRAMS, gemm.MIN_STEPS)
+KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
+NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
+SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
+ROW_LIMITS = {"GEMM_ROWS": "int4", "PAIR_ROWS": "int8", "DENSE_ROWS": "float16"}  # each with its precision
+# Rows of x that are timed; pairs have two for each.
+ROWS = {
+    "float16": (1, 16, 64, 128, 256),
+    "int8": (1, 8, 16, 32, 64, 256, 1024, 1536, 2048),
+    "int4": (1, 16, 32, 64, 128, 256, 512),
+    "int4_per_channel": (1,),
+    "smooth_quant_per_token": (1, 16, 32, 64, 128, 256, 1024),
+    "fp8": (1, 16, 32, 64, 128, 1024),
+}
+
+
+def _blocks(rows: Iterable[int], cuts: Iterable[tuple[int, int]]) -> tuple[Entry, ...]:
+    return tuple((block_n, *cut) for block_n, cut in product(rows, cuts))
+
+
+# Candidates beside the present entries.  By Triton 3.6 each compiles for compute capability 9.0, without spilling
+# registers, and takes at most 144 KiB of shared memory.
+RULES = tuple(product((132, 264, 528), (2, 4, 8)))
+BLOCKS = {
+    ("gemv", "gated"): _blocks((1, 2, 4), ((512, 4), (2048, 8))),
+    ("gemv", "plain"): _blocks((1, 2, 4, 8), ((512, 4), (1024, 4), (2048, 8))),
+    ("gemv_int", "gated"): _blocks((1, 2, 4), ((256, 2), (512, 4), (1024, 8))),
+    **dict.fromkeys(
+        (("gemv_int", shape) for shape in ("tall", "wide", "square")),
+        _blocks((1, 2, 4, 8), ((128, 1), (256, 2), (512, 4), (1024, 8))),
+    ),
+}
+TILES = {
+    ("bytes", 16): ((16, 32, 256, 4, 4), (16, 64, 128, 4, 6), (16, 128, 128, 4, 5), (16, 32, 512, 4, 3)),
+    ("bytes", 32): ((32, 32, 256, 4, 4), (32, 64, 256, 8, 3), (32, 32, 512, 4, 3)),
+    ("bytes", 64): ((64, 32, 256, 4, 4), (64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 128, 128, 8, 4)),
+    ("bytes", 128): ((128, 128, 128, 8, 4), (128, 64, 128, 8, 5), (64, 64, 128, 4, 5), (64, 128, 128, 4, 4)),
+    ("bytes", None): ((128, 128, 128, 8, 4), (64, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 64, 128, 4, 5)),
+    ("converted", 16): ((16, 64, 128, 4, 5), (16, 64, 256, 4, 3), (16, 32, 128, 4, 5)),
+    ("converted", 32): ((32, 64, 128, 4, 4), (32, 32, 128, 4, 5), (32, 64, 256, 4, 3)),
+    ("converted", 64): ((64, 64, 64, 4, 5), (64, 32, 128, 4, 5), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4)),
+    ("converted", None): ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 128, 8, 3)),
+    ("dense", 16): ((16, 32, 256, 4, 4), (16, 32, 128, 4, 6)),
+    ("dense", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 32, 128, 4, 5)),
+    ("dense", None): ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One product, timed with every candidate for the entry that says how it is cut up."""
+
+    version: str
+    precision: str
+    matrix: str
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return matrices(PRESETS[self.version])[self.matrix]
+
+    @property
+    def x_rows(self) -> int:
+        return 2 * self.rows if self.precision == "int8" and self.rows > 1 else self.rows
+
+    @property
+    def place(self) -> Place:
+        """Where the kernels look the entry up."""
+        if self.rows == 1 and self.precision in NUMBERS:
+            return "gemv_int", SHAPES[self.matrix], NUMBERS[self.precision]
+        if self.rows == 1:
+            gated = self.matrix == "gate_up"
+            kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
+            return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
+        kind = KINDS[self.precision]
+        return "gemm", kind, _limit(gemm.TILES[kind], self.x_rows)
+
+
+Times = Mapping[Point, Mapping[Entry, float | None]]  # seconds; None = a wrong or failing candidate
+
+
+def _limit(table: Iterable[tuple[int | None, object]], size: int) -> int | None:
+    return next(limit for limit, _ in table if limit is None or size <= limit)
+
+
+def points(versions: Iterable[str]) -> list[Point]:
+    """Few rows first, which are most of a generation's time."""
+    every = [
+        Point(version, precision, matrix, rows)
+        for version in versions
+        for precision, several in ROWS.items()
+        for rows in several
+        for matrix in matrices(PRESETS[version])
+        if matrix != "head" or (precision == "float16" and rows == 1)
+    ]
+    return sorted(every, key=lambda point: point.rows)
+
+
+def present(place: Place) -> Entry:
+    module, first, second = place
+    return astuple(dict(TABLES[module][first])[second])[:5]
+
+
+def candidates(point: Point) -> tuple[Entry, ...]:
+    """The present entry first; tiles with the splits that any rule gives them; the library where rows decide."""
+    module, kind, limit = place = point.place
+    if module != "gemm":
+        return tuple(dict.fromkeys((present(place), *BLOCKS[module, kind])))
+    tiles = (present(place), *TILES.get((kind, limit), ()))
+    own = dict.fromkeys(_timed(point, tile, rule) for tile in tiles for rule in (NOW, *RULES))
+    return (*own, LIBRARY) if point.precision in ROW_LIMITS.values() else tuple(own)
+
+
+def _timed(point: Point, entry: Entry, rule: Rule) -> Entry:
+    """What is timed for an entry of a table: a tile with the splits of choose_tile, whose constants rule stands for."""
+    if point.place[0] != "gemm":
+        return entry
+    (block_m, block_n, block_k, *_), (out_features, in_features), splits = entry, point.shape, 1
+    programs, steps = cdiv(point.x_rows, block_m) * cdiv(out_features, block_n), cdiv(in_features, block_k)
+    while 2 * splits * programs <= rule[0] and steps >= 2 * splits * rule[1]:
+        splits *= 2
+    return (*entry, splits)
+
+
+def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
+    """The sum of a layer's first times by the sum of its second, the mean over layers."""
+    layers: dict[tuple, list[tuple[float, float]]] = {}
+    for point, *both in pairs:
+        layers.setdefault((point.version, point.precision, point.rows), []).append(tuple(both))
+    ratios = [sum(first for first, _ in layer) / sum(second for _, second in layer) for layer in layers.values()]
+    return sum(ratios) / len(ratios)
+
+
+def _right(timed: Mapping[Entry, float | None]) -> dict[Entry, float]:
+    """The times of the kernels' candidates that computed what they should."""
+    return {entry: time for entry, time in timed.items() if entry != LIBRARY and time is not None}
+
+
+def _cost(times: Times, entry: Entry, rule: Rule) -> float:
+    """Time of one place's products by this entry, relative to each one's best; infinite if it is wrong or unknown."""
+    if any(time is None and each[:5] == entry for timed in times.values() for each, time in timed.items()):
+        return math.inf
+    right = {point: _right(timed) for point, timed in times.items()}
+    return _relative(
+        (point, timed.get(_timed(point, entry, rule), math.inf), min(timed.values(), default=1.0))
+        for point, timed in right.items()
+    )
+
+
+def _best(now, costs: Mapping):
+    """The option of the least cost, or the present one where the gain is less than the margin."""
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] < (1 - MARGIN) * costs[now] else now
+
+
+@dataclass(frozen=True)
+class Choice:
+    rule: Rule
+    entries: dict[Place, Entry]  # of the places that were measured
+    row_limits: dict[str, int]
+    report: tuple[str, ...]  # a line for each decision
+
+
+def choose(times: Times) -> Choice:
+    """What the times say, and the present value of everything that they do not decide."""
+    places: dict[Place, dict[Point, Mapping[Entry, float | None]]] = {}
+    for point, timed in times.items():
+        places.setdefault(point.place, {})[point] = timed
+    costs = {  # by place, rule and entry
+        place: {rule: {entry: _cost(own, entry, rule) for entry in _entries(place, own)} for rule in (NOW, *RULES)}
+        for place, own in places.items()
+    }
+    tiles = [by_rule for place, by_rule in costs.items() if place[0] == "gemm"]
+    rule_costs = {rule: sum(min(each[rule].values()) for each in tiles) for rule in (NOW, *RULES)}
+    rule = _best(NOW, rule_costs)
+    chosen = {place: _best(present(place), by_rule[rule]) for place, by_rule in costs.items()}
+    limits = {name: _row_limit(times, name, chosen, rule) for name in ROW_LIMITS}
+    gain = _gain(rule_costs[NOW], rule_costs[rule])
+    report = [f"{'PROGRAMS, MIN_STEPS':36s} {NOW!s:24s} {rule!s:24s} {gain} {len(tiles):3d} places"]
+    for place, entry in chosen.items():
+        now = present(place)
+        gain = _gain(costs[place][NOW][now], costs[place][rule][entry])
+        report.append(
+            f"{' '.join(map(str, place)):36s} {now!s:24s} {entry!s:24s} {gain} {len(places[place]):3d} products"
+        )
+    report += [f"{name:36s} {getattr(cuda_linear, name):<24d} {value:<24d}" for name, value in limits.items()]
+    return Choice(rule, chosen, limits, tuple(report))
+
+
+def _entries(place: Place, times: Times) -> list[Entry]:
+    """The table's possible entries of which a time is known, and the present one."""
+    return list(dict.fromkeys([present(place), *(entry[:5] for timed in times.values() for entry in timed if entry)]))
+
+
+def _gain(now: float, best: float) -> str:
+    """How much less time the best takes."""
+    return f"{100 * (1 - best / now):+6.1f} %" if 0 < now < math.inf else " unknown"
+
+
+def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry], rule: Rule) -> int:
+    """Up to how many rows the own kernel is faster than the library, as far as both were timed."""
+    pairs: dict[int, list[tuple[Point, float, float]]] = {}
+    for point, timed in times.items():
+        if point.precision == ROW_LIMITS[name] and timed.get(LIBRARY) is not None:
+            own = _right(timed).get(_timed(point, chosen[point.place], rule), math.inf)
+            pairs.setdefault(point.rows, []).append((point, own, timed[LIBRARY]))
+    known, now = 0, getattr(cuda_linear, name)
+    for rows in sorted(pairs):
+        if _relative(pairs[rows]) > 1 + (MARGIN if rows <= now else -MARGIN):
+            return now if known <= now < rows else known
+        known = rows
+    return max(now, known)
+
+
+def tables_text(choice: Choice) -> str:
+    """The tables as Python, for `ruff format` to lay out."""
+    lines = []
+    for module, table in TABLES.items():
+        lines += [f"# baichuan/kernels/{module}.py", f"{'TILES' if module == 'gemm' else 'BLOCKS'} = {{"]
+        for first, entries in table.items():
+            cuts = {
+                second: type(cut)(*choice.entries.get((module, first, second), astuple(cut)[:5]))
+                for second, cut in dict(entries).items()
+            }
+            lines.append(f'    "{first}": {_literal(cuts if isinstance(entries, dict) else tuple(cuts.items()))},')
+        lines.append("}")
+        if module == "gemm":
+            lines += [f"PROGRAMS = {choice.rule[0]}", f"MIN_STEPS = {choice.rule[1]}"]
+    lines.append("# baichuan/executors/cuda_linear.py")
+    return "\n".join(lines + [f"{name} = {value}" for name, value in choice.row_limits.items()])
+
+
+def _literal(value) -> str:
+    if is_dataclass(value):
+        return f"{type(value).__name__}({', '.join(map(str, astuple(value)[:5]))})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_literal, value)) + (",)" if len(value) == 1 else ")")
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,206 @@
+"""Choosing the kernels' cuts from made-up times, and the check of candidates in Triton's interpreter."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from kernel_device import DEVICE
+
+from baichuan.config import PRESETS
+from baichuan.executors import cuda_linear
+from baichuan.kernels import gemm, gemv, gemv_int
+from baichuan.kernels.spec import GemvBlock
+from benchmarks import tune_kernels, tune_tables
+from benchmarks.kernel_cases import product_case, small_sizes
+from benchmarks.tune_tables import LIBRARY, NOW, Point, candidates, choose, points, present
+
+VERSIONS = ("v2_13b", "v1_7b")
+TALL = ("gemv_int", "tall", "int8")
+CONVERTED = ("gemm", "converted", 16)
+
+
+def made_up(time=lambda point, entry: 2e-5, only=lambda point: True):
+    """Times of all candidates; the library takes twice as long."""
+    return {
+        point: {entry: 4e-5 if entry == LIBRARY else time(point, entry) for entry in candidates(point)}
+        for point in points(VERSIONS)
+        if only(point)
+    }
+
+
+def changes(choice):
+    return {place: entry for place, entry in choice.entries.items() if entry != present(place)}
+
+
+def test_places_and_splits_are_the_kernels_own(monkeypatch):
+    for number, blocks in enumerate(gemv_int.BLOCKS.values()):
+        for other, kind in enumerate(blocks):
+            monkeypatch.setitem(blocks, kind, GemvBlock(8, 128 + number, other))  # no two alike
+    types = {
+        "int8": (torch.int8, torch.int8),
+        "int4": (torch.float16, torch.uint8),
+        "smooth_quant_per_token": (torch.int8, torch.int8),
+        "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        "float16": (torch.float16, torch.float16),
+    }
+    for point in points(VERSIONS):
+        (out_features, in_features), gated = point.shape, point.matrix == "gate_up"
+        rows = out_features // 2 if gated else out_features
+        kernel, _, kind = point.place
+        if kernel == "gemm":
+            tile = gemm.choose_tile(point.x_rows, in_features, out_features, *types[point.precision])
+            expected = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.splits)
+        else:
+            own = kernel == "gemv_int"
+            block = gemv_int.choose_block(in_features, rows, kind, gated) if own else gemv.choose_block(rows, gated)
+            expected = (block.block_n, block.block_k, block.num_warps)
+        assert candidates(point)[0] == expected, point
+
+
+def test_without_times_and_with_equal_times_everything_stays():
+    for times in ({}, made_up()):
+        choice = choose(times)
+        assert not changes(choice) and choice.rule == NOW
+        assert all(getattr(cuda_linear, name) <= value for name, value in choice.row_limits.items())
+
+
+def test_the_fastest_is_chosen_where_it_was_measured_and_pasted_text_says_so():
+    def time(point, entry):
+        fast = {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 4, 5)}
+        return 1e-5 if fast.get(point.place) == entry[:5] else 2e-5
+
+    choice = choose(made_up(time, only=lambda point: point.place[0] == "gemv_int"))
+    assert changes(choice) == {TALL: (8, 512, 4)}  # a class without measurements keeps its entry
+    assert any("tall int8" in line and "+50.0 %" in line for line in choice.report)
+    choice = choose(made_up(time))
+    assert changes(choice) == {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 4, 5)}
+    gemm_text, _, rest = tune_tables.tables_text(choice).partition("# baichuan/kernels/gemv.py")
+    gemv_text, _, rest = rest.partition("# baichuan/kernels/gemv_int.py")
+    read = {"Tile": gemm.Tile, "GemvBlock": GemvBlock}
+    exec(gemm_text, read)
+    assert dict(read["TILES"]["converted"])[16] == gemm.Tile(16, 64, 128, 4, 5)
+    assert {**read["TILES"], "converted": ()} == {**gemm.TILES, "converted": ()}
+    exec(gemv_text, read)
+    assert read["BLOCKS"] == gemv.BLOCKS
+    exec(rest, read)
+    assert read["BLOCKS"]["tall"] == {**gemv_int.BLOCKS["tall"], "int8": GemvBlock(8, 512, 4)}
+    assert (read["PROGRAMS"], read["MIN_STEPS"]) == NOW
+
+
+@pytest.mark.parametrize("place, entry", [(TALL, (8, 512, 4)), (CONVERTED, (16, 64, 128, 4, 5))])
+def test_a_candidate_that_is_wrong_once_or_not_measured_everywhere_is_never_chosen(place, entry):
+    times = made_up(lambda point, each: 1e-6 if each[:5] == entry and point.place == place else 2e-5)
+    assert changes(choose(times)) == {place: entry}
+    point, timed = next((point, timed) for point, timed in times.items() if point.place == place)
+    wrong = {each: None if each[:5] == entry else time for each, time in timed.items()}
+    assert not changes(choose({**times, point: wrong}))
+    missing = {each: time for each, time in timed.items() if each[:5] != entry}
+    assert not changes(choose({**times, point: missing}))
+
+
+def test_a_wrong_present_entry_is_replaced_and_a_gain_of_noise_is_not_taken():
+    now = present(TALL)
+    replaced = changes(choose(made_up(lambda point, entry: None if (point.place, entry) == (TALL, now) else 2e-5)))
+    assert list(replaced) == [TALL] and replaced[TALL] != now
+    assert not changes(choose(made_up(lambda point, entry: 2e-5 if entry == present(point.place) else 1.985e-5)))
+
+
+def test_the_rule_follows_the_splits_that_are_fast():
+    choice = choose(made_up(lambda point, entry: 2e-5 / (entry[5] if len(entry) == 6 else 1)))
+    assert choice.rule == (528, 2)
+    choice = choose(made_up(lambda point, entry: 2e-5 * (entry[5] if len(entry) == 6 else 1)))
+    assert choice.rule[0] == 132
+    text = tune_tables.tables_text(choice)
+    assert f"PROGRAMS = 132\nMIN_STEPS = {choice.rule[1]}\n" in text
+
+
+@pytest.mark.parametrize(
+    "faster, measured, expected",
+    [
+        ((16, 32, 64, 128, 256), 512, 256),
+        ((16, 32, 64, 128, 256, 512), 512, 512),
+        ((16, 32, 64, 256, 512), 512, 64),
+        ((16, 32), 32, 256),  # nothing says that more rows are slower
+        ((), 512, 0),
+    ],
+)
+def test_more_rows_than_the_kernel_is_faster_for_are_left_to_the_library(faster, measured, expected):
+    times = made_up(
+        lambda point, entry: 2e-5 if point.rows in faster else 6e-5,
+        only=lambda point: point.precision == "int4" and point.rows <= measured,
+    )
+    limits = choose(times).row_limits
+    assert limits == {"GEMM_ROWS": expected, "PAIR_ROWS": cuda_linear.PAIR_ROWS, "DENSE_ROWS": cuda_linear.DENSE_ROWS}
+
+
+SMALL = small_sizes(PRESETS["v2_13b"]).model
+BLOCK, TILE = (32, 32, 1), (16, 64, 64, 1, 2, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("precision", ["float16", "int8", "int4", "smooth_quant_per_token", "fp8"])
+def test_every_product_is_checked_as_the_kernel_computes_it(precision, rows):
+    case = product_case(SMALL, DEVICE, precision, "gate_up", rows)
+    operands = case.make(0)
+    run, expected = tune_kernels.bound(*operands, "gate_up"), case.expected(*operands)
+    entries = [BLOCK if rows == 1 else TILE] + [LIBRARY] * (rows > 1 and precision in ("float16", "int8", "int4"))
+    for entry in entries:
+        assert tune_kernels.wrong(run, entry, expected, case.tolerance) == ""
+        assert "relative error" in tune_kernels.wrong(run, entry, expected * 1.02, case.tolerance)
+    assert "fails: " in tune_kernels.wrong(run, (3, *entries[0][1:]), expected, case.tolerance)  # no power of two
+    changing = iter((expected, expected * (1 + 1e-6)))
+    assert "two runs differ" in tune_kernels.wrong(lambda entry: next(changing), entry, expected, case.tolerance)
+
+
+@pytest.fixture
+def on_small_matrices(monkeypatch):
+    """measure() without a GPU: small products, no times but 1 ms."""
+    monkeypatch.setattr(
+        tune_kernels, "_case", lambda point: product_case(SMALL, DEVICE, point.precision, point.matrix, point.rows)
+    )
+    monkeypatch.setattr(tune_kernels, "MAX_COPIES", 2)
+    monkeypatch.setattr(tune_kernels, "seconds", lambda calls, replays: [call() for call in calls] and 1e-3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune_kernels, "points", lambda versions: [POINT])
+
+
+POINT = Point("v2_13b", "int4", "o_proj", 1)
+
+
+def test_a_candidate_that_computes_something_else_has_no_time(on_small_matrices, monkeypatch, capsys):
+    right, bad = tune_kernels.gemv_int, (64, 32, 1)
+    monkeypatch.setattr(tune_kernels, "candidates", lambda point: (BLOCK, bad))
+
+    def kernel(*args, block):
+        return right(*args, block=block) * (1.5 if block == GemvBlock(*bad) else 1)
+
+    monkeypatch.setattr(tune_kernels, "gemv_int", kernel)
+    arguments = Namespace(model_version=["v2_13b"], seconds=600, compile_threads=1)
+    times = dict(tune_kernels.measure(arguments))
+    assert times == {POINT: {BLOCK: 1e-3, bad: None}}
+    assert "(64, 32, 1): is wrong" in capsys.readouterr().out
+    assert not list(tune_kernels.measure(Namespace(**{**vars(arguments), "seconds": 0})))
+
+
+def test_times_that_were_written_are_chosen_by_without_a_gpu(tmp_path, capsys):
+    file = tmp_path / "times.json"
+    times = made_up(lambda point, entry: None if entry == (8, 256, 2) else 1e-5 if entry == (8, 512, 4) else 2e-5)
+    tune_kernels.write_times(file, "a GPU", times)
+    assert tune_kernels.read_times(file) == ("a GPU", times)
+    assert tune_kernels.main(["--from_json", str(file), "--model_version", "v1_7b"]) == 0
+    out = capsys.readouterr().out
+    assert f"a GPU, {len(times) // 2} products timed" in out and '"tall": {"w8a8": GemvBlock(8, 512, 4)' in out
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"gpu": "", "points": [{"times": [], "version": "v3"}]}'])
+def test_a_file_without_times_is_refused(tmp_path, capsys, text):
+    (tmp_path / "times.json").write_text(text)
+    assert tune_kernels.main(["--from_json", str(tmp_path / "times.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "holds no times" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_nothing_is_timed(capsys):
+    assert tune_kernels.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
