@@ -13,7 +13,6 @@ from itertools import product
 from baichuan.config import PRESETS
 from baichuan.executors import cuda_linear
 from baichuan.kernels import gemm, gemv, gemv_int
-from baichuan.kernels.spec import cdiv
 from benchmarks.kernel_cases import matrices
 
 Entry = tuple[int, ...]
@@ -140,11 +139,8 @@ def _timed(point: Point, entry: Entry, rule: Rule) -> Entry:
     """What is timed for an entry of a table: a tile with the splits of choose_tile, whose constants rule stands for."""
     if point.place[0] != "gemm":
         return entry
-    (block_m, block_n, block_k, *_), (out_features, in_features), splits = entry, point.shape, 1
-    programs, steps = cdiv(point.x_rows, block_m) * cdiv(out_features, block_n), cdiv(in_features, block_k)
-    while 2 * splits * programs <= rule[0] and steps >= 2 * splits * rule[1]:
-        splits *= 2
-    return (*entry, splits)
+    out_features, in_features = point.shape
+    return astuple(gemm.split(gemm.Tile(*entry), point.x_rows, in_features, out_features, *rule))
 
 
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:

@@ -207,8 +207,13 @@ def choose_tile(
     else:
         kind = "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
+    return split(tile, num_rows, in_features, out_features, PROGRAMS, MIN_STEPS)
+
+
+def split(tile: Tile, num_rows: int, in_features: int, out_features: int, max_programs: int, min_steps: int) -> Tile:
+    """The tile with the most splits, a power of two, that keep within max_programs and leave min_steps to each."""
     programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
-    while 2 * splits * programs <= PROGRAMS and cdiv(in_features, tile.block_k) >= 2 * splits * MIN_STEPS:
+    while 2 * splits * programs <= max_programs and cdiv(in_features, tile.block_k) >= 2 * splits * min_steps:
         splits *= 2
     return replace(tile, splits=splits)
 
