@@ -11,9 +11,11 @@ from goldens import FLOAT32_TOLERANCE, LENGTHS, VERSIONS_WITH_GOLDENS
 
 from baichuan import position
 from baichuan.checkpoint.hf import open_checkpoint
+from baichuan.comm import run_ranks
 from baichuan.config import QuantConfig
 from baichuan.executors.reference import ReferenceExecutor
-from baichuan.records import Step
+from baichuan.executors.reference_linear import linear
+from baichuan.records import DenseWeight, Step
 from baichuan.session import Session
 
 TP_SIZES = [("v1_7b", 1), ("v1_7b", 2), ("v1_7b", 4), ("v2_13b", 1), ("v2_13b", 2), ("v2_13b", 5)]
@@ -115,3 +117,19 @@ def test_the_cache_can_be_reordered_grown_and_shrunk():
         step = step.next(logits.argmax(-1)[chosen], chosen)
         logits = executor.forward(step)
     assert logits.argmax(-1).tolist() == [golden["gen_7"][3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", ["the weight's", torch.float32])
+def test_one_row_is_summed_in_float32(dtype, out_dtype):
+    """Its kernels differ from those of several rows; ranks that are threads take turns at the switch they need."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 2000, generator=generator).to(dtype), torch.randn(999, 2000, generator=generator).to(dtype)
+    out_dtype = dtype if out_dtype == "the weight's" else out_dtype
+    exact = x.double() @ w.double().T
+    before = torch.backends.mkldnn.enabled
+    for y in run_ranks(4, lambda comm: [linear(x, DenseWeight(w), out_dtype, comm) for _ in range(20)][-1]):
+        # rounded once, and the sums' own error: sums in the weight's dtype would be off by ten times more
+        slack = torch.finfo(out_dtype).eps / 2 * exact.abs() + 1e-6 * exact.abs().max()
+        assert y.dtype == out_dtype and ((y.double() - exact).abs() <= slack).all()
+    assert torch.backends.mkldnn.enabled == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -16,8 +17,10 @@ from baichuan.quant.smoothquant import int8_matmul, quantise_input
 from baichuan.quant.weight_only import dequantise
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 
-BLOCK_ELEMENTS = 1 << 20  # a float32 block of a weight stays in the second-level cache
+BLOCK_ELEMENTS = 1 << 18  # a thread's part of a weight in float32, which stays in the second-level cache
 FLOAT16_ROWS = 8  # more rows than this are faster, and exact, in float32
+
+_ONEDNN = threading.Lock()  # its switch is the process's, and ranks may be threads
 
 
 def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
@@ -31,8 +34,8 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator
             if out_dtype == w.dtype == torch.float32:
                 return _product(x, w)
             if out_dtype == w.dtype and not slow_float16:
-                return F.linear(x, w)
-            return _by_blocks(x, w.shape, lambda rows: w[rows].float(), out_dtype)
+                return _own_gemv(x, w) if x.shape[0] == 1 else F.linear(x, w)
+            return _by_blocks(x, w.shape, _copy_of(w), out_dtype)
         case Int8Weight(q, _):
             return _by_blocks(x, q.shape, partial(dequantise, weight), out_dtype)
         case Int4Weight(packed, _):
@@ -43,21 +46,38 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator
             return (int8_matmul(x8, q).float() * input_scale * scale).to(out_dtype)
         case Fp8Weight(q, scale, input_scale):
             x8 = quantise(x.float(), input_scale, q.dtype)
-            y = _by_blocks(x8, q.shape, lambda rows: q[rows].float(), torch.float32)
+            y = _by_blocks(x8, q.shape, _copy_of(q), torch.float32)
             return (y * input_scale * scale).to(out_dtype)
         case _:
             raise UnsupportedError(f"the reference executor has no linear for {type(weight).__name__}")
 
 
-def _by_blocks(x: Tensor, shape: torch.Size, dense_rows: Callable[[slice], Tensor], out_dtype: torch.dtype) -> Tensor:
-    """x @ Wᵀ where dense_rows gives rows of W in float32; W is never in memory as a whole."""
+def _own_gemv(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear by PyTorch's own GEMV, which reads bfloat16 weights 1.6 times as fast as oneDNN's."""
+    with _ONEDNN:
+        before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
+            return F.linear(x, w)
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+
+def _copy_of(w: Tensor) -> Callable[[slice, Tensor], Tensor]:
+    return lambda rows, out: out.copy_(w[rows])
+
+
+def _by_blocks(
+    x: Tensor, shape: torch.Size, write_rows: Callable[[slice, Tensor], Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    """x @ Wᵀ where write_rows(rows, out) makes rows of W in float32; W is never in memory as a whole."""
     out_features, in_features = shape
-    rows = max(1, BLOCK_ELEMENTS // in_features)
+    step = torch.get_num_threads() * max(1, BLOCK_ELEMENTS // in_features)
     x = x.float()
     y = torch.empty(x.shape[0], out_features, dtype=out_dtype)
-    for start in range(0, out_features, rows):
-        block = slice(start, min(start + rows, out_features))
-        y[:, block] = _product(x, dense_rows(block))
+    block = torch.empty(min(step, out_features), in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        y[:, rows] = _product(x, write_rows(rows, block[: rows.stop - start]))
     return y
 
 

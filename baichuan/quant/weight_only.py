@@ -78,14 +78,16 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)  # shifting right keeps the sign
 
 
-def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None)) -> Tensor:
-    """The matrix that the weight stands for, or some rows of it: [n, in_features] float32."""
+def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+    """The matrix that the weight stands for, or some rows of it, in `out` if given: [n, in_features] float32."""
     match weight:
         case Int8Weight(q, scale):
-            return q[rows].float() * scale[rows, None]
+            return torch.mul(q[rows], scale[rows, None], out=out)
         case Int4Weight(packed, scale):
-            q, scale = unpack_int4(packed[rows]).float(), scale[rows].float()
-            return (q.unflatten(-1, (scale.shape[1], -1)) * scale[..., None]).flatten(-2)
+            groups = (scale.shape[1], -1)
+            q = unpack_int4(packed[rows]).unflatten(-1, groups)
+            out = None if out is None else out.unflatten(-1, groups)
+            return torch.mul(q, scale[rows, :, None].float(), out=out).flatten(-2)
         case _:
             raise TypeError(type(weight).__name__)
 
