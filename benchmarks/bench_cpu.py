@@ -29,6 +29,7 @@ from baichuan.config import PRESETS, BuildConfig, ModelConfig, QuantConfig, Samp
 from baichuan.executors.reference import ReferenceExecutor
 from baichuan.hf import BaichuanForCausalLM
 from baichuan.hf_config import BaichuanConfig
+from baichuan.processes import CONTEXT
 from baichuan.runtime import open_session
 from baichuan.session import Session
 
@@ -38,16 +39,18 @@ PROMPT = list(range(5, 69))
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "parts", nargs="*", choices=("decode", "open", "build", []), default=["decode", "open", "build"]
-    )
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, []), help="all if none is given")
     parser.add_argument("--hidden_size", type=int, default=1280, help="of the decode and open model, 7B-shaped")
     parser.add_argument("--num_layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=48, help="decode steps that are timed")
     parser.add_argument("--build_version", choices=tuple(PRESETS), default="v1_7b")
     args = parser.parse_args(argv)
-    for part in args.parts:
-        PARTS[part](args)
+    for part in args.parts or PARTS:
+        process = CONTEXT.Process(target=PARTS[part], args=(args,))  # what one leaves in memory is not the next one's
+        process.start()
+        process.join()
+        if process.exitcode:
+            return process.exitcode
     return 0
 
 
