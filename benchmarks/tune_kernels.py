@@ -32,11 +32,13 @@ from baichuan.executors.cuda_load import tensors_of
 from baichuan.executors.cuda_products import product
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.digits import make_digits
-from baichuan.kernels.gemm import Tile, gemm
+from baichuan.kernels.gemm import gemm
+from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.spec import GemvBlock
+from baichuan.kernels.tiles import Tile
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from benchmarks.bench_kernels import MAX_COPIES, relative_error
 from benchmarks.gpu_timing import copies_beyond_cache, require_gpu, seconds
@@ -197,7 +199,7 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
                 pairs, x_scale = quantise_rows(x, torch.int16)
                 own = partial(gemm, pairs, q, scale, out, x_scale, True)
             else:
-                own = partial(gemm, x, q, scale, out)
+                own = partial(gemm_int4, quantise_rows(x, torch.uint8)[0], q, scale, out)
 
             def library() -> Tensor:
                 return product(x, dequantise_to(q, scale, x.dtype), out)

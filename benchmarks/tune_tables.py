@@ -12,7 +12,7 @@ from itertools import product
 
 from baichuan.config import PRESETS
 from baichuan.executors import cuda_linear
-from baichuan.kernels import gemm, gemv, gemv_int
+from baichuan.kernels import gemv, gemv_int, tiles
 from benchmarks.kernel_cases import matrices
 
 Entry = tuple[int, ...]
@@ -21,8 +21,8 @@ Place = tuple[str, str, int | str | None]  # module, and the two keys of the ent
 LIBRARY: Entry = ()  # PyTorch's product, of the dequantised matrix where it is quantised
 MARGIN = 0.01  # what a candidate has to be faster by: times differ by less from run to run
 
-TABLES = {"gemm": gemm.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
-NOW: Rule = (gemm.PROGRAMS, gemm.MIN_STEPS)
+TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
+NOW: Rule = (tiles.PROGRAMS, tiles.MIN_STEPS)
 KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
@@ -46,26 +46,27 @@ def _blocks(rows: Iterable[int], cuts: Iterable[tuple[int, int]]) -> tuple[Entry
 # registers, and takes at most 144 KiB of shared memory.
 RULES = tuple(product((132, 264, 528), (2, 4, 8)))
 BLOCKS = {
-    ("gemv", "gated"): _blocks((1, 2, 4), ((512, 4), (2048, 8))),
+    ("gemv", "gated"): _blocks((1, 2, 4), ((512, 2), (512, 4), (2048, 8))),
     ("gemv", "plain"): _blocks((1, 2, 4, 8), ((512, 4), (1024, 4), (2048, 8))),
-    ("gemv_int", "gated"): _blocks((1, 2, 4), ((256, 2), (512, 4), (1024, 8))),
+    ("gemv_int", "gated"): _blocks((1, 2, 4), ((128, 1), (256, 1), (256, 2), (512, 4), (1024, 8))),
     **dict.fromkeys(
         (("gemv_int", shape) for shape in ("tall", "wide", "square")),
-        _blocks((1, 2, 4, 8), ((128, 1), (256, 2), (512, 4), (1024, 8))),
+        _blocks((1, 2, 4, 8), ((128, 1), (256, 1), (256, 2), (512, 4), (1024, 8))),
     ),
 }
 TILES = {
-    ("bytes", 16): ((16, 32, 256, 4, 4), (16, 64, 128, 4, 6), (16, 128, 128, 4, 5), (16, 32, 512, 4, 3)),
-    ("bytes", 32): ((32, 32, 256, 4, 4), (32, 64, 256, 8, 3), (32, 32, 512, 4, 3)),
-    ("bytes", 64): ((64, 32, 256, 4, 4), (64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 128, 128, 8, 4)),
-    ("bytes", 128): ((128, 128, 128, 8, 4), (128, 64, 128, 8, 5), (64, 64, 128, 4, 5), (64, 128, 128, 4, 4)),
-    ("bytes", None): ((128, 128, 128, 8, 4), (64, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 64, 128, 4, 5)),
-    ("converted", 16): ((16, 64, 128, 4, 5), (16, 64, 256, 4, 3), (16, 32, 128, 4, 5)),
-    ("converted", 32): ((32, 64, 128, 4, 4), (32, 32, 128, 4, 5), (32, 64, 256, 4, 3)),
-    ("converted", 64): ((64, 64, 64, 4, 5), (64, 32, 128, 4, 5), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4)),
-    ("converted", None): ((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (128, 128, 128, 8, 3)),
-    ("dense", 16): ((16, 32, 256, 4, 4), (16, 32, 128, 4, 6)),
-    ("dense", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 32, 128, 4, 5)),
+    ("bytes", 16): ((16, 64, 128, 4, 6), (16, 128, 256, 8, 4), (16, 32, 512, 4, 3)),
+    ("bytes", 32): ((32, 128, 256, 8, 4), (32, 128, 128, 4, 6), (32, 64, 128, 4, 6)),
+    ("bytes", 64): ((64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 128, 128, 8, 4)),
+    ("bytes", 128): ((128, 128, 128, 8, 4), (64, 64, 128, 4, 5), (128, 128, 128, 4, 3)),
+    ("bytes", None): ((128, 128, 128, 8, 4), (64, 256, 128, 8, 3), (256, 128, 128, 8, 3)),
+    ("converted", 16): ((16, 64, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 128, 8, 4)),
+    ("converted", 32): ((32, 64, 256, 4, 3), (32, 64, 128, 4, 5), (32, 128, 128, 8, 4)),
+    ("converted", 64): ((64, 128, 128, 8, 4), (64, 64, 256, 4, 3), (64, 64, 128, 4, 3)),
+    ("converted", 128): ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
+    ("converted", None): ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
+    ("dense", 16): ((16, 64, 256, 4, 4), (16, 128, 128, 8, 4), (16, 64, 64, 4, 8)),
+    ("dense", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 6), (64, 128, 128, 8, 4)),
     ("dense", None): ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
 }
 
@@ -97,7 +98,7 @@ class Point:
             kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
             return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
         kind = KINDS[self.precision]
-        return "gemm", kind, _limit(gemm.TILES[kind], self.x_rows)
+        return "tiles", kind, _limit(tiles.TILES[kind], self.x_rows)
 
 
 Times = Mapping[Point, Mapping[Entry, float | None]]  # seconds; None = a wrong or failing candidate
@@ -128,19 +129,19 @@ def present(place: Place) -> Entry:
 def candidates(point: Point) -> tuple[Entry, ...]:
     """The present entry first; tiles with the splits that any rule gives them; the library where rows decide."""
     module, kind, limit = place = point.place
-    if module != "gemm":
+    if module != "tiles":
         return tuple(dict.fromkeys((present(place), *BLOCKS[module, kind])))
-    tiles = (present(place), *TILES.get((kind, limit), ()))
-    own = dict.fromkeys(_timed(point, tile, rule) for tile in tiles for rule in (NOW, *RULES))
+    entries = (present(place), *TILES.get((kind, limit), ()))
+    own = dict.fromkeys(_timed(point, entry, rule) for entry in entries for rule in (NOW, *RULES))
     return (*own, LIBRARY) if point.precision in ROW_LIMITS.values() else tuple(own)
 
 
 def _timed(point: Point, entry: Entry, rule: Rule) -> Entry:
     """What is timed for an entry of a table: a tile with the splits of choose_tile, whose constants rule stands for."""
-    if point.place[0] != "gemm":
+    if point.place[0] != "tiles":
         return entry
     out_features, in_features = point.shape
-    return astuple(gemm.split(gemm.Tile(*entry), point.x_rows, in_features, out_features, *rule))
+    return astuple(tiles.split(tiles.Tile(*entry), point.x_rows, in_features, out_features, *rule))
 
 
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
@@ -191,13 +192,13 @@ def choose(times: Times) -> Choice:
         place: {rule: {entry: _cost(own, entry, rule) for entry in _entries(place, own)} for rule in (NOW, *RULES)}
         for place, own in places.items()
     }
-    tiles = [by_rule for place, by_rule in costs.items() if place[0] == "gemm"]
-    rule_costs = {rule: sum(min(each[rule].values()) for each in tiles) for rule in (NOW, *RULES)}
+    gemms = [by_rule for place, by_rule in costs.items() if place[0] == "tiles"]
+    rule_costs = {rule: sum(min(each[rule].values()) for each in gemms) for rule in (NOW, *RULES)}
     rule = _best(NOW, rule_costs)
     chosen = {place: _best(present(place), by_rule[rule]) for place, by_rule in costs.items()}
     limits = {name: _row_limit(times, name, chosen, rule) for name in ROW_LIMITS}
     gain = _gain(rule_costs[NOW], rule_costs[rule])
-    report = [f"{'PROGRAMS, MIN_STEPS':36s} {NOW!s:24s} {rule!s:24s} {gain} {len(tiles):3d} places"]
+    report = [f"{'PROGRAMS, MIN_STEPS':36s} {NOW!s:24s} {rule!s:24s} {gain} {len(gemms):3d} places"]
     for place, entry in chosen.items():
         now = present(place)
         gain = _gain(costs[place][NOW][now], costs[place][rule][entry])
@@ -237,7 +238,7 @@ def tables_text(choice: Choice) -> str:
     """The tables as Python, for `ruff format` to lay out."""
     lines = []
     for module, table in TABLES.items():
-        lines += [f"# baichuan/kernels/{module}.py", f"{'TILES' if module == 'gemm' else 'BLOCKS'} = {{"]
+        lines += [f"# baichuan/kernels/{module}.py", f"{'TILES' if module == 'tiles' else 'BLOCKS'} = {{"]
         for first, entries in table.items():
             cuts = {
                 second: type(cut)(*choice.entries.get((module, first, second), astuple(cut)[:5]))
@@ -245,7 +246,7 @@ def tables_text(choice: Choice) -> str:
             }
             lines.append(f'    "{first}": {_literal(cuts if isinstance(entries, dict) else tuple(cuts.items()))},')
         lines.append("}")
-        if module == "gemm":
+        if module == "tiles":
             lines += [f"PROGRAMS = {choice.rule[0]}", f"MIN_STEPS = {choice.rule[1]}"]
     lines.append("# baichuan/executors/cuda_linear.py")
     return "\n".join(lines + [f"{name} = {value}" for name, value in choice.row_limits.items()])

@@ -12,7 +12,8 @@ from baichuan import position
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.digits import make_digits
-from baichuan.kernels.gemm import Tile, gemm
+from baichuan.kernels.gemm import gemm
+from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.kv_store import store_kv
@@ -21,6 +22,7 @@ from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.spec import GemvBlock
+from baichuan.kernels.tiles import Tile
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
@@ -226,23 +228,34 @@ def test_gemv_w8a8_is_exact(gate):
 
 
 TILE = Tile(16, 32, 64, 4, 2)
-TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2)]
+TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2), Tile(64, 32, 32, 4, 2)]  # of 64 rows on, x is the first operand
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", [None, 0, 32])
-def test_gemm_of_quantised_weights(dtype, group_size, tile):
+def test_gemm_of_floats_and_of_int8_weights(dtype, tile):
     """19 rows, 40 columns and 96 input channels: no block is filled."""
     x, weight = normal(19, 96, dtype=dtype), normal(40, 96, seed=1, dtype=torch.float32)
-    if group_size is None:
-        q, scale = quantise_int8(weight)
-        expected = q.double() * scale.double()[:, None]
-    else:
-        q, scale = quantise_int4(weight, group_size, dtype)
-        expected = dequantise(Int4Weight(q, scale)).double()
-    y = gemm(x, q, scale, dtype, tile=tile)
-    assert relative_error(y, x.double() @ expected.T) < bound(dtype)
+    q, scale = quantise_int8(weight)
+    expected = x.double() @ (q.double() * scale.double()[:, None]).T
+    assert relative_error(gemm(x, q, scale, dtype, tile=tile), expected) < bound(dtype)
+    weight = weight.to(dtype)
+    assert relative_error(gemm(x, weight, None, dtype, tile=tile), x.double() @ weight.double().T) < bound(dtype)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [0, 16, 32, 64])
+def test_gemm_of_int4_weights(dtype, group_size, tile):
+    """Blocks of 64 and 32 channels hold several groups, one, or a part of one."""
+    width = 96 if group_size < 64 else 192
+    x, weight = normal(19, width, dtype=dtype), normal(40, width, seed=1, dtype=torch.float32)
+    packed, scale = quantise_int4(weight, group_size, dtype)
+    expected = x.double() @ dequantise(Int4Weight(packed, scale)).double().T
+    even_odd = quantise_rows(x, torch.uint8)[0]
+    assert torch.equal(even_odd, torch.cat((x[:, ::2], x[:, 1::2]), 1))
+    assert relative_error(gemm_int4(even_odd, packed, scale, dtype, tile), expected) < bound(dtype)
+    assert relative_error(gemm_int4(x, packed, scale, dtype, tile), expected) > 0.5, "the control: x as it is"
 
 
 @pytest.mark.parametrize("tile", TILES)

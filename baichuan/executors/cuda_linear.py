@@ -17,6 +17,7 @@ from baichuan.executors.cuda_products import fp8_product, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
+from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import CHUNK, gemv_int
 from baichuan.kernels.norm import NormInput, add_rms_norm
@@ -35,9 +36,9 @@ class GatedInput:
 
 Input = Tensor | NormInput | GatedInput
 
-GEMM_ROWS = 256  # for more rows than this a weight is dequantised first and multiplied by cuBLAS
-PAIR_ROWS = 1536  # the same for weights of bytes
-DENSE_ROWS = 0  # more than these are left to cuBLAS
+GEMM_ROWS = 128  # for more rows than this a weight is dequantised first and multiplied by cuBLAS
+PAIR_ROWS = 2048  # the same for weights of bytes
+DENSE_ROWS = 16  # more than these are left to cuBLAS
 
 
 def num_rows(x: Input) -> int:
@@ -88,11 +89,13 @@ class CudaLinear:
                 return product(x, w, out_dtype)
             case Int8Weight(q, scale) | Int4Weight(q, scale):
                 if self._pairs(x, weight):
-                    pairs, x_scale = self._quantised(x, torch.int16)
+                    pairs, x_scale = self._as_operand(x, torch.int16)
                     return gemm(pairs, q, scale, out_dtype, x_scale, pairs=True)
+                if self.own_kernels and num_rows(x) <= GEMM_ROWS:
+                    if isinstance(weight, Int4Weight):
+                        return gemm_int4(self._as_operand(x, torch.uint8)[0], q, scale, out_dtype)
+                    return gemm(materialise(x), q, scale, out_dtype)
                 x = materialise(x)
-                if self.own_kernels and x.shape[0] <= GEMM_ROWS:
-                    return gemm(x, q, scale, out_dtype)
                 return product(x, dequantise_to(q, scale, x.dtype), out_dtype)
             case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
                 x8, x_scale = self._input(x, weight)
@@ -151,11 +154,11 @@ class CudaLinear:
         smoother, scale = getattr(weight, "smoother", None), weight.input_scale
         if scale is None and smoother is not None and self.comm.world_size > 1:
             return quantise_input(materialise(x), weight, self.comm)  # a token's maximum is over the ranks
-        return self._quantised(x, weight.weight.dtype, scale, smoother)
+        return self._as_operand(x, weight.weight.dtype, scale, smoother)
 
-    def _quantised(
+    def _as_operand(
         self, x: Input, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """x in the form of row_output, by the kernel that also makes x."""
         match x:
             case NormInput() if smoother is None:

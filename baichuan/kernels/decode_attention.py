@@ -20,8 +20,7 @@ from baichuan.records import AttentionSpec, LayerCache, Step
 MANY_PROGRAMS = 1024  # from here on, programs hide each other's waiting
 MAX_SPLITS = 64
 WIDE_BLOCK = (64, 4)  # keys and warps of a program among few
-NARROW_BLOCK = (16, 2)  # among many
-NARROW_8BIT_BLOCK = (16, 1)
+NARROW_BLOCK = (8, 1)  # among many
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def _decode_attention(
         acc = tl.zeros((BLOCK_K, DIM_BLOCK), tl.float32)
         distance = tl.where(keys < end, keys - position, 0)
         acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
-        for first_key in range(start + BLOCK_K, end, BLOCK_K):
+        for first_key in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=3):  # keys asked for two blocks ahead
             keys = first_key + tl.arange(0, BLOCK_K)
             places = base + keys[:, None] * HEAD_DIM + dims[None, :]
             mask = (keys < end)[:, None] & dim_mask[None, :]
@@ -201,8 +200,7 @@ def decode_attention(
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
     out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    many = NARROW_BLOCK if cache.k_scale is None else NARROW_8BIT_BLOCK
-    block_k, num_warps = block or (WIDE_BLOCK if rows * heads * splits <= MANY_PROGRAMS else many)
+    block_k, num_warps = block or (WIDE_BLOCK if rows * heads * splits <= MANY_PROGRAMS else NARROW_BLOCK)
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)

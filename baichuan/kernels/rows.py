@@ -1,4 +1,4 @@
-"""Work on whole rows: gathering them, and quantising what a GEMM takes as integers."""
+"""Work on whole rows: gathering them, and writing them in the form that a GEMM takes."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",
 
 def quantise_rows(
     x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """quantise(x / smoother, scale) of quant/scaled.py and the scale.
+) -> tuple[Tensor, Tensor | None]:
+    """quantise(x / smoother, scale) of quant/scaled.py and the scale, or what else row_output says.
 
     x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens]: see
     row_output.
@@ -71,11 +71,12 @@ def quantise_rows(
     row_scales = scale is not None and scale.numel() > 1
     out, scale, mode = row_output(x, num_tokens, width, dtype, scale)
     block = next_power_of_2(width)
+    unread = x if scale is None else scale
     QUANTISE_ROWS.launch(
         (num_tokens,),
-        (x, scale if smoother is None else smoother, scale),
+        (x, unread if smoother is None else smoother, unread),
         (width,),
-        (out, scale),
+        (out, unread),
         {"QUANTISE": mode, "SMOOTH": smoother is not None, "ROW_SCALES": row_scales, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )

@@ -1,0 +1,142 @@
+"""Several tokens times a matrix of 4-bit integers, which become floats on their way to the tensor cores.
+
+A byte holds two neighbouring input channels, so the product is taken as two: the even channels', and the odd ones'.
+The weight is the first operand, which Hopper's tensor cores take from registers, where it has just been converted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baichuan.kernels.gemm_parts import add_parts, part_target, store_tile
+from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
+from baichuan.kernels.spec import KernelSpec, cdiv
+from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
+
+
+@triton.jit
+def _int4_to_float16(packed):
+    """_int4_to_dtype by the mantissa of 1024 + 8 + n."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 e, o, t, bias;
+        mov.b32 bias, 0x64086408;
+        shr.u32 t, $4, 4;
+        lop3.b32 e, $4, 0x0F0F0F0F, 0x08080808, 0x6A;
+        lop3.b32 o, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+        prmt.b32 t, e, 0x64646464, 0x4140;
+        sub.f16x2 $0, t, bias;
+        prmt.b32 t, e, 0x64646464, 0x4342;
+        sub.f16x2 $1, t, bias;
+        prmt.b32 t, o, 0x64646464, 0x4140;
+        sub.f16x2 $2, t, bias;
+        prmt.b32 t, o, 0x64646464, 0x4342;
+        sub.f16x2 $3, t, bias;
+        }""",
+        "=r,=r,=r,=r,r",
+        [packed],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _int4_to_dtype(packed, dtype: tl.constexpr):
+    """(even, odd) input channels of bytes that hold two signed nibbles, exactly."""
+    if dtype == tl.float16 and not INTERPRETED:
+        return _int4_to_float16(packed)
+    else:
+        byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
+        return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
+
+
+@triton.jit
+def _group_scales(rows, start, in_features, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """The scales [BLOCK_N, 1 or more] of the channels from `start` on."""
+    group = start // GROUP + tl.arange(0, tl.cdiv(BLOCK_K, GROUP))
+    return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0.0)
+
+
+@triton.jit
+def _times_group_scales(values, scales, BLOCK_N: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr):
+    """values [BLOCK_N, HALF] times the scales [BLOCK_N, GROUPS] of as many equal parts of a row."""
+    parts = tl.reshape(values, (BLOCK_N, GROUPS, HALF // GROUPS)) * scales.to(values.dtype)[:, :, None]
+    return tl.reshape(parts, (BLOCK_N, HALF))
+
+
+@triton.jit
+def _gemm_int4(
+    x, weight, scale,
+    num_rows, in_features, out_features,
+    y,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    block_m, block_n = place_of_tile(num_rows, out_features, BLOCK_M, BLOCK_N)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_K // 2
+    width = in_features // 2
+    x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
+    row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
+    w_rows = weight + row * width
+    first, end = share_of_split(in_features, BLOCK_K, SPLITS)
+    if GROUP > 0:
+        GROUPS: tl.constexpr = tl.cdiv(BLOCK_K, GROUP)
+        scale_rows = scale + row * (in_features // GROUP)
+        next_scales = _group_scales(scale_rows, first, in_features, BLOCK_K, GROUP)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        byte = start // 2 + tl.arange(0, HALF)[None, :]
+        packed = tl.load(w_rows + byte, byte < width, other=0)
+        x_even = tl.load(x_rows + byte, byte < width, other=0.0)
+        x_odd = tl.load(x_rows + width + byte, byte < width, other=0.0)
+        even, odd = _int4_to_dtype(packed, x_even.dtype)
+        if GROUP > 0:
+            scales = next_scales  # asked for one block ahead: nothing else in the loop waits for memory
+            next_scales = _group_scales(scale_rows, start + BLOCK_K, in_features, BLOCK_K, GROUP)
+            even = _times_group_scales(even, scales, BLOCK_N, HALF, GROUPS)
+            odd = _times_group_scales(odd, scales, BLOCK_N, HALF, GROUPS)
+        acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
+        acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+    store_tile(tl.trans(acc), scale, scale, m, n, num_rows, out_features, y, SPLITS, False, False, GROUP == 0)
+
+
+GEMM_INT4 = KernelSpec(_gemm_int4, ("x", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
+
+
+def gemm_int4(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """y = x @ W(weight)ᵀ for records.Int4Weight.
+
+    x: [num_rows, in_features] of a float type, each row's even channels before its odd ones (store_row.EVEN_ODD);
+    weight: [out_features, in_features / 2] uint8; scale: [out_features] or [out_features, groups]
+    -> [num_rows, out_features]
+    """
+    num_rows, in_features = x.shape
+    out_features, groups = weight.shape[0], scale.shape[1]
+    tile = tile or choose_tile(num_rows, in_features, out_features, x.dtype, weight.dtype)
+    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
+    target = part_target(y, tile.splits, torch.float32)
+    GEMM_INT4.launch(
+        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
+        (x, weight, scale),
+        (num_rows, in_features, out_features),
+        (target,),
+        {
+            "GROUP": 0 if groups == 1 else in_features // groups,
+            "SPLITS": tile.splits,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    add_parts(target, scale, scale, y, {"COLUMN_SCALES": groups == 1, "X_SCALE": False, "ROW_SCALES": False})
+    return y

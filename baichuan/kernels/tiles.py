@@ -1,0 +1,94 @@
+"""How products of several tokens are cut up among programs, and what measures fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from baichuan.kernels.spec import cdiv
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the product is cut up."""
+
+    block_m: int  # rows of x
+    block_n: int  # output channels
+    block_k: int  # input channels at a time
+    num_warps: int
+    num_stages: int
+    splits: int = 1  # programs among which the input channels of one tile are divided
+
+
+BAND = tl.constexpr(8)  # blocks of rows whose programs run together: they share rows of x and of the weight
+
+
+@triton.jit
+def place_of_tile(num_rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(block of rows, block of output channels) of this program."""
+    blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    band = tl.program_id(0) // (BAND * blocks_n)
+    band_height = tl.minimum(blocks_m - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * blocks_n)
+    return band * BAND + place % band_height, place // band_height
+
+
+@triton.jit
+def share_of_split(in_features, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
+    """(first, end) of this program's input channels."""
+    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    first = tl.program_id(1) * share
+    return first, tl.minimum(first + share, in_features)
+
+
+# What measures fastest on an H200 for up to so many rows of x: by far most time goes into the weights where rows are
+# few, and into the tensor cores where they are many.
+TILES = {
+    "bytes": (
+        (16, Tile(16, 64, 256, 4, 4)),
+        (32, Tile(32, 64, 256, 4, 4)),
+        (64, Tile(64, 64, 128, 4, 5)),
+        (128, Tile(64, 128, 128, 4, 4)),
+        (None, Tile(128, 128, 128, 8, 3)),
+    ),
+    "converted": (
+        (16, Tile(16, 64, 256, 4, 3)),
+        (32, Tile(32, 64, 128, 4, 4)),
+        (64, Tile(64, 64, 128, 4, 4)),
+        (128, Tile(128, 64, 128, 4, 3)),
+        (None, Tile(128, 128, 128, 8, 3)),
+    ),
+    "dense": (
+        (16, Tile(16, 64, 128, 4, 5)),
+        (64, Tile(64, 64, 64, 4, 6)),
+        (None, Tile(128, 128, 64, 8, 3)),
+    ),
+    "float32": ((None, Tile(16, 32, 64, 4, 2)),),
+}
+PROGRAMS = 264  # as many as a GPU's multiprocessors run at once; input channels are split to come near it
+MIN_STEPS = 4  # blocks of input channels that a split has at least
+
+
+def choose_tile(
+    num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> Tile:
+    """The tile for num_rows rows of x (for pairs, two a token)."""
+    if x_dtype == torch.float32:
+        kind = "float32"
+    elif x_dtype == weight_dtype:
+        kind = "bytes" if x_dtype.itemsize == 1 else "dense"
+    else:
+        kind = "converted"
+    tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
+    return split(tile, num_rows, in_features, out_features, PROGRAMS, MIN_STEPS)
+
+
+def split(tile: Tile, num_rows: int, in_features: int, out_features: int, max_programs: int, min_steps: int) -> Tile:
+    """The tile with the most splits, a power of two, that keep within max_programs and leave min_steps to each."""
+    programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
+    while 2 * splits * programs <= max_programs and cdiv(in_features, tile.block_k) >= 2 * splits * min_steps:
+        splits *= 2
+    return replace(tile, splits=splits)
