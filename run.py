@@ -11,7 +11,7 @@ from pathlib import Path
 
 from baichuan import chat, token_files
 from baichuan.checkpoint.hf import resolve_tokenizer
-from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.cli import Parser, add_model_version, add_weight_copies, run_script
 from baichuan.comm import Communicator
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
 from baichuan.conversation import TextPrinter, converse
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--streaming", action="store_true", help="print the text as it is made")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; none: a conversation")
     parser.add_argument("--system", help="chat: what the model is told first")
+    add_weight_copies(parser)
     group = parser.add_argument_group("sampling (defaults: the version's)")
     types = {field.name: int if field.type == "int" else float for field in fields(SamplingConfig)}
     for name, text in SAMPLING_FLAGS.items():
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
     sampling_config(args, args.model_version or "v1_13b")  # its errors come before the engine is read
     folder = resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
     tokenizer = Tokenizer(folder) if folder else None
-    session = open_session(Path(args.engine_dir), comm, args.model_version)
+    session = open_session(Path(args.engine_dir), comm, args.model_version, not args.no_weight_copies)
     sampling = sampling_config(args, session.model.model_version)
     roles = None
     if args.chat:

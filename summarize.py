@@ -13,7 +13,7 @@ import torch
 
 from baichuan.checkpoint.hf import resolve_folder, resolve_tokenizer
 from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.cli import Parser, add_model_version, run_script
+from baichuan.cli import Parser, add_model_version, add_weight_copies, run_script
 from baichuan.comm import Communicator
 from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
 from baichuan.engine import Engine, check_world, read_engine
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
     sides.add_argument("--tokenizer_dir", help="folder with tokenizer.model, if it is not that of --hf_model_dir")
     sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
+    add_weight_copies(sides)
     sides.add_argument("--hf_device", choices=("auto", "cpu", "cuda"), default="auto", help="of the transformers model")
     work = parser.add_argument_group("articles")
     work.add_argument(
@@ -173,7 +174,7 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | No
     """The engine on every rank, then the transformers model on rank 0."""
     sides: list[Side] = []
     if engine:
-        session = open_session(engine.folder, comm, args.model_version)
+        session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies)
         sides.append(EngineSide(engine, session))
         if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
             logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)

@@ -54,6 +54,15 @@ def add_model_version(parser: argparse.ArgumentParser, default: str | None = "v1
     parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
 
 
+def add_weight_copies(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no_weight_copies",
+        action="store_true",
+        help="INT8 and INT4 weights on a GPU: leave spare memory free; else it holds dequantised copies, which make "
+        "large batches and long prompts faster",
+    )
+
+
 def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
     """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2."""
     args = parser.parse_args(argv)

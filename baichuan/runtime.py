@@ -20,18 +20,21 @@ from baichuan.session import Session
 logger = logging.getLogger(__name__)
 
 
-def open_session(folder: Path, comm: Communicator, model_version: str | None = None) -> Session:
+def open_session(
+    folder: Path, comm: Communicator, model_version: str | None = None, keep_copies: bool = True
+) -> Session:
     """The engine in `folder`, verified, on this rank's GPU or else on the CPU.
 
+    keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/dense_copies.py).
     Raises EngineError for a damaged engine or another world than it was built for, on every rank alike.
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
     verify_rank_file(engine, comm)
-    return Session(open_executor(engine, comm), engine.model, engine.build)
+    return Session(open_executor(engine, comm, keep_copies), engine.model, engine.build)
 
 
-def open_executor(engine: Engine, comm: Communicator) -> Executor:
+def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True) -> Executor:
     """The executor that the engine was built for, over this rank's file, which is taken as verified."""
     if engine.build.backend != "torch":
         path = engine.rank_file(comm.rank)
@@ -46,6 +49,7 @@ def open_executor(engine: Engine, comm: Communicator) -> Executor:
 
     device = cuda_comm.gpu_of_rank(comm)
     logger.info("running on %s", torch.cuda.get_device_name(device))
-    switches = Switches(engine.build.gpt_attention_plugin, engine.build.gemm_plugin, engine.build.multi_block_mode)
+    build = engine.build
+    switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, keep_copies)
     comm = cuda_comm.Nccl(comm, device) if comm.world_size > 1 else comm
     return CudaExecutor(engine.model, engine.quant, load_on_gpu(weights, device), comm, switches)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, relative_error
 
+from baichuan.executors.dense_copies import COPY_ROWS, DenseCopies
 from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.spec import cdiv
@@ -33,6 +34,19 @@ def test_dequantised_matrix(group_size, dtype):
     assert dense.dtype == dtype
     assert relative_error(dense, expected) < ROUNDED[dtype]
     assert relative_error(dense.roll(1, 1), expected) > 0.5, "the control: every column in its neighbour's place"
+
+
+def test_copies_are_made_once_for_enough_rows_and_within_the_budget():
+    record = quantised(32)
+    weights = [Int4Weight(record.packed.to(DEVICE), record.scale.to(DEVICE)) for _ in range(2)]
+    rows = COPY_ROWS[Int4Weight]
+    copies = DenseCopies(budget=3 * 5 * WIDTH)  # one and a half
+    assert copies.get(weights[0], torch.float16, rows - 1) is None
+    dense = copies.get(weights[0], torch.float16, rows)
+    assert torch.equal(dense, dequantise_to(record.packed.to(DEVICE), record.scale.to(DEVICE), torch.float16))
+    assert copies.get(weights[1], torch.float16, rows) is None, "no room for another"
+    assert copies.get(weights[0], torch.float16, rows + 1) is dense
+    assert DenseCopies().get(weights[0], torch.float16, rows) is None
 
 
 def partial_sum(dtype, elements, world_size, rank):

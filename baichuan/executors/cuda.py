@@ -9,7 +9,8 @@ from baichuan.comm import Communicator, Solo
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda_graph import DecodeGraphs
 from baichuan.executors.cuda_ops import CudaOps, Switches
-from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_device_memory
+from baichuan.executors.dense_copies import DenseCopies
+from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_device_memory, spare_device_memory
 from baichuan.model import attention_spec, forward
 from baichuan.records import LayerCache, ModelWeights, Step
 
@@ -43,16 +44,18 @@ class CudaExecutor:
     def reset(self, batch_size: int, capacity: int) -> None:
         if self.caches and batch_size <= self.caches[0].k.shape[0] and capacity <= self.caches[0].k.shape[2]:
             return
-        self.caches, self.graphs = (), None  # the old cache makes room before the new one is asked for
+        self.caches = ()
+        self.ops = self.graphs = None  # the old ones make room before memory is asked for
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
         require_device_memory(size, f"a KV cache of {batch_size} x {capacity} tokens", self.device)
         shape = (2, batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
-        self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches)
         self.caches = tuple(
             LayerCache(*torch.zeros(shape, dtype=self.cache_dtype, device=self.device), layer.k_scale, layer.v_scale)
             for layer in self.weights.layers
         )
+        copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
+        self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
         self.graphs = DecodeGraphs(self._run)
 
     @torch.inference_mode()

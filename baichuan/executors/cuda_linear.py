@@ -14,6 +14,7 @@ from torch import Tensor
 from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
 from baichuan.executors.cuda_products import fp8_product, int8_product, product
+from baichuan.executors.dense_copies import DenseCopies
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
@@ -36,7 +37,8 @@ class GatedInput:
 
 Input = Tensor | NormInput | GatedInput
 
-GEMM_ROWS = 128  # for more rows than this a weight is dequantised first and multiplied by cuBLAS
+# Without a dequantised copy of a weight (dense_copies.py), more rows than this have it dequantised each time.
+GEMM_ROWS = 256
 PAIR_ROWS = 2048  # the same for weights of bytes
 DENSE_ROWS = 16  # more than these are left to cuBLAS
 
@@ -73,8 +75,8 @@ def materialise(x: Input) -> Tensor:
 class CudaLinear:
     """x @ Wᵀ accumulated in float32 (W8A8: int32) and rounded once."""
 
-    def __init__(self, comm: Communicator, own_kernels: bool):
-        self.comm = comm
+    def __init__(self, comm: Communicator, own_kernels: bool, copies: DenseCopies | None = None):
+        self.comm, self.copies = comm, copies or DenseCopies()
         self.own_kernels = own_kernels  # False = PyTorch's products alone (build.py --use_gemm_plugin off)
 
     def __call__(self, x: Input, weight: Weight, out_dtype: torch.dtype) -> Tensor:
@@ -87,16 +89,8 @@ class CudaLinear:
                 if self.own_kernels and x.shape[0] <= DENSE_ROWS and x.dtype != torch.float32:
                     return gemm(x, w, None, out_dtype)
                 return product(x, w, out_dtype)
-            case Int8Weight(q, scale) | Int4Weight(q, scale):
-                if self._pairs(x, weight):
-                    pairs, x_scale = self._as_operand(x, torch.int16)
-                    return gemm(pairs, q, scale, out_dtype, x_scale, pairs=True)
-                if self.own_kernels and num_rows(x) <= GEMM_ROWS:
-                    if isinstance(weight, Int4Weight):
-                        return gemm_int4(self._as_operand(x, torch.uint8)[0], q, scale, out_dtype)
-                    return gemm(materialise(x), q, scale, out_dtype)
-                x = materialise(x)
-                return product(x, dequantise_to(q, scale, x.dtype), out_dtype)
+            case Int8Weight() | Int4Weight():
+                return self._weight_only(x, weight, out_dtype)
             case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
                 x8, x_scale = self._input(x, weight)
                 if self.own_kernels:
@@ -110,6 +104,20 @@ class CudaLinear:
         if self._one_row(x, weight):
             return self._gemv(x, weight, dtype, gated=True)
         return GatedInput(self(x, weight, dtype))
+
+    def _weight_only(self, x: Input, weight: Int8Weight | Int4Weight, out_dtype: torch.dtype) -> Tensor:
+        stored, scale = vars(weight).values()
+        dense = self.copies.get(weight, dtype_of(x), num_rows(x))
+        if dense is None and self.own_kernels:
+            if self._pairs(x, weight):
+                pairs, x_scale = self._as_operand(x, torch.int16)
+                return gemm(pairs, stored, scale, out_dtype, x_scale, pairs=True)
+            if num_rows(x) <= GEMM_ROWS:
+                if isinstance(weight, Int4Weight):
+                    return gemm_int4(self._as_operand(x, torch.uint8)[0], stored, scale, out_dtype)
+                return gemm(materialise(x), stored, scale, out_dtype)
+        x = materialise(x)
+        return product(x, dequantise_to(stored, scale, x.dtype) if dense is None else dense, out_dtype)
 
     def _one_row(self, x: Input, weight: Weight) -> bool:
         """Whether a GEMV kernel takes this product."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from baichuan import position
 from baichuan.comm import Communicator
 from baichuan.executors.cuda_linear import CudaLinear, GatedInput, Input, dtype_of, materialise
+from baichuan.executors.dense_copies import DenseCopies
 from baichuan.executors.reference import ReferenceOps
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.kv_store import store_kv
@@ -25,11 +26,12 @@ from baichuan.records import AttentionSpec, LayerCache, Step, Weight
 
 @dataclass(frozen=True)
 class Switches:
-    """What build.py lets the user choose about the kernels."""
+    """What the user chooses about the kernels: build.py's flags, and run.py's --no_weight_copies."""
 
     own_attention: bool = True  # --use_gpt_attention_plugin; else PyTorch's
     own_gemm: bool = True  # --use_gemm_plugin; else PyTorch's
     split_keys: bool = True  # --multi_block_mode
+    keep_copies: bool = True  # of weight-only matrices, dequantised, in spare memory
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,16 @@ class CudaOps:
     """ops.Ops for sequences of up to `capacity` tokens.  Nothing waits for the GPU with own_attention."""
 
     def __init__(
-        self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device, switches: Switches
+        self,
+        spec: AttentionSpec,
+        comm: Communicator,
+        capacity: int,
+        device: torch.device,
+        switches: Switches,
+        copies: DenseCopies | None = None,
     ):
         self.comm, self.switches = comm, switches
-        self.multiply = CudaLinear(comm, switches.own_gemm)
+        self.multiply = CudaLinear(comm, switches.own_gemm, copies)
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
         unread = self.slopes, self.slopes
