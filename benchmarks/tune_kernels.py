@@ -43,7 +43,7 @@ from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Smo
 from benchmarks.bench_kernels import MAX_COPIES, relative_error
 from benchmarks.gpu_timing import copies_beyond_cache, require_gpu, seconds
 from benchmarks.kernel_cases import Case, product_case
-from benchmarks.tune_tables import LIBRARY, Entry, Point, Times, candidates, choose, points, tables_text
+from benchmarks.tune_tables import LIBRARY, ROWS, Entry, Point, Times, candidates, choose, points, tables_text
 
 COMPILING = 0.6  # of the time, at most
 REPLAYS = 3
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model_version", nargs="+", choices=tuple(PRESETS), default=["v2_13b", "v1_7b"], help="whose shapes"
     )
+    parser.add_argument("--precision", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="of the weights")
     parser.add_argument("--seconds", type=float, default=900.0, help="that the run may take")
     parser.add_argument("--compile_threads", type=int, default=16, help="kernels that are compiled at a time")
     file = parser.add_mutually_exclusive_group()
@@ -110,7 +111,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[Point, dict[Entry, float
     """As many products as there is time for, the most important ones first, each with all of its candidates."""
     start = time.monotonic()
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as the CUDA executor has it
-    every = points(args.model_version)
+    every = [point for point in points(args.model_version) if point.precision in args.precision]
     compiled = _compile(every, start + COMPILING * args.seconds, args.compile_threads)
     print(f"compiled {len(compiled)} kernels in {time.monotonic() - start:.0f} s", flush=True)
     for point in every:

@@ -394,9 +394,7 @@ def test_attention_bound_notices_a_wrong_slope():
 
 
 def test_choose_splits():
-    assert choose_splits(40, 60) == 1  # one block of keys
-    assert choose_splits(40, 200) == 4
-    assert choose_splits(40, 4096) == 16  # 640 programs
-    assert choose_splits(320, 4096) == 2
-    assert choose_splits(40 * 64, 4096) == 1  # enough programs without
-    assert choose_splits(1, 1 << 20) == 64
+    assert choose_splits(1) == choose_splits(40) == 32
+    assert choose_splits(160) == 4  # 640 programs
+    assert choose_splits(320) == 2
+    assert choose_splits(40 * 64) == 1  # enough programs without

@@ -62,7 +62,7 @@ class CudaExecutor:
     def forward(self, step: Step) -> Tensor:
         one_each = step.max_new_tokens == 1 and step.output_rows.shape[0] == step.batch_size
         if self.captures and one_each:
-            return self.graphs(step, self.ops.splits(step, self.spec))
+            return self.graphs(step)
         return self._run(step)
 
     def _run(self, step: Step) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -61,18 +61,15 @@ class DecodeGraphs:
 
     def __init__(self, run: Callable[[Step], Tensor]):
         self._run = run
-        self._captured: dict[Hashable, _Captured] = {}
+        self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step, splits: int) -> Tensor:
-        """Logits of a decode step, [batch_size, vocab_size] float32, overwritten by the next call.
-
-        splits: what the attention kernels are launched with besides the batch size.
-        """
+    def __call__(self, step: Step) -> Tensor:
+        """Logits of a decode step, [batch_size, vocab_size] float32, overwritten by the next call."""
         rows, size = step.batch_size, padded_batch_size(step.batch_size)
-        captured = self._captured.get((size, splits))
+        captured = self._captured.get(size)
         if captured is None:
-            captured = self._captured[size, splits] = _Captured(self._run, step, size, self._pool)
+            captured = self._captured[size] = _Captured(self._run, step, size, self._pool)
             return captured.first_logits[:rows]
         captured.load(step)
         captured.graph.replay()

@@ -88,7 +88,7 @@ class CudaOps:
         """Into how many blocks a decode step's keys are split."""
         if not self.switches.split_keys:
             return 1
-        return choose_splits(step.batch_size * spec.num_heads, step.max_context_length)
+        return choose_splits(step.batch_size * spec.num_heads)
 
     def silu_mul(self, gate_up: Product) -> Input:
         if isinstance(gate_up, Product):

@@ -14,13 +14,15 @@ from torch import Tensor
 from baichuan.kernels.kv_store import as_cached
 from baichuan.kernels.prefill_attention import LOG2_E
 from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.spec import KernelSpec, next_power_of_2
 from baichuan.records import AttentionSpec, LayerCache, Step
 
-MANY_PROGRAMS = 1024  # from here on, programs hide each other's waiting
-MAX_SPLITS = 64
-WIDE_BLOCK = (64, 4)  # keys and warps of a program among few
-NARROW_BLOCK = (8, 1)  # among many
+# (keys at a time, warps) of a program, and programs in all: what measures fastest on an H200 for so many (row, head)
+# pairs.  The fewer pairs there are, the less a program may have to wait for.
+FEW_PAIRS, MANY_PAIRS = 64, 1024
+BLOCK, MEDIUM_BLOCK = (8, 1), (16, 2)
+MEDIUM_PROGRAMS = 640
+MAX_SPLITS = 32
 
 
 @triton.jit
@@ -172,14 +174,19 @@ def _combine_splits(
 COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
 
 
-def choose_splits(programs: int, max_context_length: int) -> int:
-    """Into how many parts each of `programs` (row, head) pairs' keys are split; a power of two.
+def choose_block(pairs: int) -> tuple[int, int]:
+    """(keys at a time, warps) of the programs for so many (row, head) pairs"""
+    return MEDIUM_BLOCK if FEW_PAIRS < pairs <= MANY_PAIRS else BLOCK
 
-    Few programs wait for memory, not for bandwidth: then none should have more than a block or two of keys to load.
+
+def choose_splits(pairs: int) -> int:
+    """Into how many parts each (row, head) pair's keys are split; a power of two.
+
+    The lengths have no say, so that one captured graph serves them all: a part without keys costs next to nothing.
     """
-    blocks = next_power_of_2(cdiv(max_context_length, WIDE_BLOCK[0]))
-    room = next_power_of_2(max(MANY_PROGRAMS // programs, 1) + 1) // 2
-    return min(blocks, room, MAX_SPLITS)
+    if pairs <= FEW_PAIRS:
+        return MAX_SPLITS
+    return next_power_of_2(max(MEDIUM_PROGRAMS // pairs, 1) + 1) // 2
 
 
 def decode_attention(
@@ -200,7 +207,7 @@ def decode_attention(
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
     out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    block_k, num_warps = block or (WIDE_BLOCK if rows * heads * splits <= MANY_PROGRAMS else NARROW_BLOCK)
+    block_k, num_warps = block or choose_block(rows * heads)
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)

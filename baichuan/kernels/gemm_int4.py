@@ -55,9 +55,9 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(rows, start, in_features, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
-    """The scales [BLOCK_N, 1 or more] of the channels from `start` on."""
-    group = start // GROUP + tl.arange(0, tl.cdiv(BLOCK_K, GROUP))
+def _group_scales(rows, start, in_features, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """The scales [BLOCK_N, GROUPS] of the channels from `start` on."""
+    group = start // GROUP + tl.arange(0, GROUPS)
     return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0.0)
 
 
@@ -88,9 +88,9 @@ def _gemm_int4(
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K, SPLITS)
     if GROUP > 0:
-        GROUPS: tl.constexpr = tl.cdiv(BLOCK_K, GROUP)
+        GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
         scale_rows = scale + row * (in_features // GROUP)
-        next_scales = _group_scales(scale_rows, first, in_features, BLOCK_K, GROUP)
+        next_scales = _group_scales(scale_rows, first, in_features, GROUP, GROUPS)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(first, end, BLOCK_K):
         byte = start // 2 + tl.arange(0, HALF)[None, :]
@@ -100,7 +100,7 @@ def _gemm_int4(
         even, odd = _int4_to_dtype(packed, x_even.dtype)
         if GROUP > 0:
             scales = next_scales  # asked for one block ahead: nothing else in the loop waits for memory
-            next_scales = _group_scales(scale_rows, start + BLOCK_K, in_features, BLOCK_K, GROUP)
+            next_scales = _group_scales(scale_rows, start + BLOCK_K, in_features, GROUP, GROUPS)
             even = _times_group_scales(even, scales, BLOCK_N, HALF, GROUPS)
             odd = _times_group_scales(odd, scales, BLOCK_N, HALF, GROUPS)
         acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")

@@ -1,0 +1,75 @@
+"""Program of test_compile.py: every kernel that the CUDA executor launches, compiled for compute capability 9.0.
+
+The executor's ops run on the CPU with launches replaced by compilation, so that the kernels come with the very
+constants and types that a GPU would see; what they would have computed stays unset.  Prints a line a kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baichuan.comm import Solo
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.executors import cuda_linear
+from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.memory import KV_DTYPES
+from baichuan.kernels.spec import KernelSpec
+from baichuan.model import attention_spec, forward
+from baichuan.records import LayerCache, Step
+from benchmarks.random_weights import RandomWeights
+
+QUANTS = {
+    "float16": QuantConfig(),
+    "int8": QuantConfig("int8", kv_cache="int8"),
+    "int4": QuantConfig("int4", kv_cache="fp8"),
+    "int4 in groups": QuantConfig("int4", group_size=32),
+    "smooth_quant": QuantConfig("smooth_quant", per_token=True, per_channel=True),
+    "fp8": QuantConfig("fp8"),
+}
+ROWS = (1, 3, 20, 40, 100, 300)
+CAPACITY = 32
+
+
+def compile_instead(seen: set):
+    def launch(self, grid, inputs, scalars, outputs, constants, num_warps=4, num_stages=3):
+        types = tuple(tensor.dtype for tensor in (*inputs, *outputs))
+        plain = {name: getattr(value, "value", value) for name, value in constants.items()}
+        variant = (self.kernel.__name__, types, tuple(plain.items()), num_warps, num_stages)
+        if variant not in seen:
+            seen.add(variant)
+            compiled = self.compile(types, plain, num_warps, num_stages)
+            print(self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
+
+    return launch
+
+
+def run(version: str, quant: QuantConfig, rows: int) -> None:
+    """A prefill and a decode step of one layer."""
+    model = ModelConfig(version, 256, 1, 2, 512, 256, dtype="float16")
+    weights = RandomWeights(model, quant, "cpu").rank()
+    spec = attention_spec(model, 0, 1)
+    ops = CudaOps(spec, Solo(), CAPACITY, torch.device("cpu"), Switches())
+    dtype = KV_DTYPES[quant.kv_cache] or torch.float16
+    layer = weights.layers[0]
+    cache = LayerCache(*torch.zeros(2, rows, 2, CAPACITY, 128, dtype=dtype), layer.k_scale, layer.v_scale)
+    step = Step.of([[1, 2]] * rows, device="cpu")
+    for each in (step, step.next(torch.zeros(rows, dtype=torch.int64))):
+        forward(ops, model, weights, (cache,), spec, each)
+
+
+def main() -> None:
+    KernelSpec.launch = compile_instead(set())
+    cuda_linear.product = lambda x, weight, dtype: torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
+    for version in ("v1_7b", "v2_13b"):
+        for quant in QUANTS.values():
+            for rows in ROWS:
+                run(version, quant, rows)
+
+
+if __name__ == "__main__":
+    main()

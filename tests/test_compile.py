@@ -1,0 +1,21 @@
+"""Kernels compile for a GPU that is not there: Triton's interpreter, which the other tests use, accepts more."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).with_name("compile_kernels.py")
+SHARED_MEMORY = 227 << 10  # bytes that a program may have at compute capability 9.0
+ROWS = {"_gather_rows", "_quantise_rows", "_add_rms_norm", "_silu_mul", "_make_digits"}
+PRODUCTS = {"_gemv", "_gemv_int", "_gemm", "_gemm_int4"}
+ATTENTION = {"_store_kv", "_prefill_attention", "_decode_attention", "_combine_splits"}
+
+
+def test_every_kernel_of_the_executor_compiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, *_ in lines} == ROWS | PRODUCTS | ATTENTION
+    assert all(int(shared) <= SHARED_MEMORY for _, _, shared in lines)
