@@ -80,7 +80,7 @@ def tune(args: argparse.Namespace, comm: Communicator) -> int:
                 write_times(args.json, gpu, times)
     choice = choose(times)
     print(f"{gpu}, {len(times)} products timed")
-    print(f"{'entry':36s} {'present':24s} {'best':24s} {'gain':>8s} of")
+    print(f"{'entry':24s} {'present':30s} {'best':30s} {'gain':>8s} of")
     print("\n".join(choice.report), end="\n\n")
     print(tables_text(choice))
     return 0
@@ -217,7 +217,7 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
     def run(entry: Entry) -> Tensor:
         if entry == LIBRARY:
             return library()
-        return own(block=GemvBlock(*entry)) if one_row else own(tile=Tile(*entry))
+        return own(block=GemvBlock(*entry)) if one_row else own(tile=Tile(*entry[:5], splits=entry[5]))
 
     return run
 

@@ -1,6 +1,7 @@
 """The tables that say how the kernels cut products up: candidates for their entries, and the choice by measured times.
 
-An entry is a tuple of numbers, those of a GemvBlock or of a Tile; a measured Tile's last number is its splits.
+An entry is a tuple of numbers, those of a GemvBlock, or of a Tile up to its max_programs.  What is timed for a tile is
+its first five numbers with the splits that follow.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from baichuan.kernels import gemv, gemv_int, tiles
 from benchmarks.kernel_cases import matrices
 
 Entry = tuple[int, ...]
-Rule = tuple[int, int]  # PROGRAMS, MIN_STEPS
 Place = tuple[str, str, int | str | None]  # module, and the two keys of the entry in its table
 LIBRARY: Entry = ()  # PyTorch's product, of the dequantised matrix where it is quantised
 MARGIN = 0.01  # what a candidate has to be faster by: times differ by less from run to run
 
 TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
-NOW: Rule = (tiles.PROGRAMS, tiles.MIN_STEPS)
 KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
@@ -31,7 +30,7 @@ ROW_LIMITS = {"GEMM_ROWS": "int4", "PAIR_ROWS": "int8", "DENSE_ROWS": "float16"}
 ROWS = {
     "float16": (1, 16, 64, 128, 256),
     "int8": (1, 8, 16, 32, 64, 256, 1024, 1536, 2048),
-    "int4": (1, 16, 32, 64, 128, 256, 512),
+    "int4": (1, 16, 32, 64, 128, 256),
     "int4_per_channel": (1,),
     "smooth_quant_per_token": (1, 16, 32, 64, 128, 256, 1024),
     "fp8": (1, 16, 32, 64, 128, 1024),
@@ -44,7 +43,7 @@ def _blocks(rows: Iterable[int], cuts: Iterable[tuple[int, int]]) -> tuple[Entry
 
 # Candidates beside the present entries.  By Triton 3.6 each compiles for compute capability 9.0, without spilling
 # registers, and takes at most 144 KiB of shared memory.
-RULES = tuple(product((132, 264, 528), (2, 4, 8)))
+PROGRAMS = (132, 264, 528)
 BLOCKS = {
     ("gemv", "gated"): _blocks((1, 2, 4), ((512, 2), (512, 4), (2048, 8))),
     ("gemv", "plain"): _blocks((1, 2, 4, 8), ((512, 4), (1024, 4), (2048, 8))),
@@ -63,8 +62,7 @@ TILES = {
     ("converted", 16): ((16, 64, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 128, 8, 4)),
     ("converted", 32): ((32, 64, 256, 4, 3), (32, 64, 128, 4, 5), (32, 128, 128, 8, 4)),
     ("converted", 64): ((64, 128, 128, 8, 4), (64, 64, 256, 4, 3), (64, 64, 128, 4, 3)),
-    ("converted", 128): ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
-    ("converted", None): ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
+    ("converted", None): ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
     ("dense", 16): ((16, 64, 256, 4, 4), (16, 128, 128, 8, 4), (16, 64, 64, 4, 8)),
     ("dense", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 6), (64, 128, 128, 8, 4)),
     ("dense", None): ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
@@ -123,25 +121,30 @@ def points(versions: Iterable[str]) -> list[Point]:
 
 def present(place: Place) -> Entry:
     module, first, second = place
-    return astuple(dict(TABLES[module][first])[second])[:5]
+    return astuple(dict(TABLES[module][first])[second])[:6]
 
 
 def candidates(point: Point) -> tuple[Entry, ...]:
-    """The present entry first; tiles with the splits that any rule gives them; the library where rows decide."""
+    """What is timed, the present entry first; the library too where rows decide between it and the kernel."""
     module, kind, limit = place = point.place
     if module != "tiles":
         return tuple(dict.fromkeys((present(place), *BLOCKS[module, kind])))
-    entries = (present(place), *TILES.get((kind, limit), ()))
-    own = dict.fromkeys(_timed(point, entry, rule) for entry in entries for rule in (NOW, *RULES))
+    entries = (present(place), *_with_programs(TILES.get((kind, limit), ())))
+    own = dict.fromkeys(_timed(point, entry) for entry in entries)
     return (*own, LIBRARY) if point.precision in ROW_LIMITS.values() else tuple(own)
 
 
-def _timed(point: Point, entry: Entry, rule: Rule) -> Entry:
-    """What is timed for an entry of a table: a tile with the splits of choose_tile, whose constants rule stands for."""
+def _with_programs(cuts: Iterable[Entry]) -> list[Entry]:
+    """Tiles' first five numbers with each max_programs."""
+    return [(*cut, programs) for cut, programs in product(dict.fromkeys(cuts), PROGRAMS)]
+
+
+def _timed(point: Point, entry: Entry) -> Entry:
+    """What is timed for an entry of a table: a tile with the splits of tiles.choose_tile."""
     if point.place[0] != "tiles":
         return entry
     out_features, in_features = point.shape
-    return astuple(tiles.split(tiles.Tile(*entry), point.x_rows, in_features, out_features, *rule))
+    return (*entry[:5], tiles.split(tiles.Tile(*entry), point.x_rows, in_features, out_features).splits)
 
 
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
@@ -158,13 +161,13 @@ def _right(timed: Mapping[Entry, float | None]) -> dict[Entry, float]:
     return {entry: time for entry, time in timed.items() if entry != LIBRARY and time is not None}
 
 
-def _cost(times: Times, entry: Entry, rule: Rule) -> float:
+def _cost(times: Times, entry: Entry) -> float:
     """Time of one place's products by this entry, relative to each one's best; infinite if it is wrong or unknown."""
-    if any(time is None and each[:5] == entry for timed in times.values() for each, time in timed.items()):
+    if any(time is None and each[:5] == entry[:5] for timed in times.values() for each, time in timed.items()):
         return math.inf
     right = {point: _right(timed) for point, timed in times.items()}
     return _relative(
-        (point, timed.get(_timed(point, entry, rule), math.inf), min(timed.values(), default=1.0))
+        (point, timed.get(_timed(point, entry), math.inf), min(timed.values(), default=1.0))
         for point, timed in right.items()
     )
 
@@ -177,7 +180,6 @@ def _best(now, costs: Mapping):
 
 @dataclass(frozen=True)
 class Choice:
-    rule: Rule
     entries: dict[Place, Entry]  # of the places that were measured
     row_limits: dict[str, int]
     report: tuple[str, ...]  # a line for each decision
@@ -188,30 +190,22 @@ def choose(times: Times) -> Choice:
     places: dict[Place, dict[Point, Mapping[Entry, float | None]]] = {}
     for point, timed in times.items():
         places.setdefault(point.place, {})[point] = timed
-    costs = {  # by place, rule and entry
-        place: {rule: {entry: _cost(own, entry, rule) for entry in _entries(place, own)} for rule in (NOW, *RULES)}
-        for place, own in places.items()
-    }
-    gemms = [by_rule for place, by_rule in costs.items() if place[0] == "tiles"]
-    rule_costs = {rule: sum(min(each[rule].values()) for each in gemms) for rule in (NOW, *RULES)}
-    rule = _best(NOW, rule_costs)
-    chosen = {place: _best(present(place), by_rule[rule]) for place, by_rule in costs.items()}
-    limits = {name: _row_limit(times, name, chosen, rule) for name in ROW_LIMITS}
-    gain = _gain(rule_costs[NOW], rule_costs[rule])
-    report = [f"{'PROGRAMS, MIN_STEPS':36s} {NOW!s:24s} {rule!s:24s} {gain} {len(gemms):3d} places"]
-    for place, entry in chosen.items():
-        now = present(place)
-        gain = _gain(costs[place][NOW][now], costs[place][rule][entry])
-        report.append(
-            f"{' '.join(map(str, place)):36s} {now!s:24s} {entry!s:24s} {gain} {len(places[place]):3d} products"
-        )
-    report += [f"{name:36s} {getattr(cuda_linear, name):<24d} {value:<24d}" for name, value in limits.items()]
-    return Choice(rule, chosen, limits, tuple(report))
+    chosen, report = {}, []
+    for place, own in places.items():
+        now, costs = present(place), {entry: _cost(own, entry) for entry in _entries(place, own)}
+        chosen[place] = entry = _best(now, costs)
+        gain = _gain(costs[now], costs[entry])
+        report.append(f"{' '.join(map(str, place)):24s} {now!s:30s} {entry!s:30s} {gain} {len(own):3d} products")
+    limits = {name: _row_limit(times, name, chosen) for name in ROW_LIMITS}
+    report += [f"{name:24s} {getattr(cuda_linear, name):<30d} {value:<30d}" for name, value in limits.items()]
+    return Choice(chosen, limits, tuple(report))
 
 
 def _entries(place: Place, times: Times) -> list[Entry]:
     """The table's possible entries of which a time is known, and the present one."""
-    return list(dict.fromkeys([present(place), *(entry[:5] for timed in times.values() for entry in timed if entry)]))
+    timed = [entry for each in times.values() for entry in each if entry]
+    known = timed if place[0] != "tiles" else _with_programs(entry[:5] for entry in timed)
+    return list(dict.fromkeys([present(place), *known]))
 
 
 def _gain(now: float, best: float) -> str:
@@ -219,12 +213,12 @@ def _gain(now: float, best: float) -> str:
     return f"{100 * (1 - best / now):+6.1f} %" if 0 < now < math.inf else " unknown"
 
 
-def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry], rule: Rule) -> int:
+def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry]) -> int:
     """Up to how many rows the own kernel is faster than the library, as far as both were timed."""
     pairs: dict[int, list[tuple[Point, float, float]]] = {}
     for point, timed in times.items():
         if point.precision == ROW_LIMITS[name] and timed.get(LIBRARY) is not None:
-            own = _right(timed).get(_timed(point, chosen[point.place], rule), math.inf)
+            own = _right(timed).get(_timed(point, chosen[point.place]), math.inf)
             pairs.setdefault(point.rows, []).append((point, own, timed[LIBRARY]))
     known, now = 0, getattr(cuda_linear, name)
     for rows in sorted(pairs):
@@ -241,20 +235,18 @@ def tables_text(choice: Choice) -> str:
         lines += [f"# baichuan/kernels/{module}.py", f"{'TILES' if module == 'tiles' else 'BLOCKS'} = {{"]
         for first, entries in table.items():
             cuts = {
-                second: type(cut)(*choice.entries.get((module, first, second), astuple(cut)[:5]))
+                second: type(cut)(*choice.entries.get((module, first, second), astuple(cut)[:6]))
                 for second, cut in dict(entries).items()
             }
             lines.append(f'    "{first}": {_literal(cuts if isinstance(entries, dict) else tuple(cuts.items()))},')
         lines.append("}")
-        if module == "tiles":
-            lines += [f"PROGRAMS = {choice.rule[0]}", f"MIN_STEPS = {choice.rule[1]}"]
     lines.append("# baichuan/executors/cuda_linear.py")
     return "\n".join(lines + [f"{name} = {value}" for name, value in choice.row_limits.items()])
 
 
 def _literal(value) -> str:
     if is_dataclass(value):
-        return f"{type(value).__name__}({', '.join(map(str, astuple(value)[:5]))})"
+        return f"{type(value).__name__}({', '.join(map(str, astuple(value)[:6]))})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(each)}" for key, each in value.items()) + "}"
     if isinstance(value, tuple):

@@ -56,13 +56,13 @@ class CudaExecutor:
         )
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
         self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
-        self.graphs = DecodeGraphs(self._run)
+        self.graphs = DecodeGraphs()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         one_each = step.max_new_tokens == 1 and step.output_rows.shape[0] == step.batch_size
         if self.captures and one_each:
-            return self.graphs(step)
+            return self.graphs(self._run, step)
         return self._run(step)
 
     def _run(self, step: Step) -> Tensor:

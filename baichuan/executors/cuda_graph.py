@@ -59,17 +59,16 @@ class _Captured:
 class DecodeGraphs:
     """The captured steps of one set of KV caches; dropped with them."""
 
-    def __init__(self, run: Callable[[Step], Tensor]):
-        self._run = run
+    def __init__(self):
         self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step) -> Tensor:
-        """Logits of a decode step, [batch_size, vocab_size] float32, overwritten by the next call."""
+    def __call__(self, run: Callable[[Step], Tensor], step: Step) -> Tensor:
+        """Logits of a decode step by `run`, [batch_size, vocab_size] float32, overwritten by the next call."""
         rows, size = step.batch_size, padded_batch_size(step.batch_size)
         captured = self._captured.get(size)
         if captured is None:
-            captured = self._captured[size] = _Captured(self._run, step, size, self._pool)
+            captured = self._captured[size] = _Captured(run, step, size, self._pool)
             return captured.first_logits[:rows]
         captured.load(step)
         captured.graph.replay()

@@ -38,7 +38,7 @@ class GatedInput:
 Input = Tensor | NormInput | GatedInput
 
 # Without a dequantised copy of a weight (dense_copies.py), more rows than this have it dequantised each time.
-GEMM_ROWS = 256
+GEMM_ROWS = 128
 PAIR_ROWS = 2048  # the same for weights of bytes
 DENSE_ROWS = 16  # more than these are left to cuBLAS
 

@@ -17,11 +17,11 @@ from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_i
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 from baichuan.records import AttentionSpec, LayerCache, Step
 
-# (keys at a time, warps) of a program, and programs in all: what measures fastest on an H200 for so many (row, head)
-# pairs.  The fewer pairs there are, the less a program may have to wait for.
-FEW_PAIRS, MANY_PAIRS = 64, 1024
-BLOCK, MEDIUM_BLOCK = (8, 1), (16, 2)
-MEDIUM_PROGRAMS = 640
+# What measures fastest on an H200: (keys at a time, warps) of a program, and the programs that (row, head) pairs are
+# split into.  The fewer pairs there are, the less a program may have to wait for.
+FEW_PAIRS = 64
+SMALL_BLOCK, BLOCK = (8, 1), (16, 2)
+PROGRAMS = 640
 MAX_SPLITS = 32
 
 
@@ -174,9 +174,9 @@ def _combine_splits(
 COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
 
 
-def choose_block(pairs: int) -> tuple[int, int]:
+def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
     """(keys at a time, warps) of the programs for so many (row, head) pairs"""
-    return MEDIUM_BLOCK if FEW_PAIRS < pairs <= MANY_PAIRS else BLOCK
+    return SMALL_BLOCK if quantised or pairs <= FEW_PAIRS else BLOCK
 
 
 def choose_splits(pairs: int) -> int:
@@ -186,7 +186,7 @@ def choose_splits(pairs: int) -> int:
     """
     if pairs <= FEW_PAIRS:
         return MAX_SPLITS
-    return next_power_of_2(max(MEDIUM_PROGRAMS // pairs, 1) + 1) // 2
+    return next_power_of_2(max(PROGRAMS // pairs, 1) + 1) // 2
 
 
 def decode_attention(
@@ -207,12 +207,12 @@ def decode_attention(
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
     out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    block_k, num_warps = block or choose_block(rows * heads)
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=qkv.device)
     quantised = cache.k_scale is not None
+    block_k, num_warps = block or choose_block(rows * heads, quantised)
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
     shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
     DECODE_ATTENTION.launch(
@@ -230,6 +230,6 @@ def decode_attention(
             (heads,),
             (out,),
             shape,
-            num_warps=1,
+            num_warps=4,
         )
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from baichuan.kernels.gemm_parts import add_parts, part_target, store_tile
 from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv
-from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
+from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
 
 
 @triton.jit
@@ -22,19 +22,20 @@ def _gemm(
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
-    wait_for_inputs(OVERLAP)
     block_m, block_n = place_of_tile(num_rows, out_features, BLOCK_M, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     w_rows = weight + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * in_features
+    first, end = share_of_split(in_features, BLOCK_K, SPLITS)
+    prefetch_weight(w_rows, first, in_features)
+    wait_for_inputs(OVERLAP)
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     # e4m3's sums are kept in float32 from block to block; by themselves the tensor cores keep fewer bits
     E4M3_TERMS: tl.constexpr = BLOCK_K if x.dtype.element_ty == tl.float8e4nv else None
     # Hopper's tensor cores take 64 rows of their first operand at a time: the weight's where x has fewer
     SWAPPED: tl.constexpr = BLOCK_M < 64
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), SUM)
-    first, end = share_of_split(in_features, BLOCK_K, SPLITS)
     for start in range(first, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(x_rows + k[None, :], (k < in_features)[None, :], other=0.0)

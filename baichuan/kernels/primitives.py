@@ -32,6 +32,20 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def prefetch(lines):
+    """Have the second-level cache ask memory for the 128 bytes at each of these pointers."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [lines.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def int8_to_float32(x):
     """x as float32, exactly.  The byte becomes the mantissa of 2^23 + 128 + x, from which 2^23 + 128 is taken."""
     if INTERPRETED:

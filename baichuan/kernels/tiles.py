@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baichuan.kernels.primitives import prefetch
 from baichuan.kernels.spec import cdiv
 
 
@@ -20,9 +21,11 @@ class Tile:
     block_k: int  # input channels at a time
     num_warps: int
     num_stages: int
+    max_programs: int = 264  # input channels are split among so many at most; a GPU runs about as many at once
     splits: int = 1  # programs among which the input channels of one tile are divided
 
 
+PREFETCHED_LINES = tl.constexpr(4)  # of 128 bytes, of each row of a tile's weights
 BAND = tl.constexpr(8)  # blocks of rows whose programs run together: they share rows of x and of the weight
 
 
@@ -34,6 +37,17 @@ def place_of_tile(num_rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     band_height = tl.minimum(blocks_m - band * BAND, BAND)
     place = tl.program_id(0) % (BAND * blocks_n)
     return band * BAND + place % band_height, place // band_height
+
+
+@triton.jit
+def prefetch_weight(rows, first, width):
+    """Ask for the beginning of a tile's weights, which do not depend on what the kernels before compute.
+
+    rows: pointers [BLOCK_N, 1] to rows of `width` numbers, of which `first` is the first that the program reads
+    """
+    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    columns = first + tl.arange(0, PREFETCHED_LINES) * LINE
+    prefetch(rows + tl.minimum(columns, width - 1)[None, :])
 
 
 @triton.jit
@@ -55,20 +69,18 @@ TILES = {
         (None, Tile(128, 128, 128, 8, 3)),
     ),
     "converted": (
-        (16, Tile(16, 64, 256, 4, 3)),
-        (32, Tile(32, 64, 128, 4, 4)),
-        (64, Tile(64, 64, 128, 4, 4)),
-        (128, Tile(128, 64, 128, 4, 3)),
-        (None, Tile(128, 128, 128, 8, 3)),
+        (16, Tile(16, 128, 128, 8, 4, 528)),
+        (32, Tile(32, 64, 256, 4, 3, 528)),
+        (64, Tile(64, 64, 128, 4, 3, 528)),
+        (None, Tile(128, 64, 128, 4, 3)),
     ),
     "dense": (
-        (16, Tile(16, 64, 128, 4, 5)),
-        (64, Tile(64, 64, 64, 4, 6)),
-        (None, Tile(128, 128, 64, 8, 3)),
+        (16, Tile(16, 64, 128, 4, 5, 132)),
+        (64, Tile(64, 128, 64, 4, 6, 132)),
+        (None, Tile(128, 128, 64, 8, 4, 132)),
     ),
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
-PROGRAMS = 264  # as many as a GPU's multiprocessors run at once; input channels are split to come near it
 MIN_STEPS = 4  # blocks of input channels that a split has at least
 
 
@@ -83,12 +95,12 @@ def choose_tile(
     else:
         kind = "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
-    return split(tile, num_rows, in_features, out_features, PROGRAMS, MIN_STEPS)
+    return split(tile, num_rows, in_features, out_features)
 
 
-def split(tile: Tile, num_rows: int, in_features: int, out_features: int, max_programs: int, min_steps: int) -> Tile:
-    """The tile with the most splits, a power of two, that keep within max_programs and leave min_steps to each."""
+def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Tile:
+    """The tile with the most splits, a power of two, that keep within its programs and leave each MIN_STEPS."""
     programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
-    while 2 * splits * programs <= max_programs and cdiv(in_features, tile.block_k) >= 2 * splits * min_steps:
+    while 2 * splits * programs <= tile.max_programs and cdiv(in_features, tile.block_k) >= 2 * splits * MIN_STEPS:
         splits *= 2
     return replace(tile, splits=splits)
