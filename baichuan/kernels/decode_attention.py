@@ -230,6 +230,6 @@ def decode_attention(
             (heads,),
             (out,),
             shape,
-            num_warps=4,
+            num_warps=1,
         )
     return out

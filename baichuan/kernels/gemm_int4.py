@@ -14,7 +14,7 @@ from torch import Tensor
 from baichuan.kernels.gemm_parts import add_parts, part_target, store_tile
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv
-from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
+from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def _gemm_int4(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
+    wait_for_inputs(OVERLAP)
     block_m, block_n = place_of_tile(num_rows, out_features, BLOCK_M, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -86,8 +87,6 @@ def _gemm_int4(
     row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K, SPLITS)
-    prefetch_weight(w_rows, first // 2, width)
-    wait_for_inputs(OVERLAP)
     if GROUP > 0:
         GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
         scale_rows = scale + row * (in_features // GROUP)

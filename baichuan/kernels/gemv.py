@@ -68,7 +68,7 @@ GEMV = KernelSpec(_gemv, ("x", "x_scale", "weight", "scale"), ("in_features", "o
 
 # What measures fastest on an H200 for up to so many rows of the matrix.
 BLOCKS = {
-    "gated": ((None, GemvBlock(1, 512, 2)),),
+    "gated": ((None, GemvBlock(1, 1024, 4)),),
     "plain": ((5119, GemvBlock(4, 1024, 4)), (None, GemvBlock(8, 512, 4))),
 }
 
