@@ -20,9 +20,8 @@ from baichuan.executors.memory import KV_DTYPES
 from baichuan.executors.reference import ReferenceOps
 from baichuan.executors.reference_linear import linear
 from baichuan.kernels.argmax import argmax
-from baichuan.kernels.digits import Digits, make_digits
 from baichuan.kernels.kv_store import store_kv
-from baichuan.kernels.norm import NormInput, add_rms_norm
+from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.model import attention_spec
@@ -182,27 +181,6 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 tolerance=tolerance,
                 result=lambda raw, *_, dtype=dtype: torch.cat((_dequantised(raw[0], raw[2], dtype), raw[1].float())),
             )
-    for bits in (8, 4):
-        yield Case(
-            name=f"digits of a norm, for {bits}-bit weights",
-            make=lambda seed: (_norm_input(*make(1, seed)),),
-            run=lambda x, bits=bits: make_digits(x, bits == 4),
-            expected=lambda x: ReferenceOps.add_rms_norm(None, x.x, x.residual, x.weight, EPS)[0].float(),
-            tolerance=ROUNDED[torch.float16],
-            result=lambda raw, x, bits=bits: _value_of_digits(raw, bits),
-        )
-
-
-def _norm_input(x: Tensor, residual: Tensor, weight: Tensor) -> NormInput:
-    return NormInput(x, residual, weight, EPS, torch.empty_like(x))
-
-
-def _value_of_digits(digits: Digits, bits: int) -> Tensor:
-    """[1, in_features] float32, from bytes whose place digits.py describes"""
-    parts = 2 if bits == 4 else 1
-    bytes_of = digits.words.view(torch.int8).unflatten(0, (-1, parts)).mT.flatten(1).double()
-    places = 256.0 ** torch.arange(bytes_of.shape[0], device=bytes_of.device, dtype=torch.float64)
-    return (bytes_of * places[:, None]).sum(0, keepdim=True).float() * digits.scale
 
 
 def _quantised_sum(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None, scale: Tensor | None):

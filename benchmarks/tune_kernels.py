@@ -31,7 +31,6 @@ from baichuan.errors import ConfigError
 from baichuan.executors.cuda_load import tensors_of
 from baichuan.executors.cuda_products import product
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
@@ -194,13 +193,13 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
             library = partial(product, x, w, out)
         case Int8Weight(q, scale) | Int4Weight(q, scale):
             if one_row:
-                digits = make_digits(x, q.dtype == torch.uint8)
-                own = partial(gemv_int, digits.words, digits.scale, q, scale, out, gated)
+                pairs, x_scale = quantise_rows(x, torch.int16, even_odd=q.dtype == torch.uint8)
+                own = partial(gemv_int, pairs, x_scale, q, scale, out, gated)
             elif q.dtype == torch.int8:
                 pairs, x_scale = quantise_rows(x, torch.int16)
                 own = partial(gemm, pairs, q, scale, out, x_scale, True)
             else:
-                own = partial(gemm_int4, quantise_rows(x, torch.uint8)[0], q, scale, out)
+                own = partial(gemm_int4, quantise_rows(x, None, even_odd=True)[0], q, scale, out)
 
             def library() -> Tensor:
                 return product(x, dequantise_to(q, scale, x.dtype), out)

@@ -27,13 +27,15 @@ QUANTS = {
     "fp8": (QuantConfig("fp8"), ROUNDED_INPUTS),
     "int8 cache": (QuantConfig(kv_cache="int8"), ROUNDED_INPUTS),
 }
+HALF = {"int8": 5e-3, "int4": 5e-3, "int4 in groups": 5e-3}  # a few roundings of 2^-11
+CASES = [*((name, "float32") for name in QUANTS), *((name, "float16") for name in HALF)]
 CAPACITY = 24
 
 
-def tiny_model(version, quant):
+def tiny_model(version, quant, dtype="float32"):
     """7B: RoPE, 13B: ALiBi.  One layer where the interpreter takes seconds for it."""
     num_layers = 2 if quant.weights == "none" else 1
-    return ModelConfig(version, 64, num_layers, 2, 96, 34, dtype="float32")
+    return ModelConfig(version, 64, num_layers, 2, 96, 34, dtype=dtype)
 
 
 class OnDevice:
@@ -63,10 +65,15 @@ ONE, THREE = [[3, 1, 4, 1]], [[9, 2, 6], [5], [3, 5]]
     [("v1_7b", ONE, True), ("v2_13b", THREE, True), ("v1_7b", THREE, False)],
     ids=["7B, one row", "13B, three rows", "7B, PyTorch's own kernels"],
 )
-@pytest.mark.parametrize("quant", QUANTS)
-def test_logits_are_the_reference_executors(version, prompts, own, quant):
-    quant, tolerance = QUANTS[quant]
-    model = tiny_model(version, quant)
+@pytest.mark.parametrize(
+    "quant, dtype", [*((name, "float32") for name in QUANTS), *((name, "float16") for name in HALF)]
+)
+def test_logits_are_the_reference_executors(version, prompts, own, quant, dtype):
+    if dtype == "float16" and not own and DEVICE.type == "cpu":
+        pytest.skip("PyTorch has no product of float16 to float32 on the CPU")
+    tolerance = HALF[quant] if dtype == "float16" else QUANTS[quant][1]
+    quant = QUANTS[quant][0]
+    model = tiny_model(version, quant, dtype)
     weights = RandomWeights(model, quant, "cpu").rank()
     reference = ReferenceExecutor(model, quant, weights)
     reference.reset(len(prompts), CAPACITY)

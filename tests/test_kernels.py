@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from baichuan import position
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
-from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.kv_store import store_kv
-from baichuan.kernels.norm import NormInput, add_rms_norm
+from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
@@ -93,6 +92,27 @@ def pairs_value(pairs, scale):
     return (256 * high + low) * scale.double()[:, None]
 
 
+def neighbours(x):
+    """Each row's even columns before its odd ones, as 4-bit weights' products take them, put in their places."""
+    return x.unflatten(-1, (2, -1)).mT.flatten(-2)
+
+
+def test_even_columns_before_odd_ones():
+    x, residual, weight = normal(3, 96), normal(3, 96, seed=1), normal(96, seed=2)
+    for make in (
+        lambda even_odd: quantise_rows(x, torch.int16, even_odd=even_odd),
+        lambda even_odd: quantise_rows(x, None, even_odd=even_odd),
+        lambda even_odd: add_rms_norm(x, residual, weight, EPS, torch.int16, even_odd=even_odd),
+        lambda even_odd: add_rms_norm(x, residual, weight, EPS, even_odd=even_odd),
+        lambda even_odd: silu_mul(x, even_odd=even_odd),
+    ):
+        made, expected = make(True), make(False)
+        assert torch.equal(neighbours(made[0]), expected[0]) and not torch.equal(made[0], expected[0])
+        assert all(
+            torch.equal(one, other) for one, other in zip(made[1:], expected[1:], strict=True) if one is not None
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pairs_say_what_the_rows_say_to_a_16_bit_step(dtype):
     """Half a step of max / 32639, for whichever kernel makes the rows."""
@@ -151,38 +171,6 @@ def gated(y):
     return F.silu(gate) * up
 
 
-@pytest.mark.parametrize(("dtype", "count", "step"), [(torch.float16, 2, 1 / 32639), (torch.float32, 3, 1 / 8e6)])
-@pytest.mark.parametrize("four_bit_weights", [True, False])
-@pytest.mark.parametrize("with_residual", [True, False, None])
-def test_digits(four_bit_weights, with_residual, dtype, count, step):
-    """The signed bytes of a channel say what x is, or its norm, to half a step of the largest magnitude."""
-    x, operand = normal(1, 96, dtype=dtype), None
-    x[0, 5] = 300  # an outlier, as activations have them
-    if with_residual is None:
-        operand, expected = x, x.double()
-    else:
-        residual = normal(1, 96, seed=1, dtype=dtype) if with_residual else None
-        norm_weight = normal(96, seed=2, dtype=dtype)
-        operand = NormInput(x, residual, norm_weight, EPS, torch.full_like(x, torch.nan) if with_residual else x)
-        expected = add_rms_norm(x, residual, norm_weight, EPS)[0].double()
-    digits = make_digits(operand, four_bit_weights)
-    parts = 2 if four_bit_weights else 1
-    values = digits.words.view(torch.int8).view(count, parts, -1).mT.flatten(1).double()
-    base = 256.0 ** torch.arange(count, device=DEVICE, dtype=torch.float64)
-    number = (values * base[:, None]).sum(0) * digits.scale.double()
-    slack = 2e-7 if dtype == torch.float32 else 0  # the norm itself is in float32, in another order
-    assert (number - expected).abs().max() <= expected.abs().max() * (0.501 * step + slack)
-    if with_residual:
-        assert torch.equal(operand.total, x + residual)
-
-
-def digits_value(x):
-    """What make_digits keeps of a row for 8-bit weights, float64."""
-    digits = make_digits(x, False)
-    bytes_of = digits.words.view(torch.int8).double()
-    return (bytes_of * 256.0 ** torch.arange(len(bytes_of), device=DEVICE)[:, None]).sum(0) * digits.scale.double()
-
-
 def test_gemv_gives_float32_without_rounding():
     x, weight = normal(1, 176), normal(17, 176, seed=1)
     y = gemv(x, weight, torch.float32, block=GemvBlock(2, 128, 1))
@@ -194,10 +182,10 @@ def test_gemv_int8(gate):
     x = normal(1, 304)
     q, scale = quantise_int8(normal(40 if gate else 20, 304, seed=1, dtype=torch.float32).cpu())
     q, scale = q.to(DEVICE), scale.to(DEVICE)
-    digits = make_digits(x, False)
-    y = gemv_int(digits.words, digits.scale, q, scale, torch.float32, gate, GemvBlock(2, 64, 1))
-    expected = digits_value(x) @ (q.double() * scale.double()[:, None]).T
-    assert relative_error(y, gated(expected[None]) if gate else expected) < FLOAT32
+    pairs, x_scale = quantise_rows(x, torch.int16)
+    y = gemv_int(pairs, x_scale, q, scale, torch.float32, gate, GemvBlock(2, 64, 1))
+    expected = pairs_value(pairs, x_scale) @ (q.double() * scale.double()[:, None]).T
+    assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -207,10 +195,10 @@ def test_gemv_int4(gate, group_size):
     x = normal(1, 384)
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
-    digits = make_digits(x, True)
-    y = gemv_int(digits.words, digits.scale, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
-    expected = digits_value(x) @ dequantise(Int4Weight(packed, scale)).double().T
-    assert relative_error(y, gated(expected[None]) if gate else expected) < FLOAT32
+    pairs, x_scale = quantise_rows(x, torch.int16, even_odd=True)
+    y = gemv_int(pairs, x_scale, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
+    expected = pairs_value(neighbours(pairs), x_scale) @ dequantise(Int4Weight(packed, scale)).double().T
+    assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -252,8 +240,7 @@ def test_gemm_of_int4_weights(dtype, group_size, tile):
     x, weight = normal(19, width, dtype=dtype), normal(40, width, seed=1, dtype=torch.float32)
     packed, scale = quantise_int4(weight, group_size, dtype)
     expected = x.double() @ dequantise(Int4Weight(packed, scale)).double().T
-    even_odd = quantise_rows(x, torch.uint8)[0]
-    assert torch.equal(even_odd, torch.cat((x[:, ::2], x[:, 1::2]), 1))
+    even_odd = quantise_rows(x, None, even_odd=True)[0]
     assert relative_error(gemm_int4(even_odd, packed, scale, dtype, tile), expected) < bound(dtype)
     assert relative_error(gemm_int4(x, packed, scale, dtype, tile), expected) > 0.5, "the control: x as it is"
 

@@ -16,7 +16,6 @@ from baichuan.errors import UnsupportedError
 from baichuan.executors.cuda_products import fp8_product, int8_product, product
 from baichuan.executors.dense_copies import DenseCopies
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.digits import make_digits
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
@@ -72,6 +71,11 @@ def materialise(x: Input) -> Tensor:
     return x
 
 
+def fits_pairs(x: Input) -> bool:
+    """Whether 16-bit integers say all of x (store_row.PAIRS)."""
+    return dtype_of(x) in (torch.float16, torch.bfloat16)
+
+
 class CudaLinear:
     """x @ Wᵀ accumulated in float32 (W8A8: int32) and rounded once."""
 
@@ -109,12 +113,12 @@ class CudaLinear:
         stored, scale = vars(weight).values()
         dense = self.copies.get(weight, dtype_of(x), num_rows(x))
         if dense is None and self.own_kernels:
-            if self._pairs(x, weight):
+            if isinstance(weight, Int8Weight) and num_rows(x) <= PAIR_ROWS and fits_pairs(x):
                 pairs, x_scale = self._as_operand(x, torch.int16)
                 return gemm(pairs, stored, scale, out_dtype, x_scale, pairs=True)
             if num_rows(x) <= GEMM_ROWS:
                 if isinstance(weight, Int4Weight):
-                    return gemm_int4(self._as_operand(x, torch.uint8)[0], stored, scale, out_dtype)
+                    return gemm_int4(self._as_operand(x, None, even_odd=True)[0], stored, scale, out_dtype)
                 return gemm(materialise(x), stored, scale, out_dtype)
         x = materialise(x)
         return product(x, dequantise_to(stored, scale, x.dtype) if dense is None else dense, out_dtype)
@@ -126,10 +130,12 @@ class CudaLinear:
         match weight:
             case DenseWeight() | Fp8Weight():
                 return True
-            case Int8Weight(q) | SmoothQuantWeight(q):
+            case SmoothQuantWeight(q):
                 return q.shape[1] % 16 == 0
+            case Int8Weight(q):
+                return fits_pairs(x) and q.shape[1] % 16 == 0
             case Int4Weight(packed, scale):
-                return packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0
+                return fits_pairs(x) and packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0
         return False
 
     def _gemv(self, x: Input, weight: Weight, out_dtype: torch.dtype, gated: bool) -> Tensor:
@@ -137,9 +143,8 @@ class CudaLinear:
             case DenseWeight(w):
                 return gemv(materialise(x), w, out_dtype, gated)
             case Int8Weight(q, scale) | Int4Weight(q, scale):
-                x = x if isinstance(x, NormInput) else materialise(x)
-                digits = make_digits(x, q.dtype == torch.uint8)
-                return gemv_int(digits.words, digits.scale, q, scale, out_dtype, gated)
+                pairs, x_scale = self._as_operand(x, torch.int16, even_odd=q.dtype == torch.uint8)
+                return gemv_int(pairs, x_scale, q, scale, out_dtype, gated)
             case SmoothQuantWeight(q, scale):
                 x8, x_scale = self._input(x, weight)
                 return gemv_int(x8, x_scale, q, scale, out_dtype, gated)
@@ -147,15 +152,6 @@ class CudaLinear:
                 x8, x_scale = self._input(x, weight)
                 return gemv(x8, q, out_dtype, gated, scale, x_scale)
         raise UnsupportedError(f"the CUDA executor has no GEMV for {type(weight).__name__}")
-
-    def _pairs(self, x: Input, weight: Weight) -> bool:
-        """Whether x is multiplied as 16-bit integers, which say more than the 11 significant bits of its dtype."""
-        return (
-            self.own_kernels
-            and isinstance(weight, Int8Weight)
-            and num_rows(x) <= PAIR_ROWS
-            and dtype_of(x) in (torch.float16, torch.bfloat16)
-        )
 
     def _input(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
         """x as the 8-bit numbers that the weight asks for, and their scale, for each row or for all."""
@@ -165,13 +161,18 @@ class CudaLinear:
         return self._as_operand(x, weight.weight.dtype, scale, smoother)
 
     def _as_operand(
-        self, x: Input, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
+        self,
+        x: Input,
+        dtype: torch.dtype | None,
+        scale: Tensor | None = None,
+        smoother: Tensor | None = None,
+        even_odd: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """x in the form of row_output, by the kernel that also makes x."""
+        """x in the form of row_output and store_row, by the kernel that also makes x."""
         match x:
             case NormInput() if smoother is None:
-                q, _, scale = add_rms_norm(x.x, x.residual, x.weight, x.eps, dtype, scale, x.total)
+                q, _, scale = add_rms_norm(x.x, x.residual, x.weight, x.eps, dtype, scale, x.total, even_odd)
                 return q, scale
             case GatedInput():
-                return silu_mul(x.gate_up, dtype, scale, smoother)
-        return quantise_rows(materialise(x), dtype, scale, smoother)
+                return silu_mul(x.gate_up, dtype, scale, smoother, even_odd)
+        return quantise_rows(materialise(x), dtype, scale, smoother, even_odd)

@@ -114,7 +114,7 @@ GEMM_INT4 = KernelSpec(_gemm_int4, ("x", "weight", "scale"), ("num_rows", "in_fe
 def gemm_int4(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
     """y = x @ W(weight)ᵀ for records.Int4Weight.
 
-    x: [num_rows, in_features] of a float type, each row's even channels before its odd ones (store_row.EVEN_ODD);
+    x: [num_rows, in_features] of a float type, each row's even channels before its odd ones (see store_row);
     weight: [out_features, in_features / 2] uint8; scale: [out_features] or [out_features, groups]
     -> [num_rows, out_features]
     """

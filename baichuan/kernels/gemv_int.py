@@ -1,5 +1,6 @@
 """One token times a matrix of 8-bit or 4-bit integers, the token being integers too: exact sums, four products an
-instruction.  See digits.py for weight-only quantisation; SmoothQuant's activations are single bytes by themselves.
+instruction, a fraction of the work of turning the weights into floats.  SmoothQuant's activations are single bytes,
+weight-only quantisation's are pairs of them (store_row.PAIRS): one or two digits to base 256.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _as_float(sums, DIGITS: tl.constexpr):
     """The number whose digits were summed."""
     number = sums[0].to(tl.float32)
     for digit in tl.static_range(1, DIGITS):
-        number += 256.0**digit * sums[digit].to(tl.float32)
+        number = 256.0 * number + sums[digit].to(tl.float32)
     return number
 
 
@@ -180,7 +181,7 @@ def gemv_int(
 ) -> Tensor:
     """y = (x @ W(weight)ᵀ) * x_scale for one row x; gated: silu(first half of y) * second half.
 
-    x: [1, in_features] int8, or Digits.words; x_scale: [1] float32;
+    x: [digits, in_features] int8, for uint8 weights even channels before odd ones; x_scale: [1] float32;
     weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8, a
     multiple of 32; scale: [out_features], or [out_features, groups] for uint8 -> [1, out_features], half of it if gated
     """
@@ -189,7 +190,7 @@ def gemv_int(
     words = weight.shape[1] // 4
     groups = scale.shape[1] if int4 else 1
     in_features = weight.shape[1] * (2 if int4 else 1)
-    kind = "int4" if int4 else "w8a8" if x.dtype == torch.int8 else "int8"
+    kind = "int4" if int4 else "w8a8" if x.shape[0] == 1 else "int8"
     block = block or choose_block(in_features, out_features, kind, gated)
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
@@ -198,7 +199,7 @@ def gemv_int(
         (words // 4, out_features),
         (y,),
         {
-            "DIGITS": 1 if x.dtype == torch.int8 else x.shape[0] // (2 if int4 else 1),
+            "DIGITS": x.shape[0],
             "INT4": int4,
             "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
             "GATED": gated,

@@ -45,7 +45,8 @@ def _quantise_rows(
     x, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
@@ -53,19 +54,24 @@ def _quantise_rows(
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
-    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, SMOOTH, ROW_SCALES)
+    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, EVEN_ODD, SMOOTH,
+              ROW_SCALES)  # fmt: skip
 
 
 QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))
 
 
 def quantise_rows(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, smoother: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype | None,
+    scale: Tensor | None = None,
+    smoother: Tensor | None = None,
+    even_odd: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """quantise(x / smoother, scale) of quant/scaled.py and the scale, or what else row_output says.
 
     x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens]: see
-    row_output.
+    row_output; even_odd: see store_row.
     """
     num_tokens, width = x.shape
     row_scales = scale is not None and scale.numel() > 1
@@ -77,7 +83,13 @@ def quantise_rows(
         (x, unread if smoother is None else smoother, unread),
         (width,),
         (out, unread),
-        {"QUANTISE": mode, "SMOOTH": smoother is not None, "ROW_SCALES": row_scales, "BLOCK": block},
+        {
+            "QUANTISE": mode,
+            "EVEN_ODD": even_odd,
+            "SMOOTH": smoother is not None,
+            "ROW_SCALES": row_scales,
+            "BLOCK": block,
+        },
         num_warps=min(max(block // 512, 1), 16),
     )
     return out, scale

@@ -23,7 +23,7 @@ def _silu_mul(
     gate_up, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
@@ -34,7 +34,7 @@ def _silu_mul(
     gate = tl.load(source, mask, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask, other=0.0).to(tl.float32)
     value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, SMOOTH, False)
+    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, EVEN_ODD, SMOOTH, False)
 
 
 SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))
@@ -45,10 +45,12 @@ def silu_mul(
     quantised: torch.dtype | None = None,
     input_scale: Tensor | None = None,
     smoother: Tensor | None = None,
+    even_odd: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(silu(gate) * up, scale).  gate_up: [num_tokens, 2 * width] -> [num_tokens, width]
 
-    quantised, input_scale [1]: see row_output; 8-bit numbers are of the result divided by smoother [width], if any.
+    quantised, input_scale [1]: see row_output; 8-bit numbers are of the result divided by smoother [width], if any;
+    even_odd: see store_row.
     """
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out, scale, mode = row_output(gate_up, num_tokens, width, quantised, input_scale)
@@ -60,7 +62,7 @@ def silu_mul(
         (gate_up, gate_up if smoother is None else smoother, gate_up if scale is None else scale),
         (width,),
         (out, gate_up if scale is None else scale),
-        {"QUANTISE": mode, "SMOOTH": smoother is not None, "BLOCK": block},
+        {"QUANTISE": mode, "EVEN_ODD": even_odd, "SMOOTH": smoother is not None, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out, scale

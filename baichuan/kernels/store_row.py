@@ -14,7 +14,6 @@ GIVEN = tl.constexpr(1)  # the scale is read, one for all rows or one a row
 PER_TOKEN = tl.constexpr(2)  # int8 with scale = max|row| / 127
 PAIRS = tl.constexpr(3)  # 16 bits as two signed bytes, 256 high + low, with scale = max|row| / PAIR_LIMIT
 PAIR_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127
-EVEN_ODD = tl.constexpr(4)  # as they are, even columns before odd ones: the order of 4-bit weights' products
 
 
 def row_output(
@@ -23,14 +22,14 @@ def row_output(
     """(out, scale, mode) for store_row, on x's device.
 
     quantised: None = x's dtype; int8 or float8_e4m3fn with scale [1] or [num_tokens]; int8 or int16 without, which
-    leaves a scale for each token to the kernel.  An int16 row is two rows of int8, the high bytes before the low.
-    uint8, for weights of two to a byte: x's dtype in the order of EVEN_ODD.
+    leaves a scale for each token to the kernel.  An int16 row is two rows of int8, the high bytes before the low:
+    integers whose products with integer weights are exact, and that say more than the 11 significant bits of float16.
     """
-    pairs, even_odd = quantised == torch.int16, quantised == torch.uint8
-    dtype = torch.int8 if pairs else x.dtype if even_odd else quantised or x.dtype
+    pairs = quantised == torch.int16
+    dtype = torch.int8 if pairs else quantised or x.dtype
     out = torch.empty(num_tokens * (2 if pairs else 1), width, dtype=dtype, device=x.device)
-    if quantised is None or even_odd:
-        return out, None, EVEN_ODD if even_odd else NONE
+    if quantised is None:
+        return out, None, NONE
     if scale is not None:
         return out, scale, GIVEN
     scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
@@ -65,13 +64,14 @@ def _round_to_e4m3(x):
 
 @triton.jit
 def store_row(x, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE: tl.constexpr,
-              SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr):  # fmt: skip
-    """Write one row, x float32, in the way that QUANTISE says."""
-    out_row = out + row.to(tl.int64) * width * (2 if QUANTISE == PAIRS else 1) + columns
+              EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr):  # fmt: skip
+    """Write one row, x float32, in the way that QUANTISE says; EVEN_ODD: even columns before odd ones, as the products
+    with 4-bit weights, of which a byte holds two, take them.
+    """
+    place = columns % 2 * (width // 2) + columns // 2 if EVEN_ODD else columns
+    out_row = out + row.to(tl.int64) * width * (2 if QUANTISE == PAIRS else 1) + place
     if QUANTISE == NONE:
         tl.store(out_row, x.to(out.dtype.element_ty), mask)
-    elif QUANTISE == EVEN_ODD:
-        tl.store(out_row - columns + columns % 2 * (width // 2) + columns // 2, x.to(out.dtype.element_ty), mask)
     elif QUANTISE == PAIRS:
         largest = tl.max(tl.where(mask, tl.abs(x), 0.0), 0)
         largest = tl.where(largest > 0, largest, 1.0)
