@@ -185,7 +185,7 @@ def wrong(run: Product, entry: Entry, expected: Tensor, tolerance: float) -> str
 
 def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
     """The product of x, already in the form that the kernel takes, as a function of how it is cut up."""
-    one_row, library = x.shape[0] == 1, None
+    one_row, library = x.shape[0] == 1 and not isinstance(weight, Fp8Weight), None
     gated, out = one_row and matrix == "gate_up", torch.float32 if matrix == "head" else x.dtype
     match weight:
         case DenseWeight(w):
@@ -206,12 +206,10 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
 
         case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
             x8, x_scale = quantise_rows(x, q.dtype, weight.input_scale, getattr(weight, "smoother", None))
-            if not one_row:
-                own = partial(gemm, x8, q, scale, out, x_scale)
-            elif q.dtype == torch.int8:
+            if one_row:
                 own = partial(gemv_int, x8, x_scale, q, scale, out, gated)
             else:
-                own = partial(gemv, x8, q, out, gated, scale, x_scale)
+                own = partial(gemm, x8, q, scale, out, x_scale)
 
     def run(entry: Entry) -> Tensor:
         if entry == LIBRARY:

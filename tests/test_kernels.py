@@ -270,16 +270,6 @@ def test_gemm_of_pairs(tile):
     assert relative_error(y, pairs_value(pairs, x_scale).flip(0) @ matrix) > 1, "the control: another row's pairs"
 
 
-@pytest.mark.parametrize("gate", [True, False])
-def test_gemv_fp8(gate):
-    x = normal(1, 176, dtype=torch.float32).to(torch.float8_e4m3fn)
-    weight = normal(34 if gate else 17, 176, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
-    scale, x_scale = torch.rand(len(weight)).to(DEVICE), torch.full((1,), 0.02, device=DEVICE)
-    y = gemv(x, weight, torch.float32, gate, scale, x_scale, GemvBlock(2, 128, 1))
-    expected = x.double() @ weight.double().T * scale.double() * x_scale.double()
-    assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
-
-
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter cannot multiply e4m3 matrices")
 def test_gemm_fp8():
     x = normal(19, 96, dtype=torch.float32).to(torch.float8_e4m3fn)

@@ -22,10 +22,10 @@ def gated(gate, up, dtype: tl.constexpr):
 
 @triton.jit
 def _gemv(
-    x, x_scale, weight, scale,
+    x, weight,
     in_features, out_features,
     y,
-    SCALED: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,18 +52,12 @@ def _gemv(
     dtype: tl.constexpr = y.dtype.element_ty
     inside = n < out_features
     result = tl.sum(acc, 1)
-    if SCALED:
-        factor = tl.load(x_scale)
-        result *= factor * tl.load(scale + n, inside, other=0.0)
     if GATED:
-        up = tl.sum(acc_up, 1)
-        if SCALED:
-            up *= factor * tl.load(scale + out_features + n, inside, other=0.0)
-        result = gated(result, up, dtype)
+        result = gated(result, tl.sum(acc_up, 1), dtype)
     tl.store(y + n, result.to(dtype), inside)
 
 
-GEMV = KernelSpec(_gemv, ("x", "x_scale", "weight", "scale"), ("in_features", "out_features"), ("y",))
+GEMV = KernelSpec(_gemv, ("x", "weight"), ("in_features", "out_features"), ("y",))
 
 
 # What measures fastest on an H200 for up to so many rows of the matrix.
@@ -84,25 +78,22 @@ def gemv(
     weight: Tensor,
     out_dtype: torch.dtype,
     gated: bool = False,
-    scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
     block: GemvBlock | None = None,
 ) -> Tensor:
-    """y = (x @ weightᵀ) * scale * x_scale for one row x; gated: silu(first half of y) * second half.
+    """y = x @ weightᵀ for one row x; gated: silu(first half of y) * second half.
 
-    x: [1, in_features]; weight: [out_features, in_features], both of float types, e4m3 too; scale: [out_features] and
-    x_scale: [1], or neither -> [1, out_features], or half of it if gated.
+    x: [1, in_features]; weight: [out_features, in_features], both of a float type -> [1, out_features], or half of it
+    if gated
     """
     out_features = weight.shape[0] // (2 if gated else 1)
     block = block or choose_block(out_features, gated)
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
-    scaled = scale is not None
     GEMV.launch(
         (cdiv(out_features, block.block_n),),
-        (x, x_scale if scaled else x, weight, scale if scaled else x),
+        (x, weight),
         (weight.shape[1], out_features),
         (y,),
-        {"SCALED": scaled, "GATED": gated, "BLOCK_N": block.block_n, "BLOCK_K": block.block_k},
+        {"GATED": gated, "BLOCK_N": block.block_n, "BLOCK_K": block.block_k},
         num_warps=block.num_warps,
     )
     return y
