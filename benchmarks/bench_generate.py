@@ -22,12 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.cli import Parser, run_script
+from baichuan.cli import Parser, add_weight_copies, run_script
 from baichuan.comm import Communicator, Solo
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.executors.cuda import CudaExecutor
 from baichuan.executors.cuda_comm import Nccl, gpu_of_rank
+from baichuan.executors.cuda_ops import Switches
 from baichuan.executors.memory import kv_cache_bytes
 from baichuan.session import Session
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_num_tokens", type=int, default=16384, help="prompt tokens of one prefill step")
     parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported; one more warms up")
+    add_weight_copies(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, which chart.py draws")
     return run_script(parser, argv, bench)
 
@@ -126,7 +128,7 @@ def measure_model(
     model.check_tensor_parallel(comm.world_size)
     quant = replace(PRECISIONS[precision], kv_cache=args.kv_cache)
     weights = RandomWeights(model, quant, device).rank(comm.world_size, comm.rank)
-    executor = CudaExecutor(model, quant, weights, comm)
+    executor = CudaExecutor(model, quant, weights, comm, Switches(keep_copies=not args.no_weight_copies))
     for batch in args.batch_size:
         prefill_ms, step_ms, rate = measure(args, Session(executor, model, build_limits(args, comm, batch)), batch)
         middle = args.input_len + args.output_len // 2

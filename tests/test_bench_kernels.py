@@ -7,7 +7,7 @@ from benchmarks import bench_kernels, kernel_cases
 
 SMALL = ["--check_only", "--small"]
 FAMILIES = [
-    *(f"gemv {precision} down" for precision in ("float16", "bfloat16", "int8", "int4", "int4_g128", "fp8")),
+    *(f"gemv {precision} down" for precision in ("float16", "bfloat16", "int8", "int4", "int4_g128")),
     *(f"gemm {precision} down" for precision in ("int8", "int4", "int4_g128", "smooth_quant_per_token")),
     *("gemv smooth_quant_per_token down", "gemm fp8 down", "add_rms_norm", "silu_mul", "quantise_rows"),
     *("argmax", "prefill attention ALiBi", "prefill attention RoPE", "kv store", "decode attention"),
