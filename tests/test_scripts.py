@@ -20,7 +20,8 @@ import scripts
 
 import build
 import run
-from baichuan import builder, manifest
+import summarize
+from baichuan import builder, manifest, runtime
 from baichuan.engine import CONFIG_NAME
 from baichuan.executors.reference import ReferenceExecutor
 
@@ -111,6 +112,20 @@ def test_streaming_prints_the_same_text(engine, capsys):
         assert run.main(text_flags(engine, "--input_text", "The river 长江", *more)) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and outputs[0].startswith('Input: "') and 'Output: "' in outputs[0]
+
+
+def test_no_weight_copies_reaches_the_executor(engine, tmp_path, monkeypatch):
+    """On the CPU there is nothing to keep, so the request is looked at where it arrives."""
+    asked, open_executor = [], runtime.open_executor
+    monkeypatch.setattr(runtime, "open_executor", lambda *args: asked.append(args[-1]) or open_executor(*args))
+    article = tmp_path / "articles.jsonl"
+    article.write_text('{"article": "Rain.", "highlights": "Rain."}\n')
+    for more in ([], ["--no_weight_copies"]):
+        assert run.main(text_flags(engine, *more)) == 0
+        flags = ["--test_trt_llm", "--engine_dir", str(engine), "--tokenizer_dir", str(goldens.checkpoint(VERSION))]
+        flags += ["--dataset_path", str(article), "--output_len", "2", "--max_input_length", "8", *more]
+        assert summarize.main(["--model_version", VERSION, *flags]) == 0
+    assert asked == [True, True, False, False]
 
 
 def likelihood(row: list[int], logits: np.ndarray, prompt_len: int) -> float:
