@@ -39,10 +39,11 @@ def compile_instead(seen: set):
     def launch(self, grid, inputs, scalars, outputs, constants, num_warps=4, num_stages=3):
         types = tuple(tensor.dtype for tensor in (*inputs, *outputs))
         plain = {name: getattr(value, "value", value) for name, value in constants.items()}
-        variant = (self.kernel.__name__, types, tuple(plain.items()), num_warps, num_stages)
+        ones = tuple(name for name, value in zip(self.scalars, scalars, strict=True) if value == 1)
+        variant = (self.kernel.__name__, types, tuple(plain.items()), num_warps, num_stages, ones)
         if variant not in seen:
             seen.add(variant)
-            compiled = self.compile(types, plain, num_warps, num_stages)
+            compiled = self.compile(types, plain, num_warps, num_stages, ones=ones)
             print(self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
 
     return launch
@@ -50,13 +51,13 @@ def compile_instead(seen: set):
 
 def run(version: str, quant: QuantConfig, rows: int) -> None:
     """A prefill and a decode step of one layer."""
-    model = ModelConfig(version, 256, 1, 2, 512, 256, dtype="float16")
+    model = ModelConfig(version, 1024, 1, 8, 4096, 256, dtype="float16")
     weights = RandomWeights(model, quant, "cpu").rank()
     spec = attention_spec(model, 0, 1)
     ops = CudaOps(spec, Solo(), CAPACITY, torch.device("cpu"), Switches())
     dtype = KV_DTYPES[quant.kv_cache] or torch.float16
     layer = weights.layers[0]
-    cache = LayerCache(*torch.zeros(2, rows, 2, CAPACITY, 128, dtype=dtype), layer.k_scale, layer.v_scale)
+    cache = LayerCache(*torch.zeros(2, rows, 8, CAPACITY, 128, dtype=dtype), layer.k_scale, layer.v_scale)
     step = Step.of([[1, 2]] * rows, device="cpu")
     for each in (step, step.next(torch.zeros(rows, dtype=torch.int64))):
         forward(ops, model, weights, (cache,), spec, each)

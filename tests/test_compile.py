@@ -8,7 +8,7 @@ from pathlib import Path
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 SHARED_MEMORY = 227 << 10  # bytes that a program may have at compute capability 9.0
 ROWS = {"_gather_rows", "_quantise_rows", "_add_rms_norm", "_silu_mul"}
-PRODUCTS = {"_gemv", "_gemv_int", "_gemm", "_gemm_int4", "_dequantise"}
+PRODUCTS = {"_gemv", "_gemv_int", "_gemm", "_gemm_int4", "_add_parts", "_dequantise"}
 ATTENTION = {"_store_kv", "_prefill_attention", "_decode_attention", "_combine_splits"}
 
 

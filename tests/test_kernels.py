@@ -246,13 +246,13 @@ def test_gemm_of_int4_weights(dtype, group_size, tile):
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("row_scales", [True, False])
-def test_gemm_w8a8(row_scales, tile):
+@pytest.mark.parametrize("rows, row_scales", [(19, True), (19, False), (1, False)])
+def test_gemm_w8a8(rows, row_scales, tile):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-127, 128, (19, 96), generator=generator).to(DEVICE, torch.int8)
+    x = torch.randint(-127, 128, (rows, 96), generator=generator).to(DEVICE, torch.int8)
     weight = torch.randint(-127, 128, (40, 96), generator=generator).to(DEVICE, torch.int8)
     scale = torch.rand(40, generator=generator).to(DEVICE)
-    x_scale = torch.rand(19 if row_scales else 1, generator=generator).to(DEVICE)
+    x_scale = torch.rand(rows if row_scales else 1, generator=generator).to(DEVICE)
     expected = x.double() @ weight.double().T * scale.double() * x_scale.double()[:, None]
     assert relative_error(gemm(x, weight, scale, torch.float32, x_scale, tile=tile), expected) < FLOAT32
 
@@ -271,12 +271,14 @@ def test_gemm_of_pairs(tile):
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter cannot multiply e4m3 matrices")
-def test_gemm_fp8():
-    x = normal(19, 96, dtype=torch.float32).to(torch.float8_e4m3fn)
+@pytest.mark.parametrize("tile", TILES[:2])
+@pytest.mark.parametrize("rows", [1, 19])
+def test_gemm_fp8(rows, tile):
+    x = normal(rows, 96, dtype=torch.float32).to(torch.float8_e4m3fn)
     weight = normal(40, 96, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
     scale, x_scale = torch.rand(40, device=DEVICE), torch.rand(1, device=DEVICE)
     expected = x.double() @ weight.double().T * scale.double() * x_scale.double()
-    assert relative_error(gemm(x, weight, scale, torch.float16, x_scale, tile=TILE), expected) < ROUNDED
+    assert relative_error(gemm(x, weight, scale, torch.float16, x_scale, tile=tile), expected) < ROUNDED
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96

@@ -57,7 +57,7 @@ def _add_parts(
     place = m.to(tl.int64)[:, None] * out_features + n[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), parts.dtype.element_ty)
     for split in tl.static_range(SPLITS):
-        total += tl.load(parts + place + split * num_rows.to(tl.int64) * out_features, inside, other=0)
+        total += tl.load(parts + place + tl.cast(split, tl.int64) * num_rows * out_features, inside, other=0)
     result = scaled(total, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, COLUMN_SCALES)
     tl.store(y + place, result.to(y.dtype.element_ty), inside)
 

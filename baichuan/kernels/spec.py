@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -84,19 +84,21 @@ class KernelSpec:
         num_warps: int = 4,
         num_stages: int = 3,
         capability: int = 90,
+        ones: Collection[str] = (),
     ):
         """The kernel compiled ahead of time, no GPU needed: .asm["ptx"], .asm["cubin"], .metadata.
 
         pointer_types: of the inputs, then of the outputs.  Pointers and scalars are taken as multiples of 16.
+        ones: scalars that are 1, which Triton makes constants, by itself where it launches
         """
         inputs, outputs = pointer_types[: len(self.inputs)], pointer_types[len(self.inputs) :]
         types = [f"*{TRITON_TYPES[t]}" for t in inputs]
-        types += ["i32"] * len(self.scalars)
+        types += ["constexpr" if name in ones else "i32" for name in self.scalars]
         types += [f"*{TRITON_TYPES[t]}" for t in outputs]
         signature = dict(zip(self.kernel.arg_names, types + ["constexpr"] * len(self.constants), strict=True))
-        aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(types))}
-        given = {"OVERLAP": capability >= 90} | _plain(constants)
-        values = {name: given[name] for name in self.constants}
+        aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types) if kind != "constexpr"}
+        given = {"OVERLAP": capability >= 90} | _plain(constants) | dict.fromkeys(ones, 1)
+        values = {name: given[name] for name in (*ones, *self.constants)}
         source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
