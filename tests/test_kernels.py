@@ -86,6 +86,26 @@ def test_quantise_rows(smooth, scale):
     assert torch.equal(q, quantise(smoothed, expected.view(-1, 1), torch.int8))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_quotients_round_as_those_of_divisions(smooth, dtype):
+    """Multiples of half a scale or smoother, many of which lie between two numbers, and what is next to those."""
+    rows, width = (4, 384) if DEVICE.type == "cpu" else (2048, 4096)
+    halves = (torch.arange(rows * width).view(rows, width) % 999 - 499) / 2.0
+    divisors = torch.rand(width if smooth else rows, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = halves * (divisors if smooth else divisors[:, None])
+    towards = (torch.arange(width) % 3 - 1) * torch.inf
+    x = torch.where(towards.isnan(), x, torch.nextafter(x, towards.expand_as(x))).to(DEVICE)
+    scale, smoother = (torch.ones(rows), divisors) if smooth else (divisors, None)
+    scale, smoother = scale.to(DEVICE), None if smoother is None else smoother.to(DEVICE)
+    quotients = x / smoother if smooth else x / scale[:, None]
+    q = quantise_rows(x, dtype, scale, smoother)[0].float()
+    one = torch.ones(1, device=DEVICE)
+    assert torch.equal(q, quantise(quotients, one, dtype).float())
+    by_reciprocal = x * (1 / smoother if smooth else 1 / scale[:, None])
+    assert not torch.equal(q, quantise(by_reciprocal, one, dtype).float()), "the control"
+
+
 def pairs_value(pairs, scale):
     """[2 * num_tokens, width] int8 -> [num_tokens, width] float64"""
     high, low = pairs.double().unflatten(0, (-1, 2)).unbind(1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import start_dependents, wait_for_inputs
+from baichuan.kernels.primitives import prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import silu
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
@@ -37,6 +37,7 @@ def _gemv(
         up_rows = rows + out_features.to(tl.int64) * in_features
         w_up = tl.load(up_rows + columns[None, :], (columns < in_features)[None, :], other=0.0)
         acc_up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    prefetch_beginning(weight, out_features.to(tl.int64) * in_features, GATED, OVERLAP)
     wait_for_inputs(OVERLAP)
     for start in range(0, in_features, BLOCK_K):
         k = start + columns

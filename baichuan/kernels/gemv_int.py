@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.gemv import gated
-from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
+from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
 CHUNK = 32  # 4-bit weights in 16 bytes, which one group holds
@@ -113,6 +113,8 @@ def _gemv_int(
         else:
             up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
         up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+    if DIGITS == 2 and not INT4:  # the others measure slower with it
+        prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     wait_for_inputs(OVERLAP)
     for start in range(0, words, BLOCK_K):
         k = start + columns

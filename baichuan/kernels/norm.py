@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
-from baichuan.kernels.store_row import row_output, store_row
+from baichuan.kernels.store_row import NONE, row_output, store_row
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,13 @@ def _add_rms_norm(
     mask = columns < width
     offsets = row.to(tl.int64) * width + columns
     w = tl.load(weight + columns, mask, other=0.0)
+    # a product of floats asks for few weights at first, one of integers for enough to delay this kernel's own inputs
+    EARLY: tl.constexpr = QUANTISE == NONE
+    if EARLY:
+        start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
-    start_dependents(OVERLAP)
+    if not EARLY:
+        start_dependents(OVERLAP)
     r = tl.load(x + offsets, mask, other=0.0)
     if HAS_RESIDUAL:
         r = (r.to(tl.float32) + tl.load(residual + offsets, mask, other=0.0).to(tl.float32)).to(r.dtype)
@@ -48,7 +53,7 @@ def _add_rms_norm(
     inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(r * r, 0) / width + EPS)
     normed = (r * inverse_rms).to(w.dtype).to(tl.float32) * w.to(tl.float32)
     normed = normed.to(w.dtype).to(tl.float32)
-    store_row(normed, row, columns, mask, scale, scale, out, out_scale, width, QUANTISE, EVEN_ODD, False, False)
+    store_row(normed, row, 0, scale, out, out_scale, width, QUANTISE, EVEN_ODD, False)
 
 
 ADD_RMS_NORM = KernelSpec(

@@ -46,6 +46,43 @@ def prefetch(lines):
 
 
 @triton.jit
+def _prefetch_run(address, BYTES: tl.constexpr):
+    """The same for BYTES from this address on, a multiple of 16 as BYTES is, in one instruction of one thread."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address, tl.full((), BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_beginning(matrix, size, HALVES: tl.constexpr, OVERLAP: tl.constexpr):
+    """Have the second-level cache ask for the first numbers of a matrix of so many, HALVES: of a second one after it.
+
+    The programs that run while the kernel before still does are the first ones, and so are the rows they will read.
+    More than 2 MiB in all would delay that kernel by more than it saves.
+    """
+    if OVERLAP:
+        BYTES: tl.constexpr = 2048 if HALVES else 4096
+        NUMBERS: tl.constexpr = BYTES * 8 // matrix.dtype.element_ty.primitive_bitwidth
+        begin = tl.program_id(0) * NUMBERS
+        if begin + NUMBERS <= tl.minimum(size, 528 * NUMBERS):
+            _prefetch_run((matrix + begin).to(tl.int64) & -16, BYTES)
+            if HALVES:
+                _prefetch_run((matrix + size + begin).to(tl.int64) & -16, BYTES)
+
+
+@triton.jit
 def int8_to_float32(x):
     """x as float32, exactly.  The byte becomes the mantissa of 2^23 + 128 + x, from which 2^23 + 128 is taken."""
     if INTERPRETED:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import row_output, store_row
+from baichuan.kernels.store_row import divide, load_smoother, row_output, store_row
 
 
 @triton.jit
@@ -48,14 +48,17 @@ def _quantise_rows(
     QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(OVERLAP)
-    start_dependents(OVERLAP)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
+    if SMOOTH:
+        divisor, reciprocal = load_smoother(smoother, columns, mask)
+    wait_for_inputs(OVERLAP)
+    start_dependents(OVERLAP)
     value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
-    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, EVEN_ODD, SMOOTH,
-              ROW_SCALES)  # fmt: skip
+    if SMOOTH:
+        value = divide(value, divisor, reciprocal)
+    store_row(value, row, 0, scale, out, out_scale, width, QUANTISE, EVEN_ODD, ROW_SCALES)
 
 
 QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))

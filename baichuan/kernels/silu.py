@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import row_output, store_row
+from baichuan.kernels.store_row import divide, load_smoother, row_output, store_row
 
 
 @triton.jit
@@ -25,16 +25,20 @@ def _silu_mul(
     out, out_scale,
     QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    mask = columns < width
+    if SMOOTH:
+        divisor, reciprocal = load_smoother(smoother, columns, mask)
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
     source = gate_up + row.to(tl.int64) * 2 * width + columns
     gate = tl.load(source, mask, other=0.0).to(tl.float32)
     up = tl.load(source + width, mask, other=0.0).to(tl.float32)
     value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    store_row(value, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE, EVEN_ODD, SMOOTH, False)
+    if SMOOTH:
+        value = divide(value, divisor, reciprocal)
+    store_row(value, row, first, scale, out, out_scale, width, QUANTISE, EVEN_ODD, False)
 
 
 SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))

@@ -43,10 +43,29 @@ def round_even(x):
 
 
 @triton.jit
+def divide(x, y, reciprocal):
+    """x / y rounded to even, where 1 / y is, too: a quotient corrected twice by the remainder (Markstein, 1990), a
+    third of the instructions of a division.  All three are to be well within float32's range.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, y)
+    q = x * reciprocal
+    q = tl.fma(tl.fma(-q, y, x), reciprocal, q)
+    return tl.fma(tl.fma(-q, y, x), reciprocal, q)
+
+
+@triton.jit
+def load_smoother(smoother, columns, mask):
+    """(smoother, 1 / smoother) at these columns, float32; 1 beyond the mask."""
+    divisor = tl.load(smoother + columns, mask, other=1.0)
+    return divisor, tl.div_rn(1.0, divisor)
+
+
+@triton.jit
 def quantise(x, scale, dtype: tl.constexpr):
     """clamp(x / scale) as int8, rounded to even, or e4m3; the same bits as quant/scaled.py."""
-    limit: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    q = tl.clamp(tl.div_rn(x, scale), -limit, limit)
+    limit = scale * (127.0 if dtype == tl.int8 else 448.0)
+    q = divide(tl.clamp(x, -limit, limit), scale, tl.div_rn(1.0, scale))
     if dtype == tl.int8:
         return round_even(q).to(tl.int8)
     if INTERPRETED:
@@ -63,31 +82,42 @@ def _round_to_e4m3(x):
 
 
 @triton.jit
-def store_row(x, row, columns, mask, smoother, scale, out, out_scale, width, QUANTISE: tl.constexpr,
-              EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr):  # fmt: skip
-    """Write one row, x float32, in the way that QUANTISE says; EVEN_ODD: even columns before odd ones, as the products
-    with 4-bit weights, of which a byte holds two, take them.
+def _store(target, x, first, width, EVEN_ODD: tl.constexpr):
+    """x to columns first.. of the row at target, or, EVEN_ODD, even columns to its first half and odd ones after."""
+    BLOCK: tl.constexpr = x.shape[0]
+    if EVEN_ODD:
+        even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+        columns, half = first // 2 + tl.arange(0, BLOCK // 2), width // 2
+        tl.store(target + columns, even, columns < half)
+        tl.store(target + half + columns, odd, columns < half)
+    else:
+        columns = first + tl.arange(0, BLOCK)
+        tl.store(target + columns, x, columns < width)
+
+
+@triton.jit
+def store_row(x, row, first, scale, out, out_scale, width, QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr,
+              ROW_SCALES: tl.constexpr):  # fmt: skip
+    """Write x, float32, to columns first.. of a row in the way that QUANTISE says; x is 0 beyond the row's width.
+
+    EVEN_ODD: even columns before odd ones, as the products with 4-bit weights, of which a byte holds two, take them
     """
-    place = columns % 2 * (width // 2) + columns // 2 if EVEN_ODD else columns
-    out_row = out + row.to(tl.int64) * width * (2 if QUANTISE == PAIRS else 1) + place
+    target = out + row.to(tl.int64) * width * (2 if QUANTISE == PAIRS else 1)
     if QUANTISE == NONE:
-        tl.store(out_row, x.to(out.dtype.element_ty), mask)
+        _store(target, x.to(out.dtype.element_ty), first, width, EVEN_ODD)
     elif QUANTISE == PAIRS:
-        largest = tl.max(tl.where(mask, tl.abs(x), 0.0), 0)
+        largest = tl.max(tl.abs(x), 0)
         largest = tl.where(largest > 0, largest, 1.0)
         tl.store(out_scale + row, largest / PAIR_LIMIT)
         number = round_even(x * (PAIR_LIMIT / largest)).to(tl.int32)
         low = (number << 24) >> 24
-        tl.store(out_row, ((number - low) >> 8).to(tl.int8), mask)
-        tl.store(out_row + width, low.to(tl.int8), mask)
+        _store(target, ((number - low) >> 8).to(tl.int8), first, width, EVEN_ODD)
+        _store(target + width, low.to(tl.int8), first, width, EVEN_ODD)
     else:
-        x = tl.where(mask, x, 1.0)  # division is several times slower where it meets a 0
-        if SMOOTH:
-            x = tl.div_rn(x, tl.load(smoother + columns, mask, other=1.0))
         if QUANTISE == PER_TOKEN:
-            largest = tl.max(tl.where(mask, tl.abs(x), 0.0), 0)
+            largest = tl.max(tl.abs(x), 0)
             s = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
             tl.store(out_scale + row, s)
         else:
             s = tl.load(scale + (row if ROW_SCALES else 0))
-        tl.store(out_row, quantise(x, s, out.dtype.element_ty), mask)
+        _store(target, quantise(x, s, out.dtype.element_ty), first, width, EVEN_ODD)
