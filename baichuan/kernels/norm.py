@@ -30,7 +30,7 @@ def _add_rms_norm(
     x, residual, weight, scale,
     width,
     total, out, out_scale,
-    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -53,7 +53,7 @@ def _add_rms_norm(
     inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(r * r, 0) / width + EPS)
     normed = (r * inverse_rms).to(w.dtype).to(tl.float32) * w.to(tl.float32)
     normed = normed.to(w.dtype).to(tl.float32)
-    store_row(normed, row, 0, scale, out, out_scale, width, QUANTISE, EVEN_ODD, False)
+    store_row(normed, row, columns, mask, scale, out, out_scale, width, QUANTISE, False)
 
 
 ADD_RMS_NORM = KernelSpec(
@@ -73,20 +73,20 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(norm of x + residual, x + residual, scale) as ops.Ops.add_rms_norm says.
 
-    x, residual: [num_tokens, hidden_size]; quantised, input_scale [1]: see row_output; even_odd: see store_row.
+    x, residual: [num_tokens, hidden_size]; quantised, input_scale [1], even_odd: see row_output.
     x + residual is written to `total` if given.
     """
     num_tokens, width = x.shape
     if total is None:
         total = x if residual is None else torch.empty_like(x)
-    out, scale, mode = row_output(x, num_tokens, width, quantised, input_scale)
+    out, scale, mode = row_output(x, num_tokens, width, quantised, input_scale, even_odd)
     block = next_power_of_2(width)
     ADD_RMS_NORM.launch(
         (num_tokens,),
         (x, x if residual is None else residual, weight, x if scale is None else scale),
         (width,),
         (total, out, x if scale is None else scale),
-        {"EPS": eps, "HAS_RESIDUAL": residual is not None, "QUANTISE": mode, "EVEN_ODD": even_odd, "BLOCK": block},
+        {"EPS": eps, "HAS_RESIDUAL": residual is not None, "QUANTISE": mode, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out, total, scale

@@ -45,8 +45,7 @@ def _quantise_rows(
     x, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -58,7 +57,7 @@ def _quantise_rows(
     value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
     if SMOOTH:
         value = divide(value, divisor, reciprocal)
-    store_row(value, row, 0, scale, out, out_scale, width, QUANTISE, EVEN_ODD, ROW_SCALES)
+    store_row(value, row, columns, mask, scale, out, out_scale, width, QUANTISE, ROW_SCALES)
 
 
 QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))
@@ -73,12 +72,12 @@ def quantise_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """quantise(x / smoother, scale) of quant/scaled.py and the scale, or what else row_output says.
 
-    x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens]: see
-    row_output; even_odd: see store_row.
+    x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens],
+    even_odd: see row_output.
     """
     num_tokens, width = x.shape
     row_scales = scale is not None and scale.numel() > 1
-    out, scale, mode = row_output(x, num_tokens, width, dtype, scale)
+    out, scale, mode = row_output(x, num_tokens, width, dtype, scale, even_odd)
     block = next_power_of_2(width)
     unread = x if scale is None else scale
     QUANTISE_ROWS.launch(
@@ -88,7 +87,6 @@ def quantise_rows(
         (out, unread),
         {
             "QUANTISE": mode,
-            "EVEN_ODD": even_odd,
             "SMOOTH": smoother is not None,
             "ROW_SCALES": row_scales,
             "BLOCK": block,

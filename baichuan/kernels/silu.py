@@ -23,10 +23,10 @@ def _silu_mul(
     gate_up, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, EVEN_ODD: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
-    columns = first + tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     if SMOOTH:
         divisor, reciprocal = load_smoother(smoother, columns, mask)
@@ -38,7 +38,7 @@ def _silu_mul(
     value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
     if SMOOTH:
         value = divide(value, divisor, reciprocal)
-    store_row(value, row, first, scale, out, out_scale, width, QUANTISE, EVEN_ODD, False)
+    store_row(value, row, columns, mask, scale, out, out_scale, width, QUANTISE, False)
 
 
 SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))
@@ -53,11 +53,11 @@ def silu_mul(
 ) -> tuple[Tensor, Tensor | None]:
     """(silu(gate) * up, scale).  gate_up: [num_tokens, 2 * width] -> [num_tokens, width]
 
-    quantised, input_scale [1]: see row_output; 8-bit numbers are of the result divided by smoother [width], if any;
-    even_odd: see store_row.
+    quantised, input_scale [1], even_odd: see row_output; 8-bit numbers are of the result divided by smoother [width],
+    if any.
     """
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out, scale, mode = row_output(gate_up, num_tokens, width, quantised, input_scale)
+    out, scale, mode = row_output(gate_up, num_tokens, width, quantised, input_scale, even_odd)
     block = next_power_of_2(width)
     if scale is input_scale:  # else the maximum is over the whole row
         block = min(block, 2048)
@@ -66,7 +66,7 @@ def silu_mul(
         (gate_up, gate_up if smoother is None else smoother, gate_up if scale is None else scale),
         (width,),
         (out, gate_up if scale is None else scale),
-        {"QUANTISE": mode, "EVEN_ODD": even_odd, "SMOOTH": smoother is not None, "BLOCK": block},
+        {"QUANTISE": mode, "SMOOTH": smoother is not None, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out, scale
