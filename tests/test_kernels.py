@@ -120,7 +120,9 @@ def neighbours(x):
 def test_even_columns_before_odd_ones():
     x, residual, weight = normal(3, 96), normal(3, 96, seed=1), normal(96, seed=2)
     for make in (
+        lambda even_odd: quantise_rows(x, torch.int16, even_odd=even_odd),
         lambda even_odd: quantise_rows(x, None, even_odd=even_odd),
+        lambda even_odd: add_rms_norm(x, residual, weight, EPS, torch.int16, even_odd=even_odd),
         lambda even_odd: add_rms_norm(x, residual, weight, EPS, even_odd=even_odd),
         lambda even_odd: silu_mul(x, even_odd=even_odd),
     ):
@@ -213,9 +215,9 @@ def test_gemv_int4(gate, group_size):
     x = normal(1, 384)
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
-    pairs, x_scale = quantise_rows(x, torch.int16)
+    pairs, x_scale = quantise_rows(x, torch.int16, even_odd=True)
     y = gemv_int(pairs, x_scale, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
-    expected = pairs_value(pairs, x_scale) @ dequantise(Int4Weight(packed, scale)).double().T
+    expected = pairs_value(neighbours(pairs), x_scale) @ dequantise(Int4Weight(packed, scale)).double().T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
 
 

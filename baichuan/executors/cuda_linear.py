@@ -143,7 +143,7 @@ class CudaLinear:
             case DenseWeight(w):
                 return gemv(materialise(x), w, out_dtype, gated)
             case Int8Weight(q, scale) | Int4Weight(q, scale):
-                pairs, x_scale = self._as_operand(x, torch.int16)
+                pairs, x_scale = self._as_operand(x, torch.int16, even_odd=q.dtype == torch.uint8)
                 return gemv_int(pairs, x_scale, q, scale, out_dtype, gated)
             case SmoothQuantWeight(q, scale):
                 x8, x_scale = self._input(x, weight)

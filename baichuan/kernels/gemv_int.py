@@ -30,30 +30,6 @@ def _add_dot4(acc, a, b):
 
 
 @triton.jit
-def _even_and_odd_bytes(x):
-    """(bytes 0, 2, 4 and 6, bytes 1, 3, 5 and 7) of a number of 64 bits, as words."""
-    if INTERPRETED:
-        even, odd = x & 0xFF, (x >> 8) & 0xFF
-        for byte in tl.static_range(1, 4):
-            even |= ((x >> 16 * byte) & 0xFF) << 8 * byte
-            odd |= ((x >> 16 * byte + 8) & 0xFF) << 8 * byte
-        return even.to(tl.int32), odd.to(tl.int32)
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high;
-        mov.b64 {low, high}, $2;
-        prmt.b32 $0, low, high, 0x6420;
-        prmt.b32 $1, low, high, 0x7531;
-        }""",
-        "=r,=r,l",
-        [x],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def _zeros(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
     sums = ()
     for _ in tl.static_range(DIGITS):
@@ -144,9 +120,8 @@ def _gemv_int(
         k = start + columns
         later = (k + BLOCK_K < words)[None, :]
         xs = ()
-        for digit in tl.static_range(DIGITS):
-            digits = tl.load(x + digit * words + k, k < words, other=0)
-            xs = xs + (_even_and_odd_bytes(digits) if INT4 else (digits,))
+        for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
+            xs = xs + (tl.load(x + number * words + k, k < words, other=0),)
         now = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
         if GROUPED:
@@ -208,7 +183,7 @@ def gemv_int(
 ) -> Tensor:
     """y = (x @ W(weight)ᵀ) * x_scale for one row x; gated: silu(first half of y) * second half.
 
-    x: [digits, in_features] int8; x_scale: [1] float32;
+    x: [digits, in_features] int8, for uint8 weights even channels before odd ones; x_scale: [1] float32;
     weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8, a
     multiple of 32; scale: [out_features], or [out_features, groups] for uint8 -> [1, out_features], half of it if gated
     """
@@ -222,7 +197,7 @@ def gemv_int(
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
         (cdiv(out_features, block.block_n),),
-        (x.view(torch.int64 if int4 else torch.int32), x_scale, weight.view(torch.int32), scale),
+        (x.view(torch.int32), x_scale, weight.view(torch.int32), scale),
         (words // 4, out_features),
         (y,),
         {

@@ -30,7 +30,7 @@ def _add_rms_norm(
     x, residual, weight, scale,
     width,
     total, out, out_scale,
-    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, QUANTISE: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -38,8 +38,7 @@ def _add_rms_norm(
     mask = columns < width
     offsets = row.to(tl.int64) * width + columns
     w = tl.load(weight + columns, mask, other=0.0)
-    # a product of floats asks for few weights at first, one of integers for enough to delay this kernel's own inputs
-    EARLY: tl.constexpr = QUANTISE == NONE
+    # the weights that a GEMV of floats asks for at first are too few to delay this kernel's own inputs
     if EARLY:
         start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -80,13 +79,13 @@ def add_rms_norm(
     if total is None:
         total = x if residual is None else torch.empty_like(x)
     out, scale, mode = row_output(x, num_tokens, width, quantised, input_scale, even_odd)
-    block = next_power_of_2(width)
+    block, early = next_power_of_2(width), mode == NONE and num_tokens == 1
     ADD_RMS_NORM.launch(
         (num_tokens,),
         (x, x if residual is None else residual, weight, x if scale is None else scale),
         (width,),
         (total, out, x if scale is None else scale),
-        {"EPS": eps, "HAS_RESIDUAL": residual is not None, "QUANTISE": mode, "BLOCK": block},
+        {"EPS": eps, "HAS_RESIDUAL": residual is not None, "QUANTISE": mode, "EARLY": early, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out, total, scale

@@ -14,6 +14,7 @@ EVEN_ODD = tl.constexpr(1)  # x's dtype, even columns before odd ones: a byte of
 GIVEN = tl.constexpr(2)  # the scale is read, one for all rows or one a row
 PER_TOKEN = tl.constexpr(3)  # int8 with scale = max|row| / 127
 PAIRS = tl.constexpr(4)  # 16 bits as two signed bytes, 256 high + low, with scale = max|row| / PAIR_LIMIT
+EVEN_ODD_PAIRS = tl.constexpr(5)  # of both bytes, even columns before odd ones
 PAIR_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127
 
 
@@ -25,7 +26,7 @@ def row_output(
     quantised: None = x's dtype; int8 or float8_e4m3fn with scale [1] or [num_tokens]; int8 or int16 without, which
     leaves a scale for each token to the kernel.  An int16 row is two rows of int8, the high bytes before the low:
     integers whose products with integer weights are exact, and that say more than the 11 significant bits of float16.
-    even_odd, for quantised None: the row's even columns before its odd ones.
+    even_odd, for quantised None or int16: each row's even columns before its odd ones; int16 rows have a multiple of 8.
     """
     pairs = quantised == torch.int16
     dtype = torch.int8 if pairs else quantised or x.dtype
@@ -35,7 +36,9 @@ def row_output(
     if scale is not None:
         return out, scale, GIVEN
     scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    return out, scale, PAIRS if pairs else PER_TOKEN
+    if not pairs:
+        return out, scale, PER_TOKEN
+    return out, scale, EVEN_ODD_PAIRS if even_odd else PAIRS
 
 
 @triton.jit
@@ -88,20 +91,36 @@ def _round_to_e4m3(x):
 
 
 @triton.jit
+def _store_even_odd(out_row, x, width):
+    """Write the low bytes of x, even columns before odd ones, by words: no column changes threads on its way."""
+    WORDS: tl.constexpr = x.shape[0] // 8  # of even columns
+    shifts = (8 * tl.arange(0, 4))[None, :, None]
+    words = tl.sum(tl.reshape(x & 0xFF, (WORDS, 4, 2)) << shifts, 1)  # bytes apart: a sum joins them
+    word, odd = tl.arange(0, WORDS)[:, None], tl.arange(0, 2)[None, :]
+    tl.store(out_row.to(tl.pointer_type(tl.int32)) + odd * (width // 8) + word, words, word < width // 8)
+
+
+@triton.jit
 def store_row(x, row, columns, mask, scale, out, out_scale, width, QUANTISE: tl.constexpr, ROW_SCALES: tl.constexpr):
     """Write these columns of a row, x float32, which is 0 beyond the mask, in the way that QUANTISE says."""
-    out_row = out + row.to(tl.int64) * width * (2 if QUANTISE == PAIRS else 1)
+    TWO_BYTES: tl.constexpr = (QUANTISE == PAIRS) | (QUANTISE == EVEN_ODD_PAIRS)
+    out_row = out + row.to(tl.int64) * width * (2 if TWO_BYTES else 1)
     if QUANTISE == NONE:
         tl.store(out_row + columns, x.to(out.dtype.element_ty), mask)
     elif QUANTISE == EVEN_ODD:
         tl.store(out_row + columns % 2 * (width // 2) + columns // 2, x.to(out.dtype.element_ty), mask)
-    elif QUANTISE == PAIRS:
+    elif TWO_BYTES:
         largest = tl.max(tl.abs(x), 0)
         largest = tl.where(largest > 0, largest, 1.0)
         tl.store(out_scale + row, largest / PAIR_LIMIT)
         number = nearest_integer(x * (PAIR_LIMIT / largest))
-        tl.store(out_row + columns, ((number + 128) >> 8).to(tl.int8), mask)
-        tl.store(out_row + width + columns, number.to(tl.int8), mask)
+        high = (number + 128) >> 8
+        if QUANTISE == PAIRS:
+            tl.store(out_row + columns, high.to(tl.int8), mask)
+            tl.store(out_row + width + columns, number.to(tl.int8), mask)
+        else:
+            _store_even_odd(out_row, high, width)
+            _store_even_odd(out_row + width, number, width)
     else:
         if QUANTISE == PER_TOKEN:
             largest = tl.max(tl.abs(x), 0)
