@@ -156,8 +156,8 @@ GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale"), ("chunks",
 BLOCKS = {
     "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(2, 256, 2)},
     "tall": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
-    "wide": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(4, 512, 4)},
-    "square": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(4, 512, 4)},
+    "wide": {"w8a8": GemvBlock(2, 1024, 4), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(4, 256, 2)},
+    "square": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
 }
 
 
