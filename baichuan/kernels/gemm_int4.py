@@ -55,16 +55,17 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(rows, start, in_features, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """The scales [BLOCK_N, GROUPS] of the channels from `start` on."""
-    group = start // GROUP + tl.arange(0, GROUPS)
+def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The scales [BLOCK_N, PARTS] of parts of WIDTH channels from `start` on."""
+    part = tl.arange(0, PARTS)
+    group = start // GROUP + part if WIDTH == GROUP else (start + part * WIDTH) // GROUP
     return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0.0)
 
 
 @triton.jit
-def _times_group_scales(values, scales, BLOCK_N: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr):
-    """values [BLOCK_N, HALF] times the scales [BLOCK_N, GROUPS] of as many equal parts of a row."""
-    parts = tl.reshape(values, (BLOCK_N, GROUPS, HALF // GROUPS)) * scales.to(values.dtype)[:, :, None]
+def _times_part_scales(values, scales, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr):
+    """values [BLOCK_N, HALF] times the scales [BLOCK_N, PARTS] of as many equal parts of a row."""
+    parts = tl.reshape(values, (BLOCK_N, PARTS, HALF // PARTS)) * scales.to(values.dtype)[:, :, None]
     return tl.reshape(parts, (BLOCK_N, HALF))
 
 
@@ -88,9 +89,11 @@ def _gemm_int4(
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K, SPLITS)
     if GROUP > 0:
-        GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
+        # With one part Triton has a whole block converted before its first product starts; with four, piece by piece
+        PARTS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 4
+        WIDTH: tl.constexpr = BLOCK_K // PARTS
         scale_rows = scale + row * (in_features // GROUP)
-        next_scales = _group_scales(scale_rows, first, in_features, GROUP, GROUPS)
+        next_scales = _part_scales(scale_rows, first, in_features, GROUP, PARTS, WIDTH)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(first, end, BLOCK_K):
         byte = start // 2 + tl.arange(0, HALF)[None, :]
@@ -100,9 +103,9 @@ def _gemm_int4(
         even, odd = _int4_to_dtype(packed, x_even.dtype)
         if GROUP > 0:
             scales = next_scales  # asked for one block ahead: nothing else in the loop waits for memory
-            next_scales = _group_scales(scale_rows, start + BLOCK_K, in_features, GROUP, GROUPS)
-            even = _times_group_scales(even, scales, BLOCK_N, HALF, GROUPS)
-            odd = _times_group_scales(odd, scales, BLOCK_N, HALF, GROUPS)
+            next_scales = _part_scales(scale_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
+            even = _times_part_scales(even, scales, BLOCK_N, HALF, PARTS)
+            odd = _times_part_scales(odd, scales, BLOCK_N, HALF, PARTS)
         acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
         acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
     store_tile(tl.trans(acc), scale, scale, m, n, num_rows, out_features, y, SPLITS, False, False, GROUP == 0)
