@@ -30,6 +30,7 @@ from baichuan.executors.cuda import CudaExecutor
 from baichuan.executors.cuda_comm import Nccl, gpu_of_rank
 from baichuan.executors.cuda_ops import Switches
 from baichuan.executors.memory import kv_cache_bytes
+from baichuan.files import atomic_path
 from baichuan.session import Session
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights
@@ -107,10 +108,16 @@ def bench(args: argparse.Namespace, host: Communicator) -> int:
                 if host.rank < tp:
                     measure_model(args, version, precision, comms[tp], device, bandwidth, results)
                 host.gather_objects(None)  # where the ranks wait that take no part
-    if args.json and host.rank == 0:
-        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
-        args.json.write_text(json.dumps(facts | {"results": [asdict(each) for each in results]}, indent=1) + "\n")
+                if args.json and host.rank == 0:
+                    write(args.json, bandwidth, results)
     return 0
+
+
+def write(path: Path, bandwidth: float, results: list[Result]) -> None:
+    """What has been measured so far; a run that ends early keeps it."""
+    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(facts | {"results": [asdict(each) for each in results]}, indent=1) + "\n")
 
 
 def measure_model(

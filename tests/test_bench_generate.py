@@ -62,6 +62,22 @@ def test_one_gpu(monkeypatch, tmp_path, capsys, on_the_cpu):
     assert on_the_cpu == [(0, 1), (0, 1)]
 
 
+def test_a_run_that_fails_keeps_what_it_measured(monkeypatch, tmp_path, on_the_cpu):
+    measure = bench_generate.measure_model
+
+    def measure_float16(args, version, precision, *rest):
+        if precision != "float16":
+            raise RuntimeError("out of memory")
+        measure(args, version, precision, *rest)
+
+    monkeypatch.setattr(bench_generate, "measure_model", measure_float16)
+    args = arguments(monkeypatch, "--precision", "float16", "int4", "--json", tmp_path / "results.json")
+    with pytest.raises(RuntimeError):
+        bench_generate.bench(args, Solo())
+    (kept,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert kept["precision"] == "float16"
+
+
 def test_two_gpus_beside_one(monkeypatch, capsys, on_the_cpu):
     args = arguments(monkeypatch, "--tp", 1, 2)
     assert run_ranks(2, lambda comm: bench_generate.bench(args, comm)) == [0, 0]

@@ -92,7 +92,7 @@ def _round_to_e4m3(x):
 
 @triton.jit
 def _store_even_odd(out_row, x, width):
-    """Write the low bytes of x, even columns before odd ones, by words: no column changes threads on its way."""
+    """Write the low bytes of x, a whole row, even columns before odd ones, by words: what a thread has, it writes."""
     WORDS: tl.constexpr = x.shape[0] // 8  # of even columns
     shifts = (8 * tl.arange(0, 4))[None, :, None]
     words = tl.sum(tl.reshape(x & 0xFF, (WORDS, 4, 2)) << shifts, 1)  # bytes apart: a sum joins them
