@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.gemm_parts import add_parts, part_target, store_tile
+from baichuan.kernels.gemm_parts import multiply, store_tile
 from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv
+from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
 
 
@@ -78,7 +78,7 @@ def gemm(
     num_rows, out_features = x_rows // 2 if pairs else x_rows, weight.shape[0]
     tile = tile or choose_tile(x_rows, in_features, out_features, x.dtype, weight.dtype)
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
-    target = part_target(y, tile.splits, torch.int32 if x.dtype == torch.int8 and not pairs else torch.float32)
+    sum_dtype = torch.int32 if x.dtype == torch.int8 and not pairs else torch.float32
     scales = {
         "COLUMN_SCALES": scale is not None,
         "X_SCALE": x_scale is not None,
@@ -86,21 +86,6 @@ def gemm(
     }
     scale = x if scale is None else scale
     x_scale = scale if x_scale is None else x_scale
-    GEMM.launch(
-        (cdiv(x_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
-        (x, x_scale, weight, scale),
-        (x_rows, in_features, out_features),
-        (target,),
-        {
-            "PAIRS": pairs,
-            "SPLITS": tile.splits,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            **scales,
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    add_parts(target, x_scale, scale, y, scales)
+    inputs, constants = (x, x_scale, weight, scale), {"PAIRS": pairs, **scales}
+    multiply(GEMM, tile, inputs, constants, y, sum_dtype, (x_scale, scale), scales)
     return y

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.gemm_parts import add_parts, part_target, store_tile
+from baichuan.kernels.gemm_parts import multiply, store_tile
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv
+from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
 
 
@@ -89,7 +89,7 @@ def _gemm_int4(
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K, SPLITS)
     if GROUP > 0:
-        # With one part Triton has a whole block converted before its first product starts; with four, piece by piece
+        # With one part Triton takes the converted block through shared memory; with four it stays in registers
         PARTS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 4
         WIDTH: tl.constexpr = BLOCK_K // PARTS
         scale_rows = scale + row * (in_features // GROUP)
@@ -125,21 +125,7 @@ def gemm_int4(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, 
     out_features, groups = weight.shape[0], scale.shape[1]
     tile = tile or choose_tile(num_rows, in_features, out_features, x.dtype, weight.dtype)
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
-    target = part_target(y, tile.splits, torch.float32)
-    GEMM_INT4.launch(
-        (cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
-        (x, weight, scale),
-        (num_rows, in_features, out_features),
-        (target,),
-        {
-            "GROUP": 0 if groups == 1 else in_features // groups,
-            "SPLITS": tile.splits,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    add_parts(target, scale, scale, y, {"COLUMN_SCALES": groups == 1, "X_SCALE": False, "ROW_SCALES": False})
+    group = {"GROUP": 0 if groups == 1 else in_features // groups}
+    scales = {"COLUMN_SCALES": groups == 1, "X_SCALE": False, "ROW_SCALES": False}
+    multiply(GEMM_INT4, tile, (x, weight, scale), group, y, torch.float32, (scale, scale), scales)
     return y

@@ -1,8 +1,10 @@
-"""The end of a product on the tensor cores: its scales, and the sum of the parts of programs that share a tile."""
+"""What products on the tensor cores share: their launch, their scales, and the sum of the parts of programs that share
+a tile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.tiles import Tile
 
 
 @triton.jit
@@ -65,21 +68,40 @@ def _add_parts(
 ADD_PARTS = KernelSpec(_add_parts, ("parts", "x_scale", "scale"), ("num_rows", "out_features"), ("y",))
 
 
-def part_target(y: Tensor, splits: int, sum_dtype: torch.dtype) -> Tensor:
-    """Where the product's kernel writes: y itself, or [splits, *y.shape] of the sums' dtype."""
-    return y if splits == 1 else torch.empty(splits, *y.shape, dtype=sum_dtype, device=y.device)
+def multiply(
+    kernel: KernelSpec,
+    tile: Tile,
+    inputs: Sequence[Tensor],
+    constants: Mapping[str, object],
+    y: Tensor,
+    sum_dtype: torch.dtype,
+    factors: tuple[Tensor, Tensor],
+    scales: Mapping[str, bool],
+) -> None:
+    """y by a kernel that ends with store_tile: at once, or as the scaled sum of [tile.splits, *y.shape] of sum_dtype.
 
-
-def add_parts(parts: Tensor, x_scale: Tensor, scale: Tensor, y: Tensor, scales: Mapping[str, bool]) -> None:
-    """y = the scaled sum of what part_target holds; nothing where that is y.  scales: see `scaled`."""
-    if parts is y:
+    inputs: of the kernel, x [rows, in_features] first; factors, scales: x_scale and scale, and which of them `scaled`
+    applies; y: [num_rows, out_features]
+    """
+    (x_rows, in_features), (num_rows, out_features) = inputs[0].shape, y.shape
+    target = y if tile.splits == 1 else torch.empty(tile.splits, *y.shape, dtype=sum_dtype, device=y.device)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    kernel.launch(
+        (cdiv(x_rows, tile.block_m) * cdiv(out_features, tile.block_n), tile.splits),
+        inputs,
+        (x_rows, in_features, out_features),
+        (target,),
+        {"SPLITS": tile.splits, **blocks, **constants},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if target is y:
         return
-    num_rows, out_features = y.shape
     block_m, block_n = min(next_power_of_2(num_rows), 4), 512
     ADD_PARTS.launch(
         (cdiv(num_rows, block_m), cdiv(out_features, block_n)),
-        (parts, x_scale, scale),
+        (target, *factors),
         (num_rows, out_features),
         (y,),
-        {"SPLITS": parts.shape[0], "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
+        {"SPLITS": tile.splits, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
     )
