@@ -196,7 +196,7 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
                 pairs, x_scale = quantise_rows(x, torch.int16, even_odd=q.dtype == torch.uint8)
                 own = partial(gemv_int, pairs, x_scale, q, scale, out, gated)
             elif q.dtype == torch.int8:
-                pairs, x_scale = quantise_rows(x, torch.int16, even_odd=q.dtype == torch.uint8)
+                pairs, x_scale = quantise_rows(x, torch.int16)
                 own = partial(gemm, pairs, q, scale, out, x_scale, True)
             else:
                 own = partial(gemm_int4, quantise_rows(x, None, even_odd=True)[0], q, scale, out)

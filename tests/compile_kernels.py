@@ -18,7 +18,7 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors import cuda_linear
 from baichuan.executors.cuda_ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
-from baichuan.kernels.spec import KernelSpec
+from baichuan.kernels.spec import KernelSpec, plain_values
 from baichuan.model import attention_spec, forward
 from baichuan.records import LayerCache, Step
 from benchmarks.random_weights import RandomWeights
@@ -38,7 +38,7 @@ CAPACITY = 32
 def compile_instead(seen: set):
     def launch(self, grid, inputs, scalars, outputs, constants, num_warps=4, num_stages=3):
         types = tuple(tensor.dtype for tensor in (*inputs, *outputs))
-        plain = {name: getattr(value, "value", value) for name, value in constants.items()}
+        plain = plain_values(constants)
         ones = tuple(name for name, value in zip(self.scalars, scalars, strict=True) if value == 1)
         variant = (self.kernel.__name__, types, tuple(plain.items()), num_warps, num_stages, ones)
         if variant not in seen:

@@ -65,9 +65,7 @@ ONE, THREE = [[3, 1, 4, 1]], [[9, 2, 6], [5], [3, 5]]
     [("v1_7b", ONE, True), ("v2_13b", THREE, True), ("v1_7b", THREE, False)],
     ids=["7B, one row", "13B, three rows", "7B, PyTorch's own kernels"],
 )
-@pytest.mark.parametrize(
-    "quant, dtype", [*((name, "float32") for name in QUANTS), *((name, "float16") for name in HALF)]
-)
+@pytest.mark.parametrize("quant, dtype", CASES)
 def test_logits_are_the_reference_executors(version, prompts, own, quant, dtype):
     if dtype == "float16" and not own and DEVICE.type == "cpu":
         pytest.skip("PyTorch has no product of float16 to float32 on the CPU")

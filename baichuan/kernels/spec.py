@@ -69,7 +69,7 @@ class KernelSpec:
             *inputs,
             *scalars,
             *outputs,
-            **_plain(constants),
+            **plain_values(constants),
             OVERLAP=overlap,
             num_warps=num_warps,
             num_stages=num_stages,
@@ -97,7 +97,7 @@ class KernelSpec:
         types += [f"*{TRITON_TYPES[t]}" for t in outputs]
         signature = dict(zip(self.kernel.arg_names, types + ["constexpr"] * len(self.constants), strict=True))
         aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types) if kind != "constexpr"}
-        given = {"OVERLAP": capability >= 90} | _plain(constants) | dict.fromkeys(ones, 1)
+        given = {"OVERLAP": capability >= 90} | plain_values(constants) | dict.fromkeys(ones, 1)
         values = {name: given[name] for name in (*ones, *self.constants)}
         source = triton.compiler.ASTSource(self.kernel, signature, values, aligned)
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
@@ -105,7 +105,8 @@ class KernelSpec:
         return triton.compile(source, target=target, options=options)
 
 
-def _plain(constants: Mapping[str, object]) -> dict[str, object]:
+def plain_values(constants: Mapping[str, object]) -> dict[str, object]:
+    """The constants with Triton's wrappers taken off."""
     return {name: value.value if isinstance(value, tl.constexpr) else value for name, value in constants.items()}
 
 
