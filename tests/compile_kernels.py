@@ -1,4 +1,6 @@
-"""Program of test_compile.py: every kernel that the CUDA executor launches, compiled for compute capability 9.0.
+"""Program of test_compile.py: every kernel that the CUDA executor launches, compiled.
+
+    python compile_kernels.py CAPABILITY SHARED_MEMORY    such as 90 232448: of a GPU, without its point, and in bytes
 
 The executor's ops run on the CPU with launches replaced by compilation, so that the kernels come with the very
 constants and types that a GPU would see; what they would have computed stays unset.  Prints a line a kernel.
@@ -18,6 +20,7 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors import cuda_linear
 from baichuan.executors.cuda_ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
+from baichuan.kernels import gemm_parts
 from baichuan.kernels.spec import KernelSpec, plain_values
 from baichuan.model import attention_spec, forward
 from baichuan.records import LayerCache, Step
@@ -31,11 +34,13 @@ QUANTS = {
     "smooth_quant": QuantConfig("smooth_quant", per_token=True, per_channel=True),
     "fp8": QuantConfig("fp8"),
 }
-ROWS = (1, 3, 20, 40, 100, 300)
+ROWS = (1, 3, 10, 20, 40, 100, 300)
 CAPACITY = 32
 
 
-def compile_instead(seen: set):
+def compile_instead(capability: int):
+    seen = set()
+
     def launch(self, grid, inputs, scalars, outputs, constants, num_warps=4, num_stages=3):
         types = tuple(tensor.dtype for tensor in (*inputs, *outputs))
         plain = plain_values(constants)
@@ -43,7 +48,7 @@ def compile_instead(seen: set):
         variant = (self.kernel.__name__, types, tuple(plain.items()), num_warps, num_stages, ones)
         if variant not in seen:
             seen.add(variant)
-            compiled = self.compile(types, plain, num_warps, num_stages, ones=ones)
+            compiled = self.compile(types, plain, num_warps, num_stages, capability, ones)
             print(self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
 
     return launch
@@ -63,14 +68,17 @@ def run(version: str, quant: QuantConfig, rows: int) -> None:
         forward(ops, model, weights, (cache,), spec, each)
 
 
-def main() -> None:
-    KernelSpec.launch = compile_instead(set())
+def main(capability: int, shared_memory: int) -> None:
+    KernelSpec.launch = compile_instead(capability)
+    gemm_parts.shared_memory = lambda device: shared_memory
     cuda_linear.product = lambda x, weight, dtype: torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
     for version in ("v1_7b", "v2_13b"):
         for quant in QUANTS.values():
+            if capability < 89 and "fp8" in (quant.weights, quant.kv_cache):
+                quant = QuantConfig()  # such GPUs have no such numbers
             for rows in ROWS:
                 run(version, quant, rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -236,7 +236,8 @@ def test_gemv_w8a8_is_exact(gate):
 
 
 TILE = Tile(16, 32, 64, 4, 2)
-TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2), Tile(64, 32, 32, 4, 2)]  # of 64 rows on, x is the first operand
+# of 64 rows on, x is the first operand
+TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2), Tile(8, 32, 32, 2, 2, splits=3), Tile(64, 32, 32, 4, 2)]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -261,8 +262,8 @@ def test_gemm_of_int4_weights(dtype, group_size, tile):
     packed, scale = quantise_int4(weight, group_size, dtype)
     expected = x.double() @ dequantise(Int4Weight(packed, scale)).double().T
     even_odd = quantise_rows(x, None, even_odd=True)[0]
-    assert relative_error(gemm_int4(even_odd, packed, scale, dtype, tile), expected) < bound(dtype)
-    assert relative_error(gemm_int4(x, packed, scale, dtype, tile), expected) > 0.5, "the control: x as it is"
+    assert relative_error(gemm_int4(even_odd, packed, scale, dtype, tile=tile), expected) < bound(dtype)
+    assert relative_error(gemm_int4(x, packed, scale, dtype, tile=tile), expected) > 0.5, "the control: x as it is"
 
 
 @pytest.mark.parametrize("tile", TILES)

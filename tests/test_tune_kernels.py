@@ -68,19 +68,19 @@ def test_without_times_and_with_equal_times_everything_stays():
 
 def test_the_fastest_is_chosen_where_it_was_measured_and_pasted_text_says_so():
     def time(point, entry):
-        fast = {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 4, 5)}
+        fast = {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 2, 4)}
         return 1e-5 if fast.get(point.place) == entry[:5] else 2e-5
 
     choice = choose(made_up(time, only=lambda point: point.place[0] == "gemv_int"))
     assert changes(choice) == {TALL: (8, 512, 4)}  # a class without measurements keeps its entry
     assert any("tall int8" in line and "+50.0 %" in line for line in choice.report)
     choice = choose(made_up(time))
-    assert changes(choice) == {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 4, 5)}
+    assert changes(choice) == {TALL: (8, 512, 4), CONVERTED: (16, 64, 128, 2, 4)}
     tiles_text, _, rest = tune_tables.tables_text(choice).partition("# baichuan/kernels/gemv.py")
     gemv_text, _, rest = rest.partition("# baichuan/kernels/gemv_int.py")
     read = {"Tile": tiles.Tile, "GemvBlock": GemvBlock}
     exec(tiles_text, read)
-    assert dict(read["TILES"]["converted"])[16] == tiles.Tile(16, 64, 128, 4, 5, min(PROGRAMS))
+    assert dict(read["TILES"]["converted"])[16] == tiles.Tile(16, 64, 128, 2, 4, min(PROGRAMS))
     assert {**read["TILES"], "converted": ()} == {**tiles.TILES, "converted": ()}
     exec(gemv_text, read)
     assert read["BLOCKS"] == gemv.BLOCKS
@@ -88,7 +88,7 @@ def test_the_fastest_is_chosen_where_it_was_measured_and_pasted_text_says_so():
     assert read["BLOCKS"]["tall"] == {**gemv_int.BLOCKS["tall"], "int8": GemvBlock(8, 512, 4)}
 
 
-@pytest.mark.parametrize("place, entry", [(TALL, (8, 512, 4)), (CONVERTED, (16, 64, 128, 4, 5))])
+@pytest.mark.parametrize("place, entry", [(TALL, (8, 512, 4)), (CONVERTED, (16, 64, 128, 2, 4))])
 def test_a_candidate_that_is_wrong_once_or_not_measured_everywhere_is_never_chosen(place, entry):
     times = made_up(lambda point, each: 1e-6 if each[:5] == entry and point.place == place else 2e-5)
     assert changes(choose(times)) == {place: entry}
@@ -115,10 +115,10 @@ def test_as_many_programs_are_allowed_as_are_fast(better, exponent):
 @pytest.mark.parametrize(
     "faster, measured, expected",
     [
-        ((16, 32, 64, 128), 256, 128),
-        ((16, 32, 64, 128, 256), 256, 256),
-        ((16, 32, 128, 256), 256, 32),
-        ((16, 32), 32, cuda_linear.GEMM_ROWS),  # nothing says that more rows are slower
+        ((4, 16, 32, 64, 128), 256, 128),
+        ((4, 16, 32, 64, 128, 256), 256, 256),
+        ((4, 16, 32, 128, 256), 256, 32),
+        ((4, 16, 32), 32, cuda_linear.GEMM_ROWS),  # nothing says that more rows are slower
         ((), 256, 0),
     ],
 )

@@ -39,7 +39,7 @@ Input = Tensor | NormInput | GatedInput
 # Without a dequantised copy of a weight (dense_copies.py), more rows than this have it dequantised each time.
 GEMM_ROWS = 128
 PAIR_ROWS = 2048  # the same for weights of bytes
-DENSE_ROWS = 16  # more than these are left to cuBLAS
+DENSE_ROWS = 64  # more than these are left to cuBLAS
 
 
 def num_rows(x: Input) -> int:

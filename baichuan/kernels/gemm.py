@@ -19,7 +19,7 @@ def _gemm(
     num_rows, in_features, out_features,
     y,
     COLUMN_SCALES: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr, PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     block_m, block_n = place_of_tile(num_rows, out_features, BLOCK_M, BLOCK_N)
@@ -27,7 +27,7 @@ def _gemm(
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     w_rows = weight + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * in_features
-    first, end = share_of_split(in_features, BLOCK_K, SPLITS)
+    first, end = share_of_split(in_features, BLOCK_K)
     prefetch_weight(w_rows, first, in_features)
     wait_for_inputs(OVERLAP)
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
@@ -52,7 +52,7 @@ def _gemm(
         acc = 256.0 * high.to(tl.float32) + low.to(tl.float32)
         m = block_m * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
         num_rows = num_rows // 2
-    store_tile(acc, x_scale, scale, m, n, num_rows, out_features, y, SPLITS, X_SCALE, ROW_SCALES, COLUMN_SCALES)
+    store_tile(acc, x_scale, scale, m, n, num_rows, out_features, y, SPLIT, X_SCALE, ROW_SCALES, COLUMN_SCALES)
 
 
 GEMM = KernelSpec(_gemm, ("x", "x_scale", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))

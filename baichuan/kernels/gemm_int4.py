@@ -17,41 +17,43 @@ from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
 
 
-@triton.jit
-def _int4_to_float16(packed):
-    """_int4_to_dtype by the mantissa of 1024 + 8 + n."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 e, o, t, bias;
-        mov.b32 bias, 0x64086408;
+def _mantissas(prefix: str) -> tl.constexpr:
+    """PTX that puts the nibbles of four bytes, 8 added to each, into the low bits of 16-bit floats."""
+    return tl.constexpr(
+        f"""{{
+        .reg .b32 e, o, t;
         shr.u32 t, $4, 4;
         lop3.b32 e, $4, 0x0F0F0F0F, 0x08080808, 0x6A;
         lop3.b32 o, t, 0x0F0F0F0F, 0x08080808, 0x6A;
-        prmt.b32 t, e, 0x64646464, 0x4140;
-        sub.f16x2 $0, t, bias;
-        prmt.b32 t, e, 0x64646464, 0x4342;
-        sub.f16x2 $1, t, bias;
-        prmt.b32 t, o, 0x64646464, 0x4140;
-        sub.f16x2 $2, t, bias;
-        prmt.b32 t, o, 0x64646464, 0x4342;
-        sub.f16x2 $3, t, bias;
-        }""",
-        "=r,=r,=r,=r,r",
-        [packed],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
+        prmt.b32 $0, e, {prefix}, 0x4140;
+        prmt.b32 $1, e, {prefix}, 0x4342;
+        prmt.b32 $2, o, {prefix}, 0x4140;
+        prmt.b32 $3, o, {prefix}, 0x4342;
+        }}"""
     )
+
+
+FLOAT16_MANTISSAS = _mantissas("0x64646464")  # of 1024 and more, where a float16 counts by ones
+BFLOAT16_MANTISSAS = _mantissas("0x43434343")  # of 128 and more
 
 
 @triton.jit
 def _int4_to_dtype(packed, dtype: tl.constexpr):
     """(even, odd) input channels of bytes that hold two signed nibbles, exactly."""
-    if dtype == tl.float16 and not INTERPRETED:
-        return _int4_to_float16(packed)
-    else:
+    if INTERPRETED or dtype == tl.float32:
         byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
         return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            FLOAT16_MANTISSAS if dtype == tl.float16 else BFLOAT16_MANTISSAS,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(dtype.value, dtype.value),
+            is_pure=True,
+            pack=4,
+        )
+        BIAS: tl.constexpr = (1024.0 if dtype == tl.float16 else 128.0) + 8.0
+        return even - BIAS, odd - BIAS
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def _gemm_int4(
     x, weight, scale,
     num_rows, in_features, out_features,
     y,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
@@ -87,14 +89,17 @@ def _gemm_int4(
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     w_rows = weight + row * width
-    first, end = share_of_split(in_features, BLOCK_K, SPLITS)
+    first, end = share_of_split(in_features, BLOCK_K)
     if GROUP > 0:
-        # With one part Triton takes the converted block through shared memory; with four it stays in registers
-        PARTS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 4
+        # With fewer parts Triton takes the converted block through shared memory; with four it stays in registers
+        PARTS: tl.constexpr = max(BLOCK_K // GROUP, 4)
         WIDTH: tl.constexpr = BLOCK_K // PARTS
         scale_rows = scale + row * (in_features // GROUP)
         next_scales = _part_scales(scale_rows, first, in_features, GROUP, PARTS, WIDTH)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # Where rows are few, a product waits for the one that it is added to: two sums halve the wait
+    TWO_SUMS: tl.constexpr = BLOCK_M < 32
+    odd_acc = acc
     for start in range(first, end, BLOCK_K):
         byte = start // 2 + tl.arange(0, HALF)[None, :]
         packed = tl.load(w_rows + byte, byte < width, other=0)
@@ -107,8 +112,13 @@ def _gemm_int4(
             even = _times_part_scales(even, scales, BLOCK_N, HALF, PARTS)
             odd = _times_part_scales(odd, scales, BLOCK_N, HALF, PARTS)
         acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
-        acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
-    store_tile(tl.trans(acc), scale, scale, m, n, num_rows, out_features, y, SPLITS, False, False, GROUP == 0)
+        if TWO_SUMS:
+            odd_acc = tl.dot(odd, tl.trans(x_odd), odd_acc, input_precision="ieee")
+        else:
+            acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+    if TWO_SUMS:
+        acc += odd_acc
+    store_tile(tl.trans(acc), scale, scale, m, n, num_rows, out_features, y, SPLIT, False, False, GROUP == 0)
 
 
 GEMM_INT4 = KernelSpec(_gemm_int4, ("x", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))

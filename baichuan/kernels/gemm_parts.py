@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2, shared_memory
 from baichuan.kernels.tiles import Tile
+
+SPARE = 4 << 10  # bytes of shared memory beside the stages: scales on their way between threads
 
 
 @triton.jit
@@ -32,12 +34,12 @@ def scaled(sums, x_scale, scale, m, n, num_rows, out_features, X_SCALE: tl.const
 
 
 @triton.jit
-def store_tile(sums, x_scale, scale, m, n, num_rows, out_features, y, SPLITS: tl.constexpr, X_SCALE: tl.constexpr,
+def store_tile(sums, x_scale, scale, m, n, num_rows, out_features, y, SPLIT: tl.constexpr, X_SCALE: tl.constexpr,
                ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr):  # fmt: skip
     """Write the sums [rows m, columns n] to y, scaled unless they are one of several parts."""
     inside = (m < num_rows)[:, None] & (n < out_features)[None, :]
     target = m.to(tl.int64)[:, None] * out_features + n[None, :]
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(y + tl.program_id(1).to(tl.int64) * num_rows * out_features + target, sums, inside)
     else:
         result = scaled(sums, x_scale, scale, m, n, num_rows, out_features, X_SCALE, ROW_SCALES, COLUMN_SCALES)
@@ -68,6 +70,12 @@ def _add_parts(
 ADD_PARTS = KernelSpec(_add_parts, ("parts", "x_scale", "scale"), ("num_rows", "out_features"), ("y",))
 
 
+def stages_that_fit(tile: Tile, x: Tensor, weight: Tensor) -> int:
+    """The tile's stages, or as many as shared memory holds, each block_k channels of a block of x and of the weight."""
+    bytes_per_stage = tile.block_k * (tile.block_m * x[0].nbytes + tile.block_n * weight[0].nbytes) // x.shape[1]
+    return max(min(tile.num_stages, (shared_memory(x.device) - SPARE) // bytes_per_stage), 1)
+
+
 def multiply(
     kernel: KernelSpec,
     tile: Tile,
@@ -80,8 +88,8 @@ def multiply(
 ) -> None:
     """y by a kernel that ends with store_tile: at once, or as the scaled sum of [tile.splits, *y.shape] of sum_dtype.
 
-    inputs: of the kernel, x [rows, in_features] first; factors, scales: x_scale and scale, and which of them `scaled`
-    applies; y: [num_rows, out_features]
+    inputs: of the kernel, x [rows, in_features] first and weight [out_features, ...] among them; factors, scales:
+    x_scale and scale, and which of them `scaled` applies; y: [num_rows, out_features]
     """
     (x_rows, in_features), (num_rows, out_features) = inputs[0].shape, y.shape
     target = y if tile.splits == 1 else torch.empty(tile.splits, *y.shape, dtype=sum_dtype, device=y.device)
@@ -91,9 +99,9 @@ def multiply(
         inputs,
         (x_rows, in_features, out_features),
         (target,),
-        {"SPLITS": tile.splits, **blocks, **constants},
+        {"SPLIT": tile.splits > 1, **blocks, **constants},
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages_that_fit(tile, inputs[0], inputs[kernel.inputs.index("weight")]),
     )
     if target is y:
         return

@@ -10,14 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.primitives import prefetch_beginning, start_dependents, wait_for_inputs
-from baichuan.kernels.silu import silu
+from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
-
-
-@triton.jit
-def gated(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up of GEMV sums, each rounded to the dtype before."""
-    return (silu(gate.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.gemv import gated
 from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
+from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
 CHUNK = 32  # 4-bit weights in 16 bytes, which one group holds

@@ -19,6 +19,12 @@ def silu(x):
 
 
 @triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up of sums, each rounded to the dtype before."""
+    return (silu(gate.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def _silu_mul(
     gate_up, smoother, scale,
     width,

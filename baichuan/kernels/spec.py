@@ -116,6 +116,14 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9,)
 
 
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have there; without a GPU, those of compute capability 9.0."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)

@@ -51,9 +51,9 @@ def prefetch_weight(rows, first, width):
 
 
 @triton.jit
-def share_of_split(in_features, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
+def share_of_split(in_features, BLOCK_K: tl.constexpr):
     """(first, end) of this program's input channels."""
-    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     first = tl.program_id(1) * share
     return first, tl.minimum(first + share, in_features)
 
@@ -62,6 +62,7 @@ def share_of_split(in_features, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
 # few, and into the tensor cores where they are many.
 TILES = {
     "bytes": (
+        (8, Tile(8, 64, 256, 4, 4)),
         (16, Tile(16, 64, 256, 4, 4)),
         (32, Tile(32, 64, 256, 4, 4)),
         (64, Tile(64, 64, 128, 4, 5)),
@@ -69,13 +70,16 @@ TILES = {
         (None, Tile(128, 128, 128, 8, 3)),
     ),
     "converted": (
-        (16, Tile(16, 128, 128, 8, 4, 528)),
-        (32, Tile(32, 64, 256, 4, 3, 528)),
-        (64, Tile(64, 64, 128, 4, 3, 528)),
+        (8, Tile(8, 64, 256, 2, 3, 528)),
+        (16, Tile(16, 64, 256, 2, 3, 528)),
+        (32, Tile(32, 64, 128, 2, 3, 528)),
+        (64, Tile(64, 128, 128, 8, 3)),
         (None, Tile(128, 64, 128, 4, 3)),
     ),
     "dense": (
+        (8, Tile(8, 64, 256, 4, 4)),
         (16, Tile(16, 64, 128, 4, 5, 132)),
+        (32, Tile(32, 128, 128, 4, 4, 132)),
         (64, Tile(64, 128, 64, 4, 6, 132)),
         (None, Tile(128, 128, 64, 8, 4, 132)),
     ),
@@ -99,8 +103,7 @@ def choose_tile(
 
 
 def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Tile:
-    """The tile with the most splits, a power of two, that keep within its programs and leave each MIN_STEPS."""
-    programs, splits = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), 1
-    while 2 * splits * programs <= tile.max_programs and cdiv(in_features, tile.block_k) >= 2 * splits * MIN_STEPS:
-        splits *= 2
-    return replace(tile, splits=splits)
+    """The tile with the most splits that keep within its programs and leave each MIN_STEPS; none of them is empty."""
+    programs, steps = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), cdiv(in_features, tile.block_k)
+    splits = max(min(tile.max_programs // programs, steps // MIN_STEPS), 1)
+    return replace(tile, splits=cdiv(steps, cdiv(steps, splits)))
