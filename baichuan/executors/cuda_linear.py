@@ -37,7 +37,7 @@ class GatedInput:
 Input = Tensor | NormInput | GatedInput
 
 # Without a dequantised copy of a weight (dense_copies.py), more rows than this have it dequantised each time.
-GEMM_ROWS = 128
+GEMM_ROWS = 256
 PAIR_ROWS = 2048  # the same for weights of bytes
 DENSE_ROWS = 64  # more than these are left to cuBLAS
 
@@ -112,7 +112,9 @@ class CudaLinear:
     def _weight_only(self, x: Input, weight: Int8Weight | Int4Weight, out_dtype: torch.dtype) -> Tensor:
         stored, scale = vars(weight).values()
         dense = self.copies.get(weight, dtype_of(x), num_rows(x))
-        if dense is None and self.own_kernels:
+        if dense is not None:
+            return self(x, DenseWeight(dense), out_dtype)
+        if self.own_kernels:
             if isinstance(weight, Int8Weight) and num_rows(x) <= PAIR_ROWS and fits_pairs(x):
                 pairs, x_scale = self._as_operand(x, torch.int16)
                 return gemm(pairs, stored, scale, out_dtype, x_scale, pairs=True)
@@ -121,7 +123,7 @@ class CudaLinear:
                     return gemm_int4(self._as_operand(x, None, even_odd=True)[0], stored, scale, out_dtype)
                 return gemm(materialise(x), stored, scale, out_dtype)
         x = materialise(x)
-        return product(x, dequantise_to(stored, scale, x.dtype) if dense is None else dense, out_dtype)
+        return product(x, dequantise_to(stored, scale, x.dtype), out_dtype)
 
     def _one_row(self, x: Input, weight: Weight) -> bool:
         """Whether a GEMV kernel takes this product; for FP8 the tensor cores are faster even then."""

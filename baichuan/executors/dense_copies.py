@@ -8,7 +8,7 @@ from torch import Tensor
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.records import Int4Weight, Int8Weight
 
-# Of how many rows on cuBLAS, over a copy, is faster than the kernels that take the integers; see docs/performance.md.
+# Of how many rows on a product of a copy is faster than the kernels that take the integers; see docs/performance.md.
 COPY_ROWS = {Int8Weight: 129, Int4Weight: 33}
 
 
