@@ -44,11 +44,13 @@ def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True) 
         logger.info("running on the CPU with %d threads", torch.get_num_threads())
         return ReferenceExecutor(engine.model, engine.quant, weights, comm)
     from baichuan.executors import cuda_comm  # imports Triton, which the CPU path does without
+    from baichuan.executors.capability import require_numbers
     from baichuan.executors.cuda import CudaExecutor, Switches
     from baichuan.executors.cuda_load import load_on_gpu
 
     device = cuda_comm.gpu_of_rank(comm)
     logger.info("running on %s", torch.cuda.get_device_name(device))
+    require_numbers(engine.quant, engine.model.dtype, device)
     build = engine.build
     switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, keep_copies)
     comm = cuda_comm.Nccl(comm, device) if comm.world_size > 1 else comm

@@ -9,6 +9,7 @@ constants and types that a GPU would see; what they would have computed stays un
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,15 +55,15 @@ def compile_instead(capability: int):
     return launch
 
 
-def run(version: str, quant: QuantConfig, rows: int) -> None:
+def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16") -> None:
     """A prefill and a decode step of one layer."""
-    model = ModelConfig(version, 1024, 1, 8, 4096, 256, dtype="float16")
+    model = ModelConfig(version, 1024, 1, 8, 4096, 256, dtype=dtype)
     weights = RandomWeights(model, quant, "cpu").rank()
     spec = attention_spec(model, 0, 1)
     ops = CudaOps(spec, Solo(), CAPACITY, torch.device("cpu"), Switches())
-    dtype = KV_DTYPES[quant.kv_cache] or torch.float16
+    cache_dtype = KV_DTYPES[quant.kv_cache] or getattr(torch, dtype)
     layer = weights.layers[0]
-    cache = LayerCache(*torch.zeros(2, rows, 8, CAPACITY, 128, dtype=dtype), layer.k_scale, layer.v_scale)
+    cache = LayerCache(*torch.zeros(2, rows, 8, CAPACITY, 128, dtype=cache_dtype), layer.k_scale, layer.v_scale)
     step = Step.of([[1, 2]] * rows, device="cpu")
     for each in (step, step.next(torch.zeros(rows, dtype=torch.int64))):
         forward(ops, model, weights, (cache,), spec, each)
@@ -74,10 +75,12 @@ def main(capability: int, shared_memory: int) -> None:
     cuda_linear.product = lambda x, weight, dtype: torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
     for version in ("v1_7b", "v2_13b"):
         for quant in QUANTS.values():
-            if capability < 89 and "fp8" in (quant.weights, quant.kv_cache):
-                quant = QuantConfig()  # such GPUs have no such numbers
+            if capability < 89:  # such GPUs have no FP8
+                quant = replace(quant, weights=quant.weights.replace("fp8", "none"), kv_cache="none")
             for rows in ROWS:
                 run(version, quant, rows)
+    for rows in ROWS:
+        run("v2_13b", QUANTS["int4 in groups"], rows, "bfloat16")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,7 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda_graph import DecodeGraphs
 from baichuan.executors.cuda_ops import CudaOps, Switches
 from baichuan.executors.dense_copies import DenseCopies
-from baichuan.executors.memory import (
-    KV_DTYPES,
-    kv_cache_bytes,
-    require_device_memory,
-    require_numbers,
-    spare_device_memory,
-)
+from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_device_memory, spare_device_memory
 from baichuan.model import attention_spec, forward
 from baichuan.records import LayerCache, ModelWeights, Step
 
@@ -40,7 +34,6 @@ class CudaExecutor:
         self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
         self.switches = switches or Switches()
         self.device = weights.embedding.device
-        require_numbers(quant, weights.embedding.dtype, self.device)
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
         self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
         self.captures = self.switches.own_attention and self.comm.capturable

@@ -48,19 +48,6 @@ def spare_device_memory(device: torch.device) -> int:
     return max(free_device_memory(device) - torch.cuda.mem_get_info(device)[1] // 10, 0)
 
 
-def require_numbers(quant: QuantConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise UnsupportedError where the GPU's multiplications do not take the engine's types."""
-    have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    for needed, what, wanted, instead in (
-        ((8, 9), "FP8", "fp8" in (quant.weights, quant.kv_cache), "build with --use_smooth_quant or --int8_kv_cache"),
-        ((8, 0), "bfloat16", dtype == torch.bfloat16, "build with --dtype float16"),
-    ):
-        if wanted and have < needed:
-            raise UnsupportedError(
-                f"{name} has compute capability {have[0]}.{have[1]} and {what} needs {needed[0]}.{needed[1]}; {instead}"
-            )
-
-
 def require_device_memory(size: int, what: str, device: torch.device) -> None:
     """Raise UnsupportedError unless `size` bytes of the GPU's memory are free."""
     free = free_device_memory(device)

@@ -85,7 +85,7 @@ TILES = {
     ),
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
-MIN_STEPS = 4  # blocks of input channels that a split has at least
+MIN_STEPS = 4  # blocks of input channels that each split but the last has at least
 
 
 def choose_tile(
@@ -103,7 +103,7 @@ def choose_tile(
 
 
 def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Tile:
-    """The tile with the most splits that keep within its programs and leave each MIN_STEPS; none of them is empty."""
+    """The tile with the most splits that keep within its programs and MIN_STEPS; none of them is empty."""
     programs, steps = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), cdiv(in_features, tile.block_k)
     splits = max(min(tile.max_programs // programs, steps // MIN_STEPS), 1)
     return replace(tile, splits=cdiv(steps, cdiv(steps, splits)))
