@@ -10,21 +10,22 @@ from functools import partial
 from pathlib import Path
 
 import weight
-from baichuan import build_flags, self_check
-from baichuan.builder import BuildRequest, build_engine
-from baichuan.checkpoint.binary_config import read_binary_model
-from baichuan.checkpoint.hf import resolve_folder
-from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.cli import Parser, add_model_version, run_script
-from baichuan.comm import Communicator
+from baichuan.cli import build_flags
+from baichuan.cli.common import Parser, add_model_version, run_script
 from baichuan.config import ModelConfig
-from baichuan.engine import Engine
+from baichuan.engine import self_check
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.folder import Engine
+from baichuan.engine.runtime import open_executor
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.memory import fits_host_memory
 from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.plan import require_gpus
-from baichuan.runtime import open_executor
-from baichuan.tokenizer import Tokenizer
+from baichuan.parallel.comm import Communicator
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.binary.config import read_binary_model
+from baichuan.weights.hub.checkpoint import resolve_folder
+from baichuan.weights.hub.config import read_model_config
 
 logger = logging.getLogger("baichuan.build")
 

@@ -9,22 +9,22 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from baichuan.checkpoint.binary_layout import STORAGE_TYPES
-from baichuan.checkpoint.hf import open_checkpoint, resolve_folder
-from baichuan.checkpoint.hub_config import (
+from baichuan.calibration.convert import ConvertRequest, convert
+from baichuan.cli.common import Parser, run_script
+from baichuan.config import VERSIONS, require_range
+from baichuan.errors import ConfigError
+from baichuan.parallel.comm import Communicator
+from baichuan.text.texts import DEFAULT_DATASET, encode_texts, read_texts
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.binary.layout import STORAGE_TYPES
+from baichuan.weights.hub.checkpoint import open_checkpoint, resolve_folder
+from baichuan.weights.hub.config import (
     MAX_CONFIG_BYTES,
     fitting_versions,
     read_json_object,
     read_model_config,
     version_evidence,
 )
-from baichuan.cli import Parser, run_script
-from baichuan.comm import Communicator
-from baichuan.config import VERSIONS, require_range
-from baichuan.convert import ConvertRequest, convert
-from baichuan.errors import ConfigError
-from baichuan.texts import DEFAULT_DATASET, encode_texts, read_texts
-from baichuan.tokenizer import Tokenizer
 
 logger = logging.getLogger("baichuan.convert")
 

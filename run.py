@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from baichuan import chat, token_files
-from baichuan.checkpoint.hf import resolve_tokenizer
-from baichuan.cli import Parser, add_model_version, add_weight_copies, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
-from baichuan.conversation import TextPrinter, converse
+from baichuan.engine.runtime import open_session
 from baichuan.errors import ConfigError
-from baichuan.runtime import open_session
-from baichuan.session import Generation
-from baichuan.tokenizer import Tokenizer
+from baichuan.generation import token_files
+from baichuan.generation.conversation import TextPrinter, converse
+from baichuan.generation.session import Generation
+from baichuan.parallel.comm import Communicator
+from baichuan.text import chat
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
 logger = logging.getLogger("baichuan.run")
 

@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from baichuan.checkpoint.hf import resolve_folder, resolve_tokenizer
-from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.cli import Parser, add_model_version, add_weight_copies, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
 from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
-from baichuan.engine import Engine, check_world, read_engine
+from baichuan.engine.folder import Engine, check_world, read_engine
+from baichuan.engine.runtime import open_session
+from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.evaluation.datasets import load_samples
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import TOKENIZER, Rouge
 from baichuan.evaluation.sides import EngineSide, HfSide, Side, enough_memory
-from baichuan.evaluation.summarize import Evaluation, Request
+from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
 from baichuan.executors.memory import require_host_memory
-from baichuan.runtime import open_session
-from baichuan.self_check import float32_bytes
-from baichuan.tokenizer import Tokenizer
+from baichuan.parallel.comm import Communicator
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
+from baichuan.weights.hub.config import read_model_config
 
 logger = logging.getLogger("baichuan.summarize")
 
@@ -188,7 +188,7 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | No
 
 def open_hf(args: argparse.Namespace, model_version: str, near: torch.device | None) -> HfSide:
     """The transformers model; near: the engine's device, which it shares if that is a GPU."""
-    from baichuan.hf import load_hf_model
+    from baichuan.hf_model.modeling import load_hf_model
 
     kind = args.hf_device
     if kind == "auto":

@@ -10,17 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from baichuan.checkpoint.binary import open_binary
-from baichuan.checkpoint.dummy import dummy_checkpoint
-from baichuan.checkpoint.fp8_scales import read_fp8_scales
-from baichuan.checkpoint.hf import open_checkpoint
-from baichuan.checkpoint.layout import assemble
-from baichuan.checkpoint.plan import PlannedTensors, materialise, plan_hub
-from baichuan.checkpoint.plan_calibrated import plan_binary, plan_fp8
-from baichuan.checkpoint.source import Checkpoint
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import ConfigError
 from baichuan.records import ModelWeights
+from baichuan.weights.binary.folder import open_binary
+from baichuan.weights.binary.fp8_scales import read_fp8_scales
+from baichuan.weights.dummy import dummy_checkpoint
+from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.weights.layout import assemble
+from baichuan.weights.plan import PlannedTensors, materialise, plan_hub
+from baichuan.weights.plan_calibrated import plan_binary, plan_fp8
+from baichuan.weights.source import Checkpoint
 
 
 @dataclass(frozen=True)

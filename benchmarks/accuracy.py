@@ -20,19 +20,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.checkpoint.hf import open_checkpoint
-from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.checkpoint.tensor_file import planned_bytes
+from baichuan.calibration.convert import ConvertRequest, convert
 from baichuan.config import DTYPES, ModelConfig, QuantConfig
-from baichuan.convert import ConvertRequest, convert
+from baichuan.engine.self_check import all_logits
 from baichuan.errors import ConfigError
 from baichuan.evaluation.scoring import agreement_of, negative_log_likelihood
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.progress import Progress
+from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.quant.weight_only import fitting_group_sizes
-from baichuan.self_check import all_logits
-from baichuan.texts import encode_texts, read_texts
-from baichuan.tokenizer import Tokenizer
+from baichuan.text.texts import encode_texts, read_texts
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.util.progress import Progress
+from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.tensor_file import planned_bytes
 
 ALPHAS = (0.5, 0.8)
 HEADER = "| precision | mean KL (nats) | top-1 | perplexity | engine |\n| --- | ---: | ---: | ---: | ---: |\n"

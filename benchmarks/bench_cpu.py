@@ -22,16 +22,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.builder import BuildRequest, build_engine
-from baichuan.checkpoint.tensor_file import planned_bytes
-from baichuan.comm import Solo
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, QuantConfig, SamplingConfig
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.hf import BaichuanForCausalLM
-from baichuan.hf_config import BaichuanConfig
-from baichuan.processes import CONTEXT
-from baichuan.runtime import open_session
-from baichuan.session import Session
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.runtime import open_session
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.generation.session import Session
+from baichuan.hf_model.config import BaichuanConfig
+from baichuan.hf_model.modeling import BaichuanForCausalLM
+from baichuan.parallel.comm import Solo
+from baichuan.util.processes import CONTEXT
+from baichuan.weights.tensor_file import planned_bytes
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 PROMPT = list(range(5, 69))

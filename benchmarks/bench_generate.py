@@ -22,16 +22,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.cli import Parser, add_weight_copies, run_script
-from baichuan.comm import Communicator, Solo
+from baichuan.cli.common import Parser, add_weight_copies, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
-from baichuan.executors.cuda import CudaExecutor
-from baichuan.executors.cuda_comm import Nccl, gpu_of_rank
-from baichuan.executors.cuda_ops import Switches
+from baichuan.executors.cuda.comm import Nccl, gpu_of_rank
+from baichuan.executors.cuda.executor import CudaExecutor
+from baichuan.executors.cuda.ops import Switches
 from baichuan.executors.memory import kv_cache_bytes
-from baichuan.files import atomic_path
-from baichuan.session import Session
+from baichuan.generation.session import Session
+from baichuan.parallel.comm import Communicator, Solo
+from baichuan.util.files import atomic_path
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 

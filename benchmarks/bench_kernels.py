@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.cli import Parser, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS
 from baichuan.errors import BaichuanError, ConfigError
+from baichuan.parallel.comm import Communicator
 from benchmarks.gpu_timing import copies_beyond_cache, copy_bandwidth, gemm_rate, require_gpu, seconds
 
 RATES = {"float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -115,7 +115,7 @@ def relative_error(result, expected) -> float:
 @torch.inference_mode()
 def _measure(case, bandwidth: float, rates: dict[str, float]) -> str:
     """The case's line of the table."""
-    from baichuan.executors.cuda_load import tensors_of
+    from baichuan.executors.cuda.load import tensors_of
 
     error, first = _check(case), case.make(0)
     num_bytes = case.num_bytes or sum(each.nbytes for each in tensors_of((first, case.run(*first))))

@@ -21,12 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.builder import BuildRequest, build_engine
-from baichuan.cli import Parser, run_script
-from baichuan.comm import Communicator, Solo
+from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS, BuildConfig, QuantConfig
-from baichuan.engine import verify_rank_file
-from baichuan.runtime import open_session
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.folder import verify_rank_file
+from baichuan.engine.runtime import open_session
+from baichuan.parallel.comm import Communicator, Solo
 from benchmarks.gpu_timing import require_gpu
 
 

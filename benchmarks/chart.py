@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.cli import Parser, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, run_script
 from baichuan.errors import ConfigError
+from baichuan.parallel.comm import Communicator
 
 PRECISIONS = {
     "float16": "float16",

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baichuan.comm import Solo
 from baichuan.config import ModelConfig
-from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.cpu.reference import ReferenceOps
+from baichuan.executors.cpu.reference_linear import linear
+from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
-from baichuan.executors.reference import ReferenceOps
-from baichuan.executors.reference_linear import linear
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
-from baichuan.model import attention_spec
+from baichuan.model.decoder import attention_spec
+from baichuan.parallel.comm import Solo
 from baichuan.quant.kv_cache import dequantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import AttentionSpec, LayerCache, Step

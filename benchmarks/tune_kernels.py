@@ -24,12 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.cli import Parser, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS
 from baichuan.errors import ConfigError
-from baichuan.executors.cuda_load import tensors_of
-from baichuan.executors.cuda_products import product
+from baichuan.executors.cuda.load import tensors_of
+from baichuan.executors.cuda.products import product
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
@@ -38,6 +37,7 @@ from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.spec import GemvBlock
 from baichuan.kernels.tiles import Tile
+from baichuan.parallel.comm import Communicator
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from benchmarks.bench_kernels import MAX_COPIES, relative_error
 from benchmarks.gpu_timing import copies_beyond_cache, require_gpu, seconds

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, is_dataclass
 from itertools import product
 
 from baichuan.config import PRESETS
-from baichuan.executors import cuda_linear
+from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
 from benchmarks.kernel_cases import matrices
 
@@ -243,7 +243,7 @@ def tables_text(choice: Choice) -> str:
             }
             lines.append(f'    "{first}": {_literal(cuts if isinstance(entries, dict) else tuple(cuts.items()))},')
         lines.append("}")
-    lines.append("# baichuan/executors/cuda_linear.py")
+    lines.append("# baichuan/executors/cuda/linear.py")
     return "\n".join(lines + [f"{name} = {value}" for name, value in choice.row_limits.items()])
 
 

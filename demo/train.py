@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from baichuan.cli import Parser, add_model_version, run_script
-from baichuan.comm import Communicator
+from baichuan.cli.common import Parser, add_model_version, run_script
 from baichuan.config import VERSIONS, ModelConfig
 from baichuan.errors import ConfigError
 from baichuan.evaluation.tasks import prompt_text
-from baichuan.hf import BaichuanForCausalLM
-from baichuan.hf_config import BaichuanConfig
-from baichuan.progress import Progress
-from baichuan.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.hf_model.config import BaichuanConfig
+from baichuan.hf_model.modeling import BaichuanForCausalLM
+from baichuan.parallel.comm import Communicator
+from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.util.progress import Progress
 
 logger = logging.getLogger("baichuan.demo")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.rouge import Rouge
-from baichuan.evaluation.summarize import Evaluation, Request
+from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import make_task
-from baichuan.session import Generation
+from baichuan.generation.session import Generation
 
 
 class LetterTokenizer:

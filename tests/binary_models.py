@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from baichuan.checkpoint.shard import hub_shapes
-from baichuan.checkpoint.source import Checkpoint, known
 from baichuan.config import ModelConfig
+from baichuan.weights.shard import hub_shapes
+from baichuan.weights.source import Checkpoint, known
 
 SIZES = dict(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96, vocab_size=50)
 ROTARY = ModelConfig("v2_7b", dtype="float32", **SIZES)

@@ -16,14 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.comm import Solo
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.executors import cuda_linear
-from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.cuda import linear as cuda_linear
+from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels import gemm_parts
 from baichuan.kernels.spec import KernelSpec, plain_values
-from baichuan.model import attention_spec, forward
+from baichuan.model.decoder import attention_spec, forward
+from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
 from benchmarks.random_weights import RandomWeights
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from baichuan.checkpoint.dummy import dummy_checkpoint
 from baichuan.config import PRESETS, VERSIONS, ModelConfig
+from baichuan.weights.dummy import dummy_checkpoint
 
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, vocab_size=50)
 SINGLE = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}

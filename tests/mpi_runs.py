@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run
-from baichuan.comm import world_of_this_process
 from baichuan.errors import EngineError
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.parallel.comm import world_of_this_process
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baichuan.comm import world_of_this_process
-from baichuan.executors.cuda_comm import ONE_SHOT_BYTES, Nccl, gpu_of_rank
+from baichuan.executors.cuda.comm import ONE_SHOT_BYTES, Nccl, gpu_of_rank
+from baichuan.parallel.comm import world_of_this_process
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from baichuan.position import alibi_slopes
+from baichuan.model.position import alibi_slopes
 from baichuan.quant.scaled import LIMITS
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
 from baichuan.records import (

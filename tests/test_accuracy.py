@@ -12,7 +12,7 @@ from torch import Tensor
 
 import weight
 from baichuan.config import QuantConfig
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.records import ModelWeights
 from benchmarks import accuracy
 

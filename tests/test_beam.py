@@ -9,9 +9,9 @@ import pytest
 import torch
 from golden_sessions import GREEDY
 
-from baichuan.beam import BeamSearch
 from baichuan.config import SamplingConfig
-from baichuan.hf import load_hf_model
+from baichuan.generation.beam import BeamSearch
+from baichuan.hf_model.modeling import load_hf_model
 
 BEAMS = replace(GREEDY, num_beams=4, temperature=1.0, eos_id=2)
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baichuan.comm import Solo, run_ranks
 from baichuan.config import ModelConfig
 from baichuan.errors import ConfigError
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.parallel.comm import Solo, run_ranks
 from benchmarks import bench_generate
 from benchmarks.random_weights import RandomWeights
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hub_folders import small_config
 
-from baichuan.checkpoint.hf import open_checkpoint
-from baichuan.checkpoint.shard import hub_shapes
 from baichuan.errors import CheckpointError
+from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.weights.shard import hub_shapes
 
 CONFIG = small_config("v2_7b")
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -12,17 +12,17 @@ import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
 
-from baichuan.checkpoint.binary import open_binary
-from baichuan.checkpoint.binary_config import read_binary_model
-from baichuan.checkpoint.layout import assemble
-from baichuan.checkpoint.plan import materialise, plan_hub
-from baichuan.checkpoint.plan_calibrated import plan_binary, plan_fp8
-from baichuan.comm import run_ranks
+from baichuan.calibration.convert import ConvertRequest, convert
 from baichuan.config import QuantConfig
-from baichuan.convert import ConvertRequest, convert
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.parallel.comm import run_ranks
 from baichuan.records import Step
+from baichuan.weights.binary.config import read_binary_model
+from baichuan.weights.binary.folder import open_binary
+from baichuan.weights.layout import assemble
+from baichuan.weights.plan import materialise, plan_hub
+from baichuan.weights.plan_calibrated import plan_binary, plan_fp8
 
 SMOOTH_MODES = [(token, channel) for token in (False, True) for channel in (False, True)]
 
@@ -329,7 +329,7 @@ def test_another_version_is_one_sentence(folders):
 
 
 def test_processes_write_the_same_bytes(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("baichuan.convert.BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("baichuan.calibration.convert.BYTES_PER_PROCESS", 1)
     alone = folders(0.5, 2)
     request = ConvertRequest(tmp_path, ROTARY, partial(make_checkpoint, ROTARY), 2, processes=2, alpha=0.5)
     several = convert(request, make_samples(ROTARY), {"in_file": "made up", "architectures": ["BaichuanForCausalLM"]})
@@ -370,7 +370,7 @@ def dying_checkpoint():
 
 
 def test_a_killed_process_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("baichuan.convert.BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr("baichuan.calibration.convert.BYTES_PER_PROCESS", 1)
     request = ConvertRequest(tmp_path, ROTARY, dying_checkpoint, processes=2)
     with pytest.raises(UnsupportedError, match="one of 2 processes was killed.* --processes 1"):
         convert(request, make_samples(ROTARY), {})

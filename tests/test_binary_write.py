@@ -7,11 +7,11 @@ import pytest
 import torch
 from binary_models import ROTARY, make_checkpoint, make_tensors
 
-from baichuan.checkpoint.binary_layout import STORAGE_TYPES, Layout
-from baichuan.checkpoint.binary_write import BinaryWriter
-from baichuan.checkpoint.shard import LINEARS
 from baichuan.errors import CheckpointError
 from baichuan.quant.ranges import LayerRanges, LinearRange
+from baichuan.weights.binary.layout import STORAGE_TYPES, Layout
+from baichuan.weights.binary.write import BinaryWriter
+from baichuan.weights.shard import LINEARS
 
 HIDDEN, INTER = ROTARY.hidden_size, ROTARY.intermediate_size
 LINEAR_INPUTS = {"qkv": HIDDEN, "o_proj": HIDDEN, "gate_up": HIDDEN, "down_proj": INTER}

@@ -19,15 +19,16 @@ from tiny_engine import snapshot
 
 import build
 import weight
-from baichuan import builder, manifest, self_check
-from baichuan.builder import BuildRequest, build_engine
-from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.checkpoint.plan import PlannedTensors
-from baichuan.checkpoint.tensor_file import planned_bytes, write_tensors
-from baichuan.comm import Solo
 from baichuan.config import BuildConfig, QuantConfig
+from baichuan.engine import builder, self_check
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.runtime import open_executor, open_session
 from baichuan.errors import EngineError, UnsupportedError
-from baichuan.runtime import open_executor, open_session
+from baichuan.parallel.comm import Solo
+from baichuan.util import manifest
+from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.tensor_file import planned_bytes, write_tensors
 
 VERSION = "v1_7b"
 

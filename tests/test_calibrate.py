@@ -4,9 +4,9 @@ import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
 
-import baichuan.calibrate as calibration
-from baichuan.calibrate import calibrate
-from baichuan.hf import BaichuanConfig, BaichuanForCausalLM
+from baichuan.calibration import calibrate as calibration
+from baichuan.calibration.calibrate import calibrate
+from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
 
 HUB_LINEARS = {
     "qkv": ["self_attn.W_pack"],

@@ -19,10 +19,10 @@ from goldens import VERSIONS_WITH_GOLDENS
 from hub_folders import SHARD, SINGLE, small_config, write_index, write_weights
 from safetensors.torch import load_file
 
-from baichuan.checkpoint import hf
-from baichuan.checkpoint.hf import open_checkpoint, read_model_config, resolve_folder
-from baichuan.checkpoint.shard import hub_shapes
 from baichuan.errors import CheckpointError
+from baichuan.weights.hub import checkpoint as hf
+from baichuan.weights.hub.checkpoint import open_checkpoint, read_model_config, resolve_folder
+from baichuan.weights.shard import hub_shapes
 
 CONFIG = small_config("v2_7b")
 UP = "model.layers.1.mlp.up_proj.weight"

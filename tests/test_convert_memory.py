@@ -11,10 +11,10 @@ import pytest
 from goldens import checkpoint as golden_checkpoint
 from process_memory import peak_anonymous_bytes
 
-from baichuan.checkpoint.dummy import dummy_checkpoint
-from baichuan.checkpoint.plan import as_stored, plan_rows, whole
-from baichuan.checkpoint.tensor_file import write_tensors
 from baichuan.config import PRESETS
+from baichuan.weights.dummy import dummy_checkpoint
+from baichuan.weights.plan import as_stored, plan_rows, whole
+from baichuan.weights.tensor_file import write_tensors
 
 MODEL = replace(PRESETS["v2_7b"], num_layers=4, vocab_size=1000, dtype="float16")
 LAYER_BYTES = 2 * (4 * MODEL.hidden_size**2 + 3 * MODEL.hidden_size * MODEL.intermediate_size)

@@ -8,14 +8,14 @@ import torch
 from kernel_device import DEVICE, relative_error, to_device
 
 import weight
-from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfig
 from baichuan.errors import UnsupportedError
-from baichuan.executors.cuda import CudaExecutor
-from baichuan.executors.cuda_graph import padded_batch_size
-from baichuan.executors.cuda_ops import Switches
+from baichuan.executors.cuda.executor import CudaExecutor
+from baichuan.executors.cuda.graph import padded_batch_size
+from baichuan.executors.cuda.ops import Switches
+from baichuan.generation.session import Session
 from baichuan.records import Step
-from baichuan.session import Session
+from baichuan.weights.hub.config import read_model_config
 from benchmarks.random_weights import RandomWeights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")]

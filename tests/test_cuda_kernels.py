@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, relative_error
 
-from baichuan.executors.dense_copies import COPY_ROWS, DenseCopies
+from baichuan.executors.cuda.dense_copies import COPY_ROWS, DenseCopies
 from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.spec import cdiv

@@ -6,8 +6,8 @@ import torch
 from kernel_device import DEVICE
 from op_cases import CASES, error
 
-from baichuan.comm import Solo
-from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.cuda.ops import CudaOps, Switches
+from baichuan.parallel.comm import Solo
 
 # Which head is whose rank's matters to ALiBi alone, and the interpreter takes seconds for each attention.
 LESS_TO_SAY = ("attention RoPE, second rank", "attention ALiBi, cache")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from kernel_device import DEVICE, relative_error, to_device
 
-from baichuan.comm import Solo
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.executors.cuda_ops import CudaOps, Switches
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.model import attention_spec, forward
+from baichuan.model.decoder import attention_spec, forward
+from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
 from benchmarks.random_weights import RandomWeights
 

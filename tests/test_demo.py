@@ -11,14 +11,14 @@ from demo_checkpoint import demo_checkpoint
 from sentencepiece import SentencePieceProcessor
 
 import weight
-from baichuan import chat
-from baichuan.checkpoint.hub_config import read_json_object, read_model_config
 from baichuan.config import DTYPES, VERSIONS, QuantConfig
+from baichuan.engine.self_check import all_logits
 from baichuan.evaluation.tasks import prompt_text
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.hf import load_hf_model
-from baichuan.self_check import all_logits
-from baichuan.tokenizer import Tokenizer
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.hf_model.modeling import load_hf_model
+from baichuan.text import chat
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.hub.config import read_json_object, read_model_config
 from demo import train
 
 STEPS = 2  # enough to see the loss fall

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baichuan.checkpoint.dummy import POOL_SIZE, dummy_checkpoint
-from baichuan.checkpoint.shard import hub_shapes
 from baichuan.config import PRESETS, VERSIONS
-from baichuan.hf import BaichuanConfig, BaichuanForCausalLM
+from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
+from baichuan.weights.dummy import POOL_SIZE, dummy_checkpoint
+from baichuan.weights.shard import hub_shapes
 
 SIZES = dict(hidden_size=256, num_layers=6, num_heads=8, intermediate_size=688, vocab_size=1000)
 CONFIG = replace(PRESETS["v1_7b"], **SIZES)

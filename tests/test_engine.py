@@ -11,11 +11,12 @@ import pytest
 import tiny_engine
 from tiny_engine import snapshot
 
-from baichuan import engine, manifest
-from baichuan.comm import Solo, run_ranks
-from baichuan.engine import CONFIG_NAME, read_engine
+from baichuan.engine import folder as engine
+from baichuan.engine.folder import CONFIG_NAME, read_engine
+from baichuan.engine.runtime import open_session
 from baichuan.errors import BaichuanError, ConfigError, EngineError
-from baichuan.runtime import open_session
+from baichuan.parallel.comm import Solo, run_ranks
+from baichuan.util import manifest
 
 VERSION = "v1_7b"
 

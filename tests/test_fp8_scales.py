@@ -5,11 +5,11 @@ import pytest
 import torch
 from binary_models import ROTARY, make_checkpoint, make_tensors
 
-from baichuan.checkpoint.fp8_scales import LayerScales, read_fp8_scales, write_fp8_scales
-from baichuan.checkpoint.plan import materialise
-from baichuan.checkpoint.plan_calibrated import plan_fp8
 from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError
+from baichuan.weights.binary.fp8_scales import LayerScales, read_fp8_scales, write_fp8_scales
+from baichuan.weights.plan import materialise
+from baichuan.weights.plan_calibrated import plan_fp8
 
 MODULES = ["attention:qkv:q", "attention:qkv:k", "attention:qkv:v", "attention:dense", "mlp:fc", "mlp:gate", "mlp:proj"]
 

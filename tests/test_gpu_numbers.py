@@ -5,7 +5,7 @@ import torch
 
 from baichuan.config import QuantConfig
 from baichuan.errors import UnsupportedError
-from baichuan.executors.capability import require_numbers
+from baichuan.executors.cuda.capability import require_numbers
 
 DEVICE = torch.device("cuda", 0)
 

@@ -10,9 +10,9 @@ import hub_folders
 import pytest
 from hub_folders import small_config
 
-from baichuan.checkpoint.hf import read_model_config
 from baichuan.config import PRESETS
 from baichuan.errors import CheckpointError, ConfigError
+from baichuan.weights.hub.checkpoint import read_model_config
 
 
 @pytest.mark.parametrize("version", PRESETS)

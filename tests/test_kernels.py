@@ -8,7 +8,6 @@ import torch
 from kernel_device import DEVICE, relative_error
 from torch.nn import functional as F
 
-from baichuan import position
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.gemm import gemm
@@ -22,6 +21,7 @@ from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.spec import GemvBlock
 from baichuan.kernels.tiles import Tile
+from baichuan.model import position
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8

@@ -12,7 +12,7 @@ import goldens
 import pytest
 import scripts
 
-from baichuan.engine import read_engine
+from baichuan.engine.folder import read_engine
 
 PROGRAM = Path(__file__).resolve().parent / "mpi_runs.py"
 END_S = 20  # within which a failure ends every rank

@@ -5,8 +5,8 @@ import pytest
 import torch
 from op_cases import CASES, error
 
-from baichuan.comm import Solo, run_ranks
-from baichuan.executors.reference import ReferenceOps
+from baichuan.executors.cpu.reference import ReferenceOps
+from baichuan.parallel.comm import Solo, run_ranks
 
 
 def run(case):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from baichuan import position
+from baichuan.model import position
 
 
 @pytest.mark.parametrize("heads", [5, 8, 10, 20, 32, 40])

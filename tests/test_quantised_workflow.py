@@ -18,10 +18,10 @@ import build
 import hf_baichuan_convert
 import run
 import weight
-from baichuan.checkpoint.hub_config import read_model_config
 from baichuan.config import QuantConfig
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.self_check import Agreement, all_logits
+from baichuan.engine.self_check import Agreement, all_logits
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.weights.hub.config import read_model_config
 
 VERSION = "v2_13b"
 ARTICLES = [

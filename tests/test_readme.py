@@ -16,7 +16,7 @@ import build
 import hf_baichuan_convert
 import run
 import summarize
-from baichuan.engine import read_engine
+from baichuan.engine.folder import read_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,14 +9,14 @@ import torch
 from golden_sessions import GREEDY
 from goldens import FLOAT32_TOLERANCE, LENGTHS, VERSIONS_WITH_GOLDENS
 
-from baichuan import position
-from baichuan.checkpoint.hf import open_checkpoint
-from baichuan.comm import run_ranks
 from baichuan.config import QuantConfig
-from baichuan.executors.reference import ReferenceExecutor
-from baichuan.executors.reference_linear import linear
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference_linear import linear
+from baichuan.generation.session import Session
+from baichuan.model import position
+from baichuan.parallel.comm import run_ranks
 from baichuan.records import DenseWeight, Step
-from baichuan.session import Session
+from baichuan.weights.hub.checkpoint import open_checkpoint
 
 TP_SIZES = [("v1_7b", 1), ("v1_7b", 2), ("v1_7b", 4), ("v2_13b", 1), ("v2_13b", 2), ("v2_13b", 5)]
 # Largest and mean difference of logits whose standard deviation is about 3, from the goldens' README: rounding every

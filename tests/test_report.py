@@ -16,7 +16,7 @@ from baichuan.errors import ConfigError
 from baichuan.evaluation import html_report, report
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.rouge import KINDS, Rouge
-from baichuan.evaluation.summarize import Request
+from baichuan.evaluation.summary import Request
 from baichuan.evaluation.svg_chart import Bar, bar_chart, nice_end
 from baichuan.evaluation.wording import decoding
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
-from baichuan.sampling import Sampler, draw, penalise
+from baichuan.generation.sampling import Sampler, draw, penalise
 
 VOCAB = 50
 

@@ -21,9 +21,10 @@ import scripts
 import build
 import run
 import summarize
-from baichuan import builder, manifest, runtime
-from baichuan.engine import CONFIG_NAME
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.engine import builder, runtime
+from baichuan.engine.folder import CONFIG_NAME
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.util import manifest
 
 VERSION = "v1_7b"
 

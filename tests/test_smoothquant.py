@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from baichuan.comm import Solo
+from baichuan.parallel.comm import Solo
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.smoothquant import int8_matmul, quantise_input, smoother

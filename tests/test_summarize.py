@@ -16,22 +16,22 @@ from bigram_side import BigramSide, evaluation_of
 from tiny_engine import SAMPLES, engine
 from torch.nn import functional as F
 
-from baichuan import progress
-from baichuan.comm import Solo, run_ranks
 from baichuan.config import SamplingConfig
-from baichuan.engine import Engine
+from baichuan.engine.folder import Engine
+from baichuan.engine.runtime import open_session
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import Rouge
 from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_log_likelihood
 from baichuan.evaluation.sides import EngineSide, HfSide
-from baichuan.evaluation.summarize import Evaluation, Request
+from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import make_task, prompt_text
 from baichuan.evaluation.wording import decoding
-from baichuan.hf import load_hf_model
-from baichuan.runtime import open_session
-from baichuan.tokenizer import Tokenizer
+from baichuan.hf_model.modeling import load_hf_model
+from baichuan.parallel.comm import Solo, run_ranks
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.util import progress
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0)
 NEVER = 999  # the goldens were made without an end id; their prompts and answers do not contain this one

@@ -14,9 +14,9 @@ import pytest
 from tiny_engine import SAMPLES, engine
 
 import summarize
-from baichuan.comm import run_ranks
-from baichuan.engine import Engine
+from baichuan.engine.folder import Engine
 from baichuan.errors import BaichuanError, ConfigError
+from baichuan.parallel.comm import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 

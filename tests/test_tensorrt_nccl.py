@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 
-from baichuan.comm import run_ranks
 from baichuan.executors.tensorrt import nccl
+from baichuan.parallel.comm import run_ranks
 
 FLOAT32, SUM = 7, 0  # ncclFloat32, ncclSum
 

@@ -12,13 +12,13 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 import trt_cases as cases
 from trt_standin import Network, StandInEngine
 
-from baichuan.comm import Solo, run_ranks
 from baichuan.config import QuantConfig
 from baichuan.errors import EngineError, UnsupportedError
 from baichuan.executors.tensorrt import nccl, plan
 from baichuan.executors.tensorrt.api import load
 from baichuan.executors.tensorrt.contract import FREE_SLOT, make_contract
 from baichuan.executors.tensorrt.padding import decode_run, prefill_runs
+from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.records import Step
 
 

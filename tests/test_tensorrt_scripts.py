@@ -14,13 +14,13 @@ from trt_standin import StandInContext, StandInEngine
 import build
 import hf_baichuan_convert
 import run
-from baichuan import runtime
-from baichuan.comm import run_ranks
 from baichuan.config import SamplingConfig
-from baichuan.engine import read_engine
+from baichuan.engine import runtime
+from baichuan.engine.folder import read_engine
 from baichuan.executors.tensorrt import build as trt_build
 from baichuan.executors.tensorrt import execute
 from baichuan.executors.tensorrt.plan import Plan, check_interface
+from baichuan.parallel.comm import run_ranks
 
 SIZES = ["--max_input_len", "64", "--max_output_len", "24", "--max_batch_size", "2", "--max_beam_width", "3"]
 QUESTIONS = ["世界上第二高的山峰是哪座？", "今天天气怎么样？"]

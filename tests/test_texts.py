@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from baichuan.errors import ConfigError
-from baichuan.texts import DEFAULT_DATASET, encode_texts, read_texts
+from baichuan.text.texts import DEFAULT_DATASET, encode_texts, read_texts
 
 ROWS = [{"id": number, "article": f"text {number}", "highlights": "short"} for number in range(4)]
 

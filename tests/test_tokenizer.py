@@ -8,7 +8,7 @@ import random
 import pytest
 
 from baichuan.errors import CheckpointError, ConfigError
-from baichuan.tokenizer import MAX_MODEL_BYTES, REPLACEMENT, Tokenizer, check_ids
+from baichuan.text.tokenizer import MAX_MODEL_BYTES, REPLACEMENT, Tokenizer, check_ids
 from tests.tokenizer_files import MODELS, REAL, original, reference, tokenizer
 
 CONTROL_NAMES = {"rebuilt_v1": 302, "real_v2": 990}  # <SEP>, <CLS> and every <reserved_N> of the real models

@@ -8,7 +8,7 @@ import torch
 from kernel_device import DEVICE
 
 from baichuan.config import PRESETS
-from baichuan.executors import cuda_linear
+from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
 from baichuan.kernels.spec import GemvBlock
 from benchmarks import tune_kernels, tune_tables

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from baichuan.checkpoint.dummy import dummy_checkpoint
-from baichuan.checkpoint.layout import assemble
-from baichuan.checkpoint.plan import materialise, plan_hub
-from baichuan.checkpoint.shard import LINEARS
-from baichuan.checkpoint.source import Checkpoint
-from baichuan.comm import Solo, run_ranks
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
 from baichuan.records import Step
+from baichuan.weights.dummy import dummy_checkpoint
+from baichuan.weights.layout import assemble
+from baichuan.weights.plan import materialise, plan_hub
+from baichuan.weights.shard import LINEARS
+from baichuan.weights.source import Checkpoint
 
 MODELS = {
     version: ModelConfig(version, 256, 2, 8, 512, 203, dtype="float32") for version in ("v1_7b", "v2_13b")

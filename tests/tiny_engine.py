@@ -1,4 +1,4 @@
-"""Engines made from the tiny golden checkpoints, whose weights come from hf.py's reading of them, and articles."""
+"""Engines made from the tiny golden checkpoints, whose weights come from hf_model's reading of them, and articles."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import goldens
 
-from baichuan import manifest
-from baichuan.builder import BuildRequest, build_engine
-from baichuan.checkpoint.hub_config import read_model_config
-from baichuan.checkpoint.plan import plan_hub
-from baichuan.checkpoint.source import known
 from baichuan.config import BuildConfig, QuantConfig
-from baichuan.engine import Engine
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.folder import Engine
 from baichuan.evaluation.datasets import Sample
-from baichuan.hf import load_hf_model
+from baichuan.hf_model.modeling import load_hf_model
+from baichuan.util import manifest
+from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.plan import plan_hub
+from baichuan.weights.source import known
 
 SAMPLES = [
     Sample("en", "The council met on Monday and it does n't plan to build the bridge.", "No bridge will be built."),

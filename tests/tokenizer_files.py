@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baichuan.tokenizer import Tokenizer
+from baichuan.text.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # The reference's name of each model -> its tokenizer.model, or the folder that holds it.

@@ -16,11 +16,11 @@ from torch import Tensor
 from trt_standin import Network
 
 import weight
-from baichuan.comm import Communicator, run_ranks
+from baichuan.calibration.convert import ConvertRequest, convert
 from baichuan.config import VERSIONS, BuildConfig, ModelConfig, QuantConfig
-from baichuan.convert import ConvertRequest, convert
 from baichuan.executors.base import Executor
-from baichuan.executors.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.parallel.comm import Communicator, run_ranks
 from baichuan.records import ModelWeights, Step
 
 # Ten heads have slopes of two powers of two, and five a rank; 51 ids have to be padded for two ranks; the sizes divide

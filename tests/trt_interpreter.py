@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from baichuan.comm import Communicator, Solo
 from baichuan.executors.tensorrt.api import Api
+from baichuan.parallel.comm import Communicator, Solo
 from baichuan.quant.weight_only import unpack_int4
 
 LIMITS = {torch.int8: (-128, 127), torch.float8_e4m3fn: (-448, 448)}

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import torch
 from trt_interpreter import Interpreter
 
-from baichuan.comm import Communicator, Solo
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.tensorrt import api as trt_api
 from baichuan.executors.tensorrt.contract import Contract
@@ -22,6 +21,7 @@ from baichuan.executors.tensorrt.execute import TensorRtExecutor
 from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.lowering import lower, weight_names
 from baichuan.executors.tensorrt.plan import Plan, check_interface
+from baichuan.parallel.comm import Communicator, Solo
 from baichuan.records import ModelWeights
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baichuan.errors import ConfigError
-from baichuan.hub_dataset import CNN_DAILYMAIL, CONFIGS, hub_rows, reason
+from baichuan.text.hub_dataset import CNN_DAILYMAIL, CONFIGS, hub_rows, reason
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from baichuan.evaluation import report
-from baichuan.evaluation.summarize import Evaluation
+from baichuan.evaluation.summary import Evaluation
 from baichuan.evaluation.wording import agreement_text
-from baichuan.progress import Progress
+from baichuan.util.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from baichuan import __version__
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.evaluation import html_report
 from baichuan.evaluation.rouge import KINDS, LABELS
-from baichuan.evaluation.summarize import Evaluation, SampleResult
+from baichuan.evaluation.summary import Evaluation, SampleResult
 from baichuan.evaluation.wording import shown
-from baichuan.files import atomic_path
+from baichuan.util.files import atomic_path
 
 FORMAT = 1
 RESULTS_NAME, SUMMARIES_NAME, HTML_NAME = "results.json", "summaries.jsonl", "report.html"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baichuan.self_check import Agreement
+from baichuan.engine.self_check import Agreement
 
 POSITIONS_AT_ONCE = 128  # in float64: 128 MB for a vocabulary of 125696
 

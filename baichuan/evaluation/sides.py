@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from baichuan.config import SamplingConfig, to_json
-from baichuan.engine import Engine
+from baichuan.engine.folder import Engine
 from baichuan.errors import ConfigError, UnsupportedError
-from baichuan.sampling import Sampler
-from baichuan.session import Generation, Session
+from baichuan.generation.sampling import Sampler
+from baichuan.generation.session import Generation, Session
 
 
 class Side(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baichuan.evaluation.datasets import Sample
-from baichuan.tokenizer import Tokenizer
+from baichuan.text.tokenizer import Tokenizer
 
 PROMPT_END = " TL;DR: "
 

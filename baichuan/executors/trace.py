@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baichuan.checkpoint.layout import assemble
-from baichuan.checkpoint.plan import PlannedTensors
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.model import attention_spec, forward
+from baichuan.model.decoder import attention_spec, forward
 from baichuan.records import AttentionSpec, DenseWeight, Int4Weight, Step, Weight
+from baichuan.weights.layout import assemble
+from baichuan.weights.plan import PlannedTensors
 
 
 @dataclass

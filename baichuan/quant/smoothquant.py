@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baichuan.comm import Communicator
+from baichuan.parallel.comm import Communicator
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 

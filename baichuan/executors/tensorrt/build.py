@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from baichuan.checkpoint.layout import assemble
-from baichuan.checkpoint.plan import PlannedTensors
-from baichuan.checkpoint.tensor_file import planned_bytes, read_tensors, write_tensors
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.tensorrt.api import Api, load
@@ -18,8 +15,11 @@ from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.drawing import write_svg
 from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.lowering import lower, weight_names
-from baichuan.progress import Progress
 from baichuan.records import ModelWeights
+from baichuan.util.progress import Progress
+from baichuan.weights.layout import assemble
+from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.tensor_file import planned_bytes, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import require_device_memory
 from baichuan.executors.tensorrt.contract import Contract, TensorSpec
 from baichuan.executors.tensorrt.kv_buffers import kv_buffers
 from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_runs
 from baichuan.executors.tensorrt.plan import Plan, open_plan
+from baichuan.parallel.comm import Communicator
 from baichuan.records import Step
 
 CONTEXT, GENERATION = 0, 1  # the contract's profiles

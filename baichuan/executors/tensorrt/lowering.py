@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baichuan import position
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.tensorrt.contract import Contract, TensorSpec, make_contract
 from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.linear import linear
-from baichuan.model import attention_spec, forward
+from baichuan.model import position
+from baichuan.model.decoder import attention_spec, forward
 from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step, Weight
 
 MASKED = {torch.float16: -1e4, torch.bfloat16: -1e9, torch.float32: -1e9}  # finite: half precision has no -1e9

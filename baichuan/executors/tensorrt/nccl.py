@@ -6,8 +6,8 @@ import ctypes
 
 import torch
 
-from baichuan.comm import Communicator
 from baichuan.errors import UnsupportedError
+from baichuan.parallel.comm import Communicator
 
 CAPSULE_NAME = b"ncclComm_t"  # compared by TensorRT; the bytes must outlive the capsule
 LIBRARY = "libnccl.so.2"  # PyTorch's own, which is loaded by now

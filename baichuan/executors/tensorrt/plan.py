@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baichuan.comm import Communicator
 from baichuan.errors import EngineError, UnsupportedError
 from baichuan.executors.tensorrt.api import Api, load
 from baichuan.executors.tensorrt.contract import IN_PLACE, Contract
 from baichuan.executors.tensorrt.nccl import communicator_capsule
+from baichuan.parallel.comm import Communicator
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,147 @@
+"""A checkpoint with its activation ranges -> the binary folder.  Complete or not at all; config.ini comes last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baichuan.calibration.calibrate import calibrate
+from baichuan.config import ModelConfig, require_range
+from baichuan.engine.folder import staging
+from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.quant.ranges import LayerRanges
+from baichuan.quant.scaled import scale_for
+from baichuan.util.processes import run_tasks
+from baichuan.util.progress import Progress
+from baichuan.weights.binary.config import SIZES, write_binary_config
+from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
+from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_TYPES, Layout
+from baichuan.weights.binary.write import BinaryWriter
+from baichuan.weights.shard import LINEARS
+from baichuan.weights.source import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+E4M3 = torch.float8_e4m3fn
+BYTES_PER_PROCESS = 256 << 20  # of output; starting a process takes longer than writing less
+DISK_SLACK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """One conversion."""
+
+    out_dir: Path  # the folder itself is out_dir/{tp_size}-gpu
+    model: ModelConfig
+    open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
+    tp_size: int = 1
+    processes: int = 4
+    alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
+    storage_type: str = "fp32"
+
+    def __post_init__(self):
+        require_range("tensor parallelism", self.tp_size, 1, 1024)
+        require_range("processes", self.processes, 1, 1024)
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ConfigError(f"SmoothQuant's alpha {self.alpha} is outside [0, 1]; 0.5 to 0.8 is a good choice")
+        self.model.check_tensor_parallel(self.tp_size)
+
+    @property
+    def folder(self) -> Path:
+        return self.out_dir / f"{self.tp_size}-gpu"
+
+
+def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Path:
+    """Calibrate on the samples (token ids) and write the folder, which is returned.
+
+    settings: what config.ini keeps of the command line and of the hub's config.json.
+    """
+    layout = Layout(request.model, request.tp_size, STORAGE_TYPES[request.storage_type])
+    with staging(request.folder) as staged:
+        _require_disk(request, layout, sum(map(len, samples)))
+        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged)
+        writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
+        size = sum(array.size for array in layout.written(request.alpha is not None))
+        processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
+        weight_absmax = _write_all(writer, ranges, processes)
+        write_fp8_scales(staged / FILE_NAME, _fp8_scales(ranges, weight_absmax))
+        model = {key: getattr(request.model, field) for field, key in SIZES.items()}
+        model |= {key: request.model.max_positions for key in request.model.version.length_keys}
+        model |= {"hidden_act": request.model.hidden_act, "rms_norm_eps": request.model.rms_norm_eps}
+        fixed = {
+            "tensor_parallelism": request.tp_size,
+            "smoothquant": request.alpha,
+            "weight_data_type": request.storage_type,
+            "multi_query_mode": False,
+        }
+        write_binary_config(staged, model | dict(settings) | fixed)
+        _publish(staged, request.folder)
+    return request.folder
+
+
+def _write_all(writer: BinaryWriter, ranges: Sequence[LayerRanges], processes: int) -> list[dict[str, list[float]]]:
+    """Write every array; returns max|W| of each layer's matrices by hub name, see BinaryWriter.write_linear."""
+    tasks = {
+        (layer, name): partial(writer.write_linear, layer, name, ranges[layer])
+        for layer in range(len(ranges))
+        for name in LINEARS
+    }
+    tasks |= {(None, name): partial(writer.write_global, name) for name in GLOBAL_NAMES}
+    found = [{} for _ in ranges]
+    with Progress("writing", len(tasks), "matrix") as progress:
+        for (layer, _), result in run_tasks(tasks, min(processes, len(tasks)), "use fewer, e.g. --processes 1"):
+            if layer is not None:
+                found[layer] |= result
+            progress.advance()
+    return found
+
+
+def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[str, list[float]]]) -> list[LayerScales]:
+    """What --enable_fp8 needs, of the checkpoint as it was before smoothing."""
+
+    def scale(absmax: float) -> float:
+        return scale_for(torch.tensor(absmax), E4M3).item()
+
+    layers = []
+    for seen, absmax in zip(ranges, weight_absmax, strict=True):
+        activation, weights = {}, {}
+        for name, linear in LINEARS.items():
+            of_modules = [each for source in linear.sources for each in absmax[source]]
+            for module, weight in zip(MODULES[name], of_modules, strict=True):
+                activation[module] = scale(seen.linears[name].x.max().item())
+                weights[module] = scale(weight)
+        layers.append(LayerScales(activation, weights, {"k_scale": scale(seen.k), "v_scale": scale(seen.v)}))
+    return layers
+
+
+def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
+    """Raise UnsupportedError unless the folder and the calibration's hidden states fit on the disk."""
+    arrays = {array.name: array.size for array in layout.written(request.alpha is not None)}
+    needed = sum(arrays.values()) + DISK_SLACK_BYTES + 4 * tokens * request.model.hidden_size
+    free = shutil.disk_usage(request.folder).free
+    logger.info("the folder takes %.2f GB; %.2f GB are free on its disk", sum(arrays.values()) / 1e9, free / 1e9)
+    if needed > free:
+        raise UnsupportedError(
+            f"the conversion needs {needed / 1e9:.2f} GB on the disk of {request.folder} and {free / 1e9:.2f} GB are "
+            "free; free some, choose another --out-dir, or use --storage-type fp16"
+        )
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    """Move the files into place, each at once and config.ini last; arrays of an older conversion go."""
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: name == CONFIG_NAME)
+    for stale in {path.name for path in folder.glob("model.layers.*.bin")} - set(names):
+        (folder / stale).unlink()
+    for name in names:
+        with open(staged / name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged / name, folder / name)

@@ -1,0 +1,108 @@
+"""What the scripts share: argument parsing, logging, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from baichuan.config import VERSIONS
+from baichuan.errors import BaichuanError
+from baichuan.parallel.comm import Communicator, world_of_this_process
+
+logger = logging.getLogger(__name__)
+
+USER_ERROR = 2
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any: a switch that is off and a flag left out say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, no abbreviations."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        self.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="least severe message to print")
+
+    def parse_args(self, args=None, namespace=None):
+        """An empty value, most likely of a shell variable that is not set, is an error and not a flag left out."""
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            if getattr(parsed, action.dest, None) == "" and action.dest != "system":
+                self.error(f"argument {action.option_strings[0]}: its value is empty; name one or leave the flag out")
+        return parsed
+
+    def error(self, message: str):
+        self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists every flag\n")
+
+
+def add_model_version(parser: argparse.ArgumentParser, default: str | None = "v1_13b") -> None:
+    """default None: the engine knows its version, and one that is given must agree."""
+    text = "which Baichuan it is" if default else "which Baichuan the engine must be"
+    parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
+
+
+def add_weight_copies(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no_weight_copies",
+        action="store_true",
+        help="INT8 and INT4 weights on a GPU: leave spare memory free; else it holds dequantised copies, which make "
+        "large batches and long prompts faster",
+    )
+
+
+def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
+    """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2."""
+    args = parser.parse_args(argv)
+    comm = world_of_this_process()
+    _configure_logging(args.log_level, comm)
+    try:
+        return body(args, comm)
+    except BaichuanError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "stopped by Ctrl-C; nothing unfinished was kept"
+    except MemoryError:
+        message = "the host memory is exhausted; use a smaller batch, shorter lengths or more ranks"
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is exhausted; use a smaller batch, shorter lengths, --max_num_tokens or more ranks"
+    except BrokenPipeError:
+        message = "nobody reads the output any more, which is cut off"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            comm.leave_failed()
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}; free space or choose another folder"
+    except Exception:
+        comm.leave_failed()
+        raise
+    rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
+    print(f"{parser.prog}: error{rank}: {message}", file=sys.stderr, flush=True)
+    comm.leave_failed()
+    return USER_ERROR
+
+
+def _configure_logging(level: str, comm: Communicator) -> None:
+    """Messages on standard error; below warnings only from rank 0."""
+    level_number = getattr(logging, level.upper())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("baichuan").setLevel(level_number if comm.rank == 0 else max(level_number, logging.WARNING))
+    if comm.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        _share_cores(comm.world_size)
+
+
+def _share_cores(ranks: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

@@ -1,0 +1,223 @@
+"""The engine folder: one file a rank, and config.json, which says what they are and is written last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from baichuan import __version__
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig, from_json, to_json
+from baichuan.errors import BaichuanError, ConfigError, EngineError
+from baichuan.parallel.comm import Communicator
+from baichuan.util import manifest
+from baichuan.util.processes import ctrl_c_ignored
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+_STAGING_PREFIX = ".building-"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What config.json says."""
+
+    folder: Path
+    model: ModelConfig
+    quant: QuantConfig
+    build: BuildConfig
+    files: dict[str, dict]  # by name: bytes and sha256, see manifest.py
+    contract: dict  # what the backend's runtime needs to know of its build; empty for torch
+
+    def rank_file(self, rank: int) -> Path:
+        return self.folder / rank_file_name(self.model, self.build, rank)
+
+
+def rank_file_name(model: ModelConfig, build: BuildConfig, rank: int) -> str:
+    return f"baichuan_{model.dtype}_tp{build.world_size}_rank{rank}.engine"
+
+
+@contextmanager
+def staging(output_dir: Path) -> Iterator[Path]:
+    """An empty folder inside output_dir for the files of one build; what is still in it at the end is deleted.
+
+    Raises ConfigError where output_dir cannot be made or holds a config.json that is no engine's, such as a
+    checkpoint's, which the engine's own would overwrite.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {output_dir} cannot be made ({error.strerror}); choose another folder") from None
+    if _holds_another_config(output_dir / CONFIG_NAME):
+        raise ConfigError(
+            f"output_dir {output_dir} holds a {CONFIG_NAME} that is no engine's and would be overwritten; "
+            "choose another folder"
+        )
+    _remove_abandoned(output_dir)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING_PREFIX}{os.getpid()}-", dir=output_dir))
+    try:
+        yield folder
+    except OSError as error:
+        error.filename = error.filename or str(output_dir)  # a failed write does not say where
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_config(engine: Engine) -> None:
+    """Write the config.json of complete rank files."""
+    model, quant, build = engine.model, engine.quant, engine.build
+    values = {
+        "builder_config": _builder_config(model, quant, build),
+        "plugin_config": _plugin_config(model, quant, build),
+        "baichuan": {
+            "format": FORMAT,
+            "version": __version__,
+            "model": to_json(model),
+            "quant": to_json(quant),
+            "build": to_json(build),
+            "files": engine.files,
+            "contract": engine.contract,
+        },
+    }
+    (engine.folder / CONFIG_NAME).write_text(json.dumps(manifest.seal(values), indent=2) + "\n")
+
+
+def publish(staged: Path, output_dir: Path) -> None:
+    """Move a complete engine into place, each file at once and config.json last; drop the files of the one before."""
+    old_files = _files_of(output_dir)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: name == CONFIG_NAME)
+    for name in names:
+        with open(staged / name, "rb") as file:
+            os.fsync(file.fileno())
+    with ctrl_c_ignored():  # the few renames, which must not stop between two engines
+        for name in names:
+            os.replace(staged / name, output_dir / name)
+        for name in old_files - set(names):
+            (output_dir / name).unlink(missing_ok=True)
+
+
+def read_engine(folder: Path) -> Engine:
+    """config.json's contents, checked for edits; the rank files are not touched.  Raises EngineError."""
+    path = folder / CONFIG_NAME
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is no engine's config.json")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read ({error.strerror}); build an engine into {folder} first") from None
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path} is not JSON ({error}); build the engine again") from None
+    ours = values.get("baichuan") if isinstance(values, dict) else None
+    if not isinstance(ours, dict):
+        raise EngineError(f"{path} was not written by this build.py; build the engine again")
+    if ours.get("format") != FORMAT:
+        raise EngineError(f"{path} has format {ours.get('format')} and this program reads {FORMAT}; build it again")
+    if not manifest.sealed(values):
+        raise EngineError(f"{path} was edited after the build; build the engine again with the settings you want")
+    try:
+        model, quant = from_json(ModelConfig, ours["model"]), from_json(QuantConfig, ours["quant"])
+        build, files, contract = from_json(BuildConfig, ours["build"]), ours["files"], ours["contract"]
+    except (ConfigError, KeyError) as error:
+        raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
+    if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
+        raise EngineError(f"{path} does not list one file a rank; build the engine again")
+    return Engine(folder, model, quant, build, files, contract)
+
+
+def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
+    """Raise EngineError unless the engine was built for this many ranks and, if given, for this version."""
+    if comm.world_size != engine.build.world_size:
+        raise EngineError(
+            f"{engine.folder} was built for {engine.build.world_size} rank(s) and {comm.world_size} are running; "
+            f"start it with mpirun -n {engine.build.world_size}, or build with --world_size {comm.world_size}"
+        )
+    if model_version not in (None, engine.model.model_version):
+        raise EngineError(
+            f"{engine.folder} holds a {engine.model.model_version} model, not {model_version}; "
+            f"run with --model_version {engine.model.model_version}"
+        )
+
+
+def verify_rank_file(engine: Engine, comm: Communicator) -> None:
+    """Check size and digest of this rank's file; every rank raises EngineError when one rank's file is not right."""
+    path, failure = engine.rank_file(comm.rank), None
+    try:
+        manifest.verify(path, engine.files[path.name])
+    except BaichuanError as error:
+        failure = str(error)
+    if failures := [each for each in comm.gather_objects(failure) if each]:
+        raise EngineError(failures[0])
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files of the engine in this folder, none if there is no readable one."""
+    try:
+        return set(read_engine(folder).files)
+    except EngineError:
+        return set()
+
+
+def _holds_another_config(path: Path) -> bool:
+    """Whether this is a JSON object that neither this build.py nor the old example's wrote."""
+    try:
+        with open(path, "rb") as file:
+            values = json.loads(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "builder_config" not in values
+
+
+def _remove_abandoned(output_dir: Path) -> None:
+    for folder in output_dir.glob(_STAGING_PREFIX + "*"):
+        pid = folder.name.removeprefix(_STAGING_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            logger.info("removing %s, which an interrupted build left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _builder_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> dict:
+    """The section that readers of the old example's config.json know."""
+    return {
+        "name": "baichuan",
+        "precision": model.dtype,
+        "tensor_parallel": build.world_size,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "hidden_size": model.hidden_size,
+        "inter_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+        "hidden_act": model.hidden_act,
+        "max_position_embeddings": model.max_positions,
+        "max_batch_size": build.max_batch_size,
+        "max_input_len": build.max_input_len,
+        "max_output_len": build.max_output_len,
+        "max_beam_width": build.max_beam_width,
+        "max_num_tokens": build.max_num_tokens,
+        "quant_mode": to_json(quant),
+        "model_version": model.model_version,
+    }
+
+
+def _plugin_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> dict:
+    """Which fused implementations the engine asks for: a dtype, or False."""
+    return {
+        "gpt_attention_plugin": model.dtype if build.gpt_attention_plugin else False,
+        "gemm_plugin": model.dtype if build.gemm_plugin else False,
+        "weight_only_quant_matmul_plugin": model.dtype if quant.weights in ("int8", "int4") else False,
+        "smooth_quant_gemm_plugin": model.dtype if quant.weights == "smooth_quant" else False,
+        "nccl_plugin": model.dtype if build.world_size > 1 else False,
+        "remove_input_padding": build.backend == "torch",
+        "paged_kv_cache": False,
+        "tokens_per_block": 0,
+        "multi_block_mode": build.multi_block_mode,
+    }

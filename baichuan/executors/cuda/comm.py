@@ -1,0 +1,108 @@
+"""How ranks talk that have a GPU each: NCCL, and for small messages each other's memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from baichuan.errors import UnsupportedError
+from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
+from baichuan.parallel.comm import Communicator
+
+logger = logging.getLogger(__name__)
+
+ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: there the bandwidth counts, and a ring sends each byte but twice
+SLOTS = 2  # buffers used in turn; see one_shot_all_reduce
+
+
+def gpu_of_rank(comm: Communicator) -> torch.device:
+    """One GPU a rank.  Raises UnsupportedError where there are fewer."""
+    count = torch.cuda.device_count()
+    if comm.world_size > count:
+        raise UnsupportedError(
+            f"{comm.world_size} ranks need a GPU each and this machine has {count}; "
+            "use more GPUs, build with a smaller --world_size, or run on the CPU with CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cuda", comm.rank)
+
+
+class Nccl:
+    """comm.Communicator over GPUs of one machine.  `host` joins the ranks and carries what is not a tensor."""
+
+    capturable = True
+
+    def __init__(self, host: Communicator, device: torch.device):
+        self.rank, self.world_size, self._host = host.rank, host.world_size, host
+        torch.cuda.set_device(device)
+        store = None
+        if self.rank == 0:
+            store = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
+        port = host.gather_objects(store.port if store else None)[0]
+        store = store or dist.TCPStore("127.0.0.1", port, self.world_size, is_master=False)
+        dist.init_process_group("nccl", store=store, rank=self.rank, world_size=self.world_size, device_id=device)
+        self._peers = _PeerMemory.map(host, device)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self._peers and x.nbytes <= ONE_SHOT_BYTES:
+            return self._peers.all_reduce(x)
+        dist.all_reduce(x)  # NCCL adds in x's type, in the same order on every rank
+        return x
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        gathered = torch.empty(self.world_size, *x.shape, dtype=x.dtype, device=x.device)
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        return torch.cat(gathered.unbind(0), dim=-1)
+
+    def gather_objects(self, value: Any) -> list:
+        return self._host.gather_objects(value)
+
+    def leave_failed(self) -> None:
+        self._host.leave_failed()
+
+
+class _PeerMemory:
+    """Every rank's buffers and flags, mapped into this rank's memory."""
+
+    def __init__(self, memory: Tensor, handle, rank: int, world_size: int):
+        self._memory, self._handle = memory, handle  # both keep the mapping alive
+        self.rank, self.world_size = rank, world_size
+        bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=memory.device)
+        self._buffers = [bases + slot * ONE_SHOT_BYTES for slot in range(SLOTS)]
+        self._flags = bases + SLOTS * ONE_SHOT_BYTES
+        self._next = 0
+
+    @classmethod
+    def map(cls, host: Communicator, device: torch.device) -> _PeerMemory | None:
+        """None, on every rank, where a rank cannot map the others' memory; NCCL then carries small sums as well."""
+        flags = host.world_size * (ONE_SHOT_BYTES // BLOCK) * torch.int32.itemsize
+        try:
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            memory = symmetric_memory.empty(SLOTS * ONE_SHOT_BYTES + flags, dtype=torch.uint8, device=device)
+            memory.zero_()
+            handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)
+            torch.cuda.synchronize(device)
+            found = cls(memory, handle, host.rank, host.world_size)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            logger.debug("peer memory cannot be mapped: %s", error)
+            found = None
+        everybody = all(host.gather_objects(found is not None))  # and every rank's flags are zero by now
+        if not everybody:
+            logger.info("the GPUs cannot map each other's memory; NCCL carries every message")
+        return found if everybody else None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The slots alternate by call, also inside a captured graph: a model makes an even number of calls a step."""
+        slot, self._next = self._next, (self._next + 1) % SLOTS
+        start = slot * ONE_SHOT_BYTES
+        own = self._memory[start : start + x.nbytes].view(x.dtype)
+        return one_shot_all_reduce(x, self._buffers[slot], self._flags, own, self.rank, self.world_size)

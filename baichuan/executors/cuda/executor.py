@@ -1,0 +1,76 @@
+"""The CUDA executor: Triton kernels and cuBLAS, decode steps captured as CUDA graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.executors.cuda.dense_copies import DenseCopies
+from baichuan.executors.cuda.graph import DecodeGraphs
+from baichuan.executors.cuda.ops import CudaOps, Switches
+from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_device_memory, spare_device_memory
+from baichuan.model.decoder import attention_spec, forward
+from baichuan.parallel.comm import Communicator, Solo
+from baichuan.records import LayerCache, ModelWeights, Step
+
+CAPACITY_STEP = 256  # caches grow by so many tokens: a slightly longer request finds its graphs captured
+
+
+class CudaExecutor:
+    """executors.base.Executor on one GPU, where its weights lie.
+
+    Caches and graphs outlive reset() as long as the next request fits into them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig,
+        weights: ModelWeights,
+        comm: Communicator | None = None,
+        switches: Switches | None = None,
+    ):
+        self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
+        self.switches = switches or Switches()
+        self.device = weights.embedding.device
+        self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
+        self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
+        self.captures = self.switches.own_attention and self.comm.capturable
+        self.caches: tuple[LayerCache, ...] = ()
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums are float32 (ops.py)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def reset(self, batch_size: int, capacity: int) -> None:
+        if self.caches and batch_size <= self.caches[0].k.shape[0] and capacity <= self.caches[0].k.shape[2]:
+            return
+        self.caches = ()
+        self.ops = self.graphs = None  # the old ones make room before memory is asked for
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
+        require_device_memory(size, f"a KV cache of {batch_size} x {capacity} tokens", self.device)
+        shape = (2, batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
+        self.caches = tuple(
+            LayerCache(*torch.zeros(shape, dtype=self.cache_dtype, device=self.device), layer.k_scale, layer.v_scale)
+            for layer in self.weights.layers
+        )
+        copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
+        self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
+        self.graphs = DecodeGraphs()
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> Tensor:
+        one_each = step.max_new_tokens == 1 and step.output_rows.shape[0] == step.batch_size
+        if self.captures and one_each:
+            return self.graphs(self._run, step)
+        return self._run(step)
+
+    def _run(self, step: Step) -> Tensor:
+        return forward(self.ops, self.config, self.weights, self.caches, self.spec, step)
+
+    @torch.inference_mode()
+    def reorder_cache(self, parents: Tensor) -> None:
+        rows = parents.shape[0]
+        for cache in self.caches:
+            cache.k[:rows] = cache.k[parents]
+            cache.v[:rows] = cache.v[parents]

@@ -1,0 +1,221 @@
+"""Generation over an executor: prompts in, token ids out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.executors.base import Executor
+from baichuan.generation import beam
+from baichuan.generation.sampling import Sampler
+from baichuan.records import Step
+from baichuan.text.tokenizer import check_ids
+
+OnTokens = Callable[[list[int | None]], None]  # each row's new token, None once the row has ended
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt's continuation."""
+
+    ids: list[int]  # without the id that ended it
+    finish_reason: str  # stop: an end id came; length: max_new_tokens were made
+    logits: Tensor | None = None  # [steps, vocab_size] float32, what each token, the end id too, was chosen from
+
+
+@dataclass
+class Timing:
+    """What a generation took, in seconds of wall time."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0  # of all rows, end ids and beams included
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+
+    def summary(self) -> str:
+        """Tokens per second of both phases, for the log."""
+        decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
+        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # the first ones are the prefill's
+        decoded = stepped / max(self.decode_s, 1e-9)
+        return (
+            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
+            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms a step"
+        )
+
+
+@dataclass
+class Session:
+    """An executor with the limits of its engine."""
+
+    executor: Executor
+    model: ModelConfig
+    build: BuildConfig
+    timing: Timing = field(default_factory=Timing)  # of the last generate()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        on_tokens: OnTokens | None = None,
+        keep_logits: bool = False,
+    ) -> list[Generation]:
+        """Continue each prompt until an end id or max_new_tokens.  Raises ConfigError for what the engine cannot hold.
+
+        on_tokens is called after each step (not with beams, whose tokens are known only at the end).
+        """
+        self.check(prompts, sampling, max_new_tokens)
+        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
+        self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
+        start = time.perf_counter()
+        logits, step = self._prefill(prompts)
+        self._wait()
+        self.timing.prefill_s = time.perf_counter() - start
+        start = time.perf_counter()
+        if sampling.num_beams > 1:
+            results = self._beam_search(logits, step, prompts, sampling, max_new_tokens, keep_logits)
+        else:
+            sampler = Sampler(sampling, prompts, self.model.vocab_size, max_new_tokens, logits.device)
+            results = self._decode(logits, step, sampler, max_new_tokens, on_tokens, keep_logits)
+        self._wait()
+        self.timing.decode_s = time.perf_counter() - start
+        return results
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits after every token of each sequence, each [len(sequence), vocab_size] float32."""
+        self.check(sequences, SamplingConfig(top_k=1), 1)
+        self.executor.reset(len(sequences), max(map(len, sequences)))
+        logits = self._forward(Step.of(sequences, all_outputs=True, device=self.executor.device))
+        return list(logits.clone().split([len(sequence) for sequence in sequences]))
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
+        """Raise ConfigError unless the engine can hold this request."""
+        limits = self.build
+        if not prompts or len(prompts) > limits.max_batch_size:
+            raise ConfigError(
+                f"{len(prompts)} prompts do not fit an engine of max_batch_size {limits.max_batch_size}; "
+                "give 1 to that many, or build with a larger --max_batch_size"
+            )
+        if sampling.num_beams > limits.max_beam_width:
+            raise ConfigError(
+                f"num_beams {sampling.num_beams} is over the engine's max_beam_width {limits.max_beam_width}; "
+                "use fewer, or build with a larger --max_beam_width"
+            )
+        if not 1 <= max_new_tokens <= limits.max_output_len:
+            raise ConfigError(
+                f"max_output_len {max_new_tokens} is out of the engine's range 1 to {limits.max_output_len}; "
+                "ask for less, or build with a larger --max_output_len"
+            )
+        for index, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= limits.max_input_len:
+                raise ConfigError(
+                    f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {limits.max_input_len}; "
+                    "shorten it, or build with a larger --max_input_len"
+                )
+            check_ids(prompt, self.model.vocab_size, f"prompt {index}")
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
+        """Logits of each prompt's last token and the step that made them, in chunks of at most max_num_tokens."""
+        limit = self.build.max_num_tokens or sum(map(len, prompts))
+        chunks = 1
+        while max(_chunk_sizes(prompts, chunks)) > limit and chunks < max(map(len, prompts)):
+            chunks += 1
+        for chunk in range(chunks):
+            bounds = [(len(p) * chunk // chunks, len(p) * (chunk + 1) // chunks) for p in prompts]
+            tokens = [prompt[a:b] for prompt, (a, b) in zip(prompts, bounds, strict=True)]
+            step = Step.of(tokens, [a for a, _ in bounds], device=self.executor.device)
+            logits = self._forward(step)
+        return logits, step
+
+    def _decode(self, logits, step, sampler, max_new_tokens, on_tokens, keep_logits) -> list[Generation]:
+        end_ids = {sampler.config.eos_id, *sampler.config.stop_ids}
+        rows: list[_Row] = [_Row() for _ in range(step.batch_size)]
+        kept, pending = [], None
+        for index in range(max_new_tokens):
+            if keep_logits:
+                kept.append(logits.cpu().clone())
+            tokens = sampler(logits)
+            self.timing.new_tokens += len(rows)
+            current = _Readback(tokens)
+            if tokens.device.type == "cpu" or index + 1 == max_new_tokens:
+                ready, pending = [each for each in (pending, current) if each], None
+            else:  # the device is already at the next step while the host looks at the tokens of this one
+                ready, pending = [pending] if pending else [], current
+            for readback in ready:
+                news = [row.append(token, end_ids) for row, token in zip(rows, readback.tokens(), strict=True)]
+                if on_tokens:
+                    on_tokens(news)
+            if all(row.ended for row in rows) or index + 1 == max_new_tokens:
+                break
+            step = step.next(tokens)
+            logits = self._forward(step)
+            self.timing.decode_steps += 1
+        return [row.generation(kept, number) for number, row in enumerate(rows)]
+
+    def _beam_search(self, logits, step, prompts, sampling, max_new_tokens, keep_logits) -> list[Generation]:
+        search = beam.BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
+        while True:
+            parents, tokens = search.advance(logits)
+            self.timing.new_tokens += tokens.shape[0]
+            if search.done:
+                break
+            self.executor.reorder_cache(parents)
+            step = step.next(tokens, parents)
+            logits = self._forward(step)
+            self.timing.decode_steps += 1
+        return [Generation(best.ids, best.finish_reason, best.logits) for best in search.best()]
+
+    def _forward(self, step: Step) -> Tensor:
+        logits = self.executor.forward(step)
+        return logits.half().float() if self.build.logits_dtype == "float16" else logits
+
+    def _wait(self) -> None:
+        if self.executor.device.type == "cuda":
+            torch.cuda.synchronize(self.executor.device)
+
+
+class _Readback:
+    """Tokens on their way to the host; asking for them waits for their copy alone, not for later work."""
+
+    def __init__(self, tokens: Tensor):
+        self._host = tokens.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        if self._event:
+            self._event.record()
+
+    def tokens(self) -> list[int]:
+        if self._event:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+@dataclass
+class _Row:
+    """One sequence while it grows."""
+
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def append(self, token: int, end_ids: set[int]) -> int | None:
+        if self.ended or token in end_ids:
+            self.ended = True
+            return None
+        self.ids.append(token)
+        return token
+
+    def generation(self, kept: list[Tensor], number: int) -> Generation:
+        steps = len(self.ids) + self.ended
+        logits = torch.stack([each[number] for each in kept[:steps]]) if kept else None
+        return Generation(self.ids, "stop" if self.ended else "length", logits)
+
+
+def _chunk_sizes(prompts: Sequence[Sequence[int]], chunks: int) -> list[int]:
+    """Tokens of each chunk when every prompt is cut into `chunks` nearly equal parts, all ending in the last."""
+    return [sum(len(p) * (c + 1) // chunks - len(p) * c // chunks for p in prompts) for c in range(chunks)]

@@ -1,0 +1,105 @@
+"""The binary folder's config.ini: the conversion's arguments and the fields of the hub's config.json, as text."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from baichuan.config import VERSIONS, ModelConfig
+from baichuan.errors import CheckpointError
+from baichuan.util import manifest
+from baichuan.weights.binary.layout import CONFIG_NAME
+from baichuan.weights.hub.config import LENGTH_KEYS, require_version
+
+SECTION = "baichuan"
+MAX_BYTES = 1 << 20
+SIZES = {  # ModelConfig's field, the hub's key
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
+SEAL = "sha256"  # ours alone: the old script's files have none
+
+
+class BinaryConfig:
+    """config.ini of a folder, every value checked when it is asked for.  Raises CheckpointError."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / CONFIG_NAME
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            if self.file.stat().st_size > MAX_BYTES:
+                raise CheckpointError(
+                    f"{self.file} is larger than {MAX_BYTES} bytes; it is no binary folder's {CONFIG_NAME}"
+                )
+            parser.read_string(self.file.read_text("utf-8"))
+            self.values = dict(parser[SECTION])
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.file} cannot be read ({error.strerror}); --bin_model_dir is a folder that "
+                "hf_baichuan_convert.py has finished, such as OUT/1-gpu"
+            ) from None
+        except (configparser.Error, UnicodeDecodeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.file} is damaged ({reason}); convert the checkpoint again") from None
+        if SEAL in self.values and not manifest.sealed(self.values):
+            raise CheckpointError(f"{self.file} was edited after the conversion; convert the checkpoint again")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.file} has no {key}; convert the checkpoint again")
+        return value
+
+    def integer(self, key: str) -> int:
+        return self._parsed(int, key, self.text(key))
+
+    def number(self, key: str, default: float) -> float:
+        return self._parsed(float, key, self.text(key, str(default)))
+
+    def evidence(self) -> dict[str, Any]:
+        """What hub_config.require_version looks at, as config.json has it."""
+        values = {key: self.integer(key) for key in ("hidden_size", "vocab_size")}
+        values |= {key: self.integer(key) for key in LENGTH_KEYS if key in self}
+        names = re.findall(r"\w+ForCausalLM", self.text("architectures", ""))  # str() of a list
+        return values | {"architectures": names} | {k: v for k, v in self.values.items() if k == "model_version"}
+
+    def _parsed(self, kind: Callable, key: str, text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise CheckpointError(
+                f"{self.file} says {key} = {text[:40]!r}, which is no number; convert the checkpoint again"
+            ) from None
+
+
+def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write config.ini; values become text as str() gives it."""
+    parser = configparser.ConfigParser(interpolation=None)
+    texts = {key.lower(): " ".join(str(value).split()) for key, value in values.items()}
+    parser[SECTION] = manifest.seal(texts)
+    with open(folder / CONFIG_NAME, "w", encoding="utf-8") as file:
+        parser.write(file)
+
+
+def read_binary_model(folder: Path, model_version: str, dtype: str) -> ModelConfig:
+    """The model that config.ini tells of.  Raises ConfigError where it contradicts model_version."""
+    config = BinaryConfig(folder)
+    require_version(str(config.file), model_version, config.evidence())
+    lengths = [key for key in VERSIONS[model_version].length_keys if key in config]
+    return ModelConfig(
+        model_version,
+        **{field: config.integer(key) for field, key in SIZES.items()},
+        **({"max_positions": config.integer(lengths[0])} if lengths else {}),
+        hidden_act=config.text("hidden_act"),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        dtype=dtype,
+    )

@@ -1,0 +1,235 @@
+"""Reading a binary folder: the check of what is there, and memory-mapped arrays as tensor sources.
+
+The folder is what hf_baichuan_convert.py writes, or what TensorRT-LLM's script of that name wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.errors import CheckpointError
+from baichuan.quant.scaled import LIMITS, scale_for
+from baichuan.weights.binary.config import SIZES, BinaryConfig
+from baichuan.weights.binary.fp8_scales import FILE_NAME, LayerScales, read_fp8_scales
+from baichuan.weights.binary.layout import (
+    CONFIG_NAME,
+    GLOBAL_NAMES,
+    NORM_NAMES,
+    QKV,
+    SOURCE_NAMES,
+    STORAGE_TYPES,
+    Array,
+    Layout,
+    has_smoother,
+    int8_kind,
+)
+from baichuan.weights.shard import LINEARS
+from baichuan.weights.source import Checkpoint, TensorSource, known, part, stacked
+
+CACHE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LISTED = 5  # missing files that a message names
+
+
+@dataclass(frozen=True)
+class BinaryFolder:
+    """A folder whose config.ini was read.  Arrays are opened, memory-mapped, when they are used."""
+
+    path: Path
+    layout: Layout
+    smoothed: bool  # weights and norms hold a smoother (-sq)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.layout.model
+
+    def check(self, quant: QuantConfig, ranks: range) -> None:
+        """Raise CheckpointError, naming what is missing or has the wrong size, unless engines can be built."""
+        if quant.weights == "smooth_quant" and not self.smoothed:
+            raise CheckpointError(f"{self.path} was written without -sq; convert the checkpoint again with -sq 0.8")
+        required = list(self.layout.required(quant, ranks, self.smoothed))
+        missing = [array.name for array in required if not (self.path / array.name).is_file()]
+        if missing:
+            more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+            raise CheckpointError(
+                f"{self.path} lacks {len(missing)} of {len(required)} files: {', '.join(missing[:LISTED])}{more}; "
+                f"convert the checkpoint again{self._remedy(quant)}"
+            )
+        for array in required:
+            self._check_size(array)
+
+    def checkpoint(self) -> Checkpoint:
+        """The whole model by the hub's names, rows of whole matrices; where the folder is smoothed, dense and proj
+        are divided by their smoothers, so that the model needs none."""
+        tensors = {hub: self._rows(self.layout.global_array(hub)) for hub in GLOBAL_NAMES}
+        for layer in range(self.model.num_layers):
+            for norm in NORM_NAMES:
+                tensors[f"model.layers.{layer}.{norm}.weight"] = self.norm(layer, norm)
+            for source in SOURCE_NAMES:
+                tensors[f"model.layers.{layer}.{source}.weight"] = self._whole_matrix(layer, source)
+        return tensors
+
+    def norm(self, layer: int, hub_norm: str) -> TensorSource:
+        """input_layernorm or post_attention_layernorm, divided by the smoother in a smoothed folder."""
+        return self._rows(self.layout.norm(layer, hub_norm))
+
+    def dense(self, layer: int, linear: str, rank: int) -> TensorSource:
+        """A rank's share of one of shard.LINEARS as one matrix; reads the rank's files alone."""
+        return stacked([self._rank_matrix(layer, source, rank) for source in LINEARS[linear].sources])
+
+    def smooth_quant(
+        self, layer: int, linear: str, rank: int, per_token: bool, per_channel: bool
+    ) -> dict[str, TensorSource]:
+        """The fields of records.SmoothQuantWeight for a rank's share of one of shard.LINEARS."""
+        sources = LINEARS[linear].sources
+        kind = int8_kind(per_channel)
+        files = [self.layout.weight(layer, source, rank, kind) for source in sources]
+        fields = {
+            "weight": stacked([self._transposed(file) for file in files]),
+            "scale": known(torch.cat([self._channel_scales(layer, each, rank, per_channel) for each in sources])),
+        }
+        if not per_token:
+            fields["input_scale"] = known(self._input_scale(layer, sources))
+        if has_smoother(sources[0]):
+            fields["smoother"] = known(self._positive(self.layout.smoother(layer, sources[0], rank)))
+        return fields
+
+    def kv_scales(self, layer: int, kv_cache: str) -> dict[str, TensorSource]:
+        """k_scale and v_scale of an "int8" or "fp8" cache.  A folder of the old script has one number for both."""
+        scales = {}
+        for which in ("k", "v"):
+            array = self.layout.kv_scale(layer, which)
+            if not (self.path / array.name).is_file():
+                array = self.layout.output_scale(layer, QKV)
+            self._check_size(array)
+            absmax = LIMITS[torch.int8] * self._positive(array)
+            scales[f"{which}_scale"] = known(scale_for(absmax, CACHE_TYPES[kv_cache]))
+        return scales
+
+    def fp8_scales(self) -> list[LayerScales]:
+        """The scales that our script adds to the folder; they belong to weights that are not smoothed."""
+        if self.smoothed:
+            raise CheckpointError(
+                f"{self.path} was smoothed (-sq), which FP8 does not use; convert the checkpoint again with -kv alone"
+            )
+        return read_fp8_scales(self.path / FILE_NAME, self.model.num_layers)
+
+    def _remedy(self, quant: QuantConfig) -> str:
+        if quant.weights == "smooth_quant":
+            return " with -sq"
+        return " with -kv" if quant.kv_cache != "none" else ""
+
+    def _check_size(self, array: Array) -> None:
+        size = (self.path / array.name).stat().st_size
+        if size != array.size:
+            shape = " x ".join(map(str, array.shape))
+            others = [
+                name
+                for name, dtype in STORAGE_TYPES.items()
+                if size == array.size // array.dtype.itemsize * dtype.itemsize
+            ]
+            hint = f", which would fit {others[0]} instead of {array.dtype.name}" if others else ""
+            raise CheckpointError(
+                f"{self.path / array.name} has {size} bytes, and {shape} {array.dtype.name} takes {array.size}{hint}; "
+                f"{CONFIG_NAME} or the file was changed, convert the checkpoint again"
+            )
+
+    def _map(self, array: Array) -> np.ndarray:
+        try:
+            return np.memmap(self.path / array.name, array.dtype, "r", shape=array.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path / array.name} cannot be read ({error}); convert the checkpoint again"
+            ) from None
+
+    def _rows(self, array: Array) -> TensorSource:
+        """The array as it is stored."""
+        return TensorSource(
+            array.shape, _torch_dtype(array), lambda a, b: torch.from_numpy(self._map(array)[a:b].copy())
+        )
+
+    def _transposed(self, array: Array) -> TensorSource:
+        """A stored [in, out] as rows [out, in]."""
+
+        def read(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(self._map(array)[:, start:stop].T))
+
+        return TensorSource(array.shape[::-1], _torch_dtype(array), read)
+
+    def _rank_matrix(self, layer: int, source: str, rank: int) -> TensorSource:
+        matrix = self._transposed(self.layout.weight(layer, source, rank))
+        if not (self.smoothed and has_smoother(source)):
+            return matrix
+
+        def read(start: int, stop: int) -> Tensor:
+            return matrix.read(start, stop).float() / self._positive(self.layout.smoother(layer, source, rank))
+
+        return replace(matrix, dtype=torch.float32, read=read)
+
+    def _whole_matrix(self, layer: int, source: str) -> TensorSource:
+        """All ranks' shares as the hub's [out_features, in_features]."""
+        ranks = range(self.layout.tp_size)
+        matrices = [self._rank_matrix(layer, source, rank) for rank in ranks]
+        shape = self.layout.hub_shape(source)
+        if has_smoother(source):
+            return replace(matrices[0], shape=shape, read=lambda a, b: torch.cat([m.read(a, b) for m in matrices], 1))
+        pieces = []  # each rank's ranges of the hub's rows, in the hub's order
+        for rank, matrix in zip(ranks, matrices, strict=True):
+            first = 0
+            for start, stop in self.layout.cut(source, rank)[0]:
+                pieces.append((start, part(matrix, first, stop - start)))
+                first += stop - start
+        return stacked([piece for _, piece in sorted(pieces, key=lambda each: each[0])])
+
+    def _channel_scales(self, layer: int, source: str, rank: int, per_channel: bool) -> Tensor:
+        scale = self._positive(self.layout.channel_scale(layer, source, rank, "scale_w_quant_orig", per_channel))
+        return scale.expand(self.layout.weight(layer, source, rank).shape[1])
+
+    def _input_scale(self, layer: int, sources: tuple[str, ...]) -> Tensor:
+        """One scale for linears that share their input; the largest, should their files differ."""
+        return torch.stack([1 / self._positive(self.layout.input_scale(layer, source)) for source in sources]).amax(0)
+
+    def _positive(self, array: Array) -> Tensor:
+        values = torch.from_numpy(self._map(array).copy())
+        if not (torch.isfinite(values) & (values > 0)).all():
+            raise CheckpointError(
+                f"{self.path / array.name} holds a scale that is not a positive number; convert the checkpoint again"
+            )
+        return values
+
+
+def open_binary(path: Path, model: ModelConfig, tp_size: int) -> BinaryFolder:
+    """The folder for `tp_size` ranks.  Raises CheckpointError where config.ini does not say so."""
+    values = BinaryConfig(path)
+    for field, key in SIZES.items():
+        if values.integer(key) != getattr(model, field):
+            raise CheckpointError(
+                f"{path / CONFIG_NAME} says {key} = {values.integer(key)}, and the model has {getattr(model, field)}; "
+                "use the folder that was converted from this model"
+            )
+    ranks = values.integer("tensor_parallelism")
+    if ranks != tp_size:
+        raise CheckpointError(
+            f"{path} was written for {ranks} rank(s) and the engine has {tp_size}; "
+            f"build with --world_size {ranks}, or convert the checkpoint again with -tp {tp_size}"
+        )
+    storage = values.text("weight_data_type")
+    if storage not in STORAGE_TYPES:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} says weight_data_type = {storage}; it is {' or '.join(STORAGE_TYPES)}"
+        )
+    if values.text("multi_query_mode", "False") != "False":
+        raise CheckpointError(
+            f"{path} is in multi-query mode, which no Baichuan model has; convert the checkpoint again"
+        )
+    model.check_tensor_parallel(tp_size)
+    return BinaryFolder(path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.text("smoothquant") != "None")
+
+
+def _torch_dtype(array: Array) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype

@@ -1,0 +1,79 @@
+"""An engine's weights on disk: a safetensors file, written block by block and read memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from baichuan.errors import EngineError
+from baichuan.weights.plan import PlannedTensors
+
+_TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+
+def planned_bytes(plan: list[PlannedTensors]) -> int:
+    """Size of the tensors' data."""
+    specs = [spec for item in plan for spec in item.specs.values()]
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs)
+
+
+def write_tensors(
+    path: Path,
+    plan: list[PlannedTensors],
+    advance: Callable[[int], None],
+    wrote: Callable[[int, int], None] = lambda start, size: None,
+) -> None:
+    """Write the plan's tensors; holds one block in memory.
+
+    advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
+    Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
+    """
+    specs = {name: spec for item in plan for name, spec in item.specs.items()}
+    header, offsets, end = {}, {}, 0
+    for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
+        dtype, shape = specs[name]
+        offsets[name], end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 64 + 56)  # the data starts at a multiple of 64
+    with open(path, "wb") as file:
+
+        def write(start: int, content) -> int:
+            file.seek(start)
+            size = file.write(content)
+            file.flush()
+            wrote(start, size)
+            return size
+
+        data = write(0, struct.pack("<Q", len(encoded)) + encoded)
+        for item in plan:
+            for block in item.blocks():
+                for name, rows in block.items():
+                    size = write(data + offsets[name], rows.contiguous().view(-1).view(torch.uint8).numpy())
+                    offsets[name] += size
+                    advance(size)
+        for name, entry in header.items():
+            if offsets[name] != entry["data_offsets"][1]:
+                raise AssertionError(f"{name} was planned with {entry['shape']} and written with another size")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors, memory-mapped: no bytes are read before they are used."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise EngineError(f"{path} is not a readable engine file ({error}); build the engine again") from None
