@@ -99,17 +99,18 @@ def test_left_padding_changes_nothing(version):
         assert found[row, 128:].tolist() == goldens.golden(version)[f"gen_{len(prompt)}"].tolist()
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # since transformers 5.24, and before
 @pytest.mark.parametrize("padding", [0, 5])
 @both_goldens
-def test_chunks_with_a_cache_equal_one_pass(version, padding):
+def test_chunks_with_a_cache_equal_one_pass(version, padding, name):
     tokens = F.pad(ids(version, 33), (padding, 0))
     mask = F.pad(torch.ones(1, 33), (padding, 0)).long()
     found, cache = [], None
     for start, stop in ((0, 20), (20, 21), (21, 33 + padding)):
         with torch.no_grad():
-            output = model(version)(tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            output = model(version)(tokens[:, start:stop], attention_mask=mask[:, :stop], **{name: cache})
         found.append(output.logits)
-        cache = output.past_key_values
+        cache = output[1]
     expected = goldens.golden(version)["logits_33"]
     assert (torch.cat(found, 1)[0, padding:] - expected).abs().max() <= FLOAT32_TOLERANCE
 
@@ -134,6 +135,24 @@ def test_the_cache_changes_no_decision(version, settings):
     torch.manual_seed(0)
     settings = {name: value for name, value in settings.items() if name != "cache_implementation"}
     assert cached.tolist() == model(version).generate(batch, **common, **settings, use_cache=False).tolist()
+
+
+@both_goldens
+def test_generate_goes_on_from_a_cache(version):
+    """The ids and their mask are complete, and the model is given those that the cache lacks."""
+    start = model(version).generate(ids(version, 33), **GREEDY | dict(max_new_tokens=9), return_dict_in_generate=True)
+    again = model(version).generate(
+        start.sequences,
+        attention_mask=torch.ones_like(start.sequences),
+        past_key_values=start.past_key_values,
+        **GREEDY | dict(max_new_tokens=15),
+    )
+    assert again[0, 33:].tolist() == goldens.golden(version)["gen_33"].tolist()
+
+
+def test_a_cache_has_one_name():
+    with pytest.raises(ValueError, match="two names of one input"):
+        small("v1_7b")(torch.arange(5)[None], cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def test_the_goldens_notice_a_wrong_position_or_head():
@@ -281,7 +300,7 @@ def test_the_gpu_computes_what_the_cpu_does(version, dtype, tolerance):
     on_gpu = copy.deepcopy(tiny).to("cuda", getattr(torch, dtype))
     with torch.no_grad():
         first = on_gpu(tokens[:, :39].cuda(), attention_mask=mask[:, :39].cuda())
-        last = on_gpu(tokens[:, 39:].cuda(), attention_mask=mask.cuda(), past_key_values=first.past_key_values)
+        last = on_gpu(tokens[:, 39:].cuda(), attention_mask=mask.cuda(), cache=first[1])
     found = torch.cat((first.logits, last.logits), 1).float().cpu()
     assert found.isfinite().all()
     assert (found - expected)[mask.bool()].abs().max() <= tolerance * expected.std()

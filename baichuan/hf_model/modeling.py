@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -115,7 +115,7 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _supports_sdpa = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [IGNORED.pattern]
 
     def __init__(self, config: BaichuanConfig):
@@ -131,26 +131,30 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,  # [batch, length]
         attention_mask: Tensor | None = None,  # [batch, cached + length], 0 where padding lies
         position_ids: Tensor | None = None,  # [batch, length]; default: counted from the mask
-        past_key_values=None,
+        cache: Cache | None = None,  # grows by this call's keys and values
         inputs_embeds: Tensor | None = None,  # [batch, length, hidden], instead of input_ids
         labels: Tensor | None = None,  # [batch, length]: the ids themselves, -100 where no loss is wanted
         use_cache: bool | None = None,  # default: unless training
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,  # the name of `cache` before transformers 5.24
         **loss_settings,
     ) -> CausalLMOutputWithPast | tuple:
         if loss_settings.pop("output_attentions", None):
             raise UnsupportedError("output_attentions is not available: attention is fused; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one input; give one of them")
+        cache = past_key_values if cache is None else cache
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (use_cache if use_cache is not None else not self.training):
-            past_key_values = DynamicCache()
-        attention_inputs = self._attention_inputs(x, attention_mask, position_ids, past_key_values)
+        if cache is None and (use_cache if use_cache is not None else not self.training):
+            cache = DynamicCache()
+        attention_inputs = self._attention_inputs(x, attention_mask, position_ids, cache)
         states = [x]
         for layer in self.model.layers:
-            x = layer(x, *attention_inputs, past_key_values)
+            x = layer(x, *attention_inputs, cache)
             states.append(x)
         states[-1] = x = self.model.norm(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -159,7 +163,7 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **loss_settings)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = CausalLMOutputWithPast(loss, logits, past_key_values, tuple(states) if wanted else None)
+        output = CausalLMOutputWithPast(loss, logits, cache, tuple(states) if wanted else None)
         return output if return_dict is not False else output.to_tuple()
 
     def _attention_inputs(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache):
