@@ -82,11 +82,11 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
             if engine.build.backend != "torch":
                 require_gpus(Contract.from_json(engine.contract), engine.build.world_size)
             float_weights = weight.load_float32(source, model, engine.build.world_size)
+            ids = check_ids(source, model)[: engine.build.max_input_len]
+            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_weights, ids)
         except (CheckpointError, UnsupportedError) as error:
             logger.info("self-check skipped: %s", error)
             return
-        ids = check_ids(source, model)[: engine.build.max_input_len]
-        agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_weights, ids)
         logger.info(
             "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions",
             agreement.kl,

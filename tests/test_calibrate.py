@@ -1,5 +1,6 @@
 """Activation ranges against forward hooks on the transformers model, which shares no code with the calibration."""
 
+import hub_folders
 import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
@@ -7,6 +8,7 @@ from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_ten
 from baichuan.calibration import calibrate as calibration
 from baichuan.calibration.calibrate import calibrate
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
+from baichuan.weights.hub.checkpoint import open_checkpoint
 
 HUB_LINEARS = {
     "qkv": ["self_attn.W_pack"],
@@ -75,15 +77,35 @@ def test_the_same_texts_give_the_same_ranges(tmp_path):
     assert not torch.allclose(different[0].linears["qkv"].x, run(samples)[0].linears["qkv"].x), "the negative control"
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("form", hub_folders.SINGLE)
 @pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
-def test_the_gpu_sees_what_the_cpu_sees(model, tmp_path):
-    on_cpu, on_gpu = (
-        calibrate(make_checkpoint(model), model, make_samples(model), tmp_path, device) for device in ("cpu", "cuda")
-    )
-    for one, other in zip(on_cpu, on_gpu, strict=True):
+def test_files_and_memory_give_the_same_ranges(model, form, tmp_path):
+    samples = make_samples(model)
+    from_memory = calibrate(make_checkpoint(model), model, samples, tmp_path, "cpu")
+    assert_close(from_memory, calibrate(checkpoint_in_files(model, form, tmp_path), model, samples, tmp_path, "cpu"))
+    with pytest.raises(AssertionError):  # the negative control: another checkpoint
+        assert_close(from_memory, calibrate(make_checkpoint(model, seed=1), model, samples, tmp_path, "cpu"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("form", hub_folders.SINGLE)
+@pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
+def test_the_gpu_sees_what_the_cpu_sees(model, form, tmp_path):
+    checkpoint = checkpoint_in_files(model, form, tmp_path)
+    assert_close(*(calibrate(checkpoint, model, make_samples(model), tmp_path, device) for device in ("cpu", "cuda")))
+
+
+def checkpoint_in_files(model, form, folder):
+    """The model's checkpoint, read from two shards, since readers of files hand out other tensors than memory does."""
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in make_tensors(model).items()}
+    hub_folders.write_weights(folder, tensors, form, shards=2)
+    return open_checkpoint(folder, model)
+
+
+def assert_close(one_side, other_side):
+    """Both in float32, sums in another order."""
+    for one, other in zip(one_side, other_side, strict=True):
         assert (one.k, one.v) == (pytest.approx(other.k, rel=1e-4), pytest.approx(other.v, rel=1e-4))
         for name, seen in one.linears.items():
-            # both in float32, sums in another order
             torch.testing.assert_close(seen.x, other.linears[name].x, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(seen.y, other.linears[name].y, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceOps
@@ -51,14 +52,13 @@ def calibrate(
     ranges = []
     with (
         torch.inference_mode(),
-        torch.device(device),
         _HiddenStates(scratch / "hidden", tokens, model.hidden_size) as hidden,
         Progress("calibrating", model.num_layers * tokens, "token") as progress,
     ):
-        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples)), device="cpu"), hidden)
+        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
         spec = attention_spec(model, 0, 1)
         ops = _ObservingOps(spec, longest, device)
-        buffers = _Buffers(checkpoint)
+        buffers = _Buffers(checkpoint, device)
         for index in range(model.num_layers):
             layer = buffers.load(index)
             observed = ops.observe(layer)
@@ -73,8 +73,8 @@ def _run_layer(ops, layer: LayerWeights, model: ModelConfig, spec: AttentionSpec
     """One layer over the step's tokens, which are hidden's rows from `first` on."""
     rows = slice(first, first + len(step.tokens))
     shape = (step.batch_size, spec.num_heads, step.max_context_length, spec.head_dim)
-    cache = LayerCache(torch.zeros(shape), torch.zeros(shape))
-    x = hidden[rows].to(cache.k.device)
+    cache = LayerCache(*(torch.zeros(shape, device=step.tokens.device) for _ in range(2)))
+    x = hidden[rows].to(step.tokens.device)
     x, residual = decoder_layer(ops, x, None, layer, cache, spec, step, model.rms_norm_eps)
     ops.observed.see_cache(cache, spec)
     hidden[rows] = (x + residual).to("cpu")
@@ -105,7 +105,7 @@ def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
 
 
 class _ObservingOps(ReferenceOps):
-    """The reference's ops; linear also notes the magnitudes that it sees."""
+    """The reference's ops on dense weights, on either device; linear also notes the magnitudes that it sees."""
 
     def __init__(self, spec: AttentionSpec, capacity: int, device: str):
         super().__init__(spec, Solo(), capacity, device)
@@ -116,7 +116,7 @@ class _ObservingOps(ReferenceOps):
         return self.observed
 
     def linear(self, x, weight):
-        y = super().linear(x, weight)
+        y = F.linear(x, weight.weight)  # on either device, in float32
         self.observed.see_linear(weight, x, y)
         return y
 
@@ -128,7 +128,7 @@ class _Observed:
         self.names = {id(getattr(layer, name)): name for name in LINEARS}
         self.x: dict[str, Tensor] = {}
         self.y: dict[str, Tensor] = {}
-        self.k = self.v = torch.zeros(())
+        self.k = self.v = torch.zeros((), device=layer.input_norm.device)
 
     def see_linear(self, weight: DenseWeight, x: Tensor, y: Tensor) -> None:
         name = self.names[id(weight)]
@@ -147,11 +147,11 @@ class _Observed:
 
 
 class _Buffers:
-    """One layer's weights in float32, in memory that every layer uses in turn."""
+    """One layer's weights in float32 on the device, in memory that every layer uses in turn."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.memory = {}
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint, self.device = checkpoint, device
+        self.memory: dict[str, Tensor] = {}
 
     def load(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
@@ -165,13 +165,14 @@ class _Buffers:
     def _read(self, name: str, hub_names: list[str]) -> Tensor:
         sources = [self.checkpoint[hub_name] for hub_name in hub_names]
         if name not in self.memory:
-            self.memory[name] = torch.empty(sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+            shape = sum(source.shape[0] for source in sources), *sources[0].shape[1:]
+            self.memory[name] = torch.empty(shape, device=self.device)
         buffer, first = self.memory[name], 0
         step = max(1, READ_BYTES // (4 * buffer[0].numel()))
         for source in sources:
             for start in range(0, source.shape[0], step):
                 stop = min(start + step, source.shape[0])
-                buffer[first + start : first + stop] = source.read(start, stop)
+                buffer[first + start : first + stop] = source.read(start, stop).to(self.device)
             first += source.shape[0]
         return buffer
 

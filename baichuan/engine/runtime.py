@@ -43,15 +43,14 @@ def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True) 
     if not torch.cuda.is_available():
         logger.info("running on the CPU with %d threads", torch.get_num_threads())
         return ReferenceExecutor(engine.model, engine.quant, weights, comm)
-    from baichuan.executors import cuda_comm  # imports Triton, which the CPU path does without
-    from baichuan.executors.cuda.capability import require_numbers
+    from baichuan.executors.cuda.capability import require_numbers  # these import Triton, the CPU path does without it
+    from baichuan.executors.cuda.comm import join_gpus
     from baichuan.executors.cuda.executor import CudaExecutor, Switches
     from baichuan.executors.cuda.load import load_on_gpu
 
-    device = cuda_comm.gpu_of_rank(comm)
+    device, comm = join_gpus(comm)
     logger.info("running on %s", torch.cuda.get_device_name(device))
     require_numbers(engine.quant, engine.model.dtype, device)
     build = engine.build
     switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, keep_copies)
-    comm = cuda_comm.Nccl(comm, device) if comm.world_size > 1 else comm
     return CudaExecutor(engine.model, engine.quant, load_on_gpu(weights, device), comm, switches)

@@ -6,13 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from baichuan.errors import UnsupportedError
+
 LEAVE_TIMEOUT_S = 5.0
+THREADS_TIMEOUT_S = 1800.0  # ranks as threads answer one short prompt, from a slow disk if need be
 
 
 class Communicator(Protocol):
@@ -89,30 +91,43 @@ class Threads(_Gathering):
         return values
 
     def _gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self.gather_objects(x))
+        return torch.stack([each.to(x.device) for each in self.gather_objects(x)])  # ranks may be on several GPUs
 
     def leave_failed(self) -> None:
         self._barrier.abort()
 
 
-def run_ranks(world_size: int, body: Callable[[Communicator], Any]) -> list:
-    """body's results on each of world_size ranks, run as threads.  A rank's exception ends all and is raised here."""
-    board, barrier = [None] * world_size, threading.Barrier(world_size)
+def run_ranks(world_size: int, body: Callable[[Communicator], Any], timeout_s: float = THREADS_TIMEOUT_S) -> list:
+    """body's results on each of world_size ranks, run as threads.  A rank's exception ends all and is raised here.
 
-    def run(rank: int) -> Any:
+    Raises UnsupportedError when they are not done after timeout_s; a thread that hangs outside Python is left behind.
+    """
+    barrier = threading.Barrier(world_size)
+    board, results, errors = [None] * world_size, [None] * world_size, []
+
+    def run(rank: int) -> None:
         comm = Threads(rank, board, barrier)
         try:
-            return body(comm)
-        except BaseException:
+            results[rank] = body(comm)
+        except BaseException as error:
+            errors.append(error)
             comm.leave_failed()
-            raise
 
-    with ThreadPoolExecutor(world_size) as pool:
-        futures = [pool.submit(run, rank) for rank in range(world_size)]
-    errors = [future.exception() for future in futures if future.exception()]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    late = [thread for thread in threads if thread.is_alive()]
+    barrier.abort()
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error  # the first cause, not the barrier that it broke
-    return [future.result() for future in futures]
+    if late:
+        raise UnsupportedError(
+            f"{len(late)} of {world_size} ranks, run as threads, were not done after {timeout_s:g} s; use fewer ranks"
+        )
+    return results
 
 
 class Mpi(_Gathering):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baichuan.errors import UnsupportedError
 from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
-from baichuan.parallel.comm import Communicator
+from baichuan.parallel.comm import Communicator, Solo, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,20 @@ def gpu_of_rank(comm: Communicator) -> torch.device:
             "use more GPUs, build with a smaller --world_size, or run on the CPU with CUDA_VISIBLE_DEVICES="
         )
     return torch.device("cuda", comm.rank)
+
+
+def join_gpus(comm: Communicator) -> tuple[torch.device, Communicator]:
+    """This rank's GPU, which becomes the calling thread's current one, and how the ranks talk that have one each.
+
+    Ranks that are threads of one process keep their own communicator, which no more needs a GPU for each of them: they
+    take turns on those that there are.
+    """
+    if isinstance(comm, Threads):
+        device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    else:
+        device = gpu_of_rank(comm)
+    torch.cuda.set_device(device)
+    return device, comm if isinstance(comm, Solo | Threads) else Nccl(comm, device)
 
 
 class Nccl:
