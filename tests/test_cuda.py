@@ -131,7 +131,7 @@ def test_reordered_rows_continue_their_parents():
     step = Step.of([[1, 2, 3], [4, 5]], device=DEVICE)
     cuda.forward(step)
     parents, tokens = torch.tensor([1, 1, 0], device=DEVICE), torch.tensor([9, 10, 11], device=DEVICE)
-    cuda.reorder_cache(parents)
+    cuda.cache.reorder(parents)
     logits = cuda.forward(step.next(tokens, parents))
     whole = executor()
     whole.reset(3, 32)

@@ -113,10 +113,22 @@ def test_the_cache_can_be_reordered_grown_and_shrunk():
     logits = executor.forward(step)
     for parents in ([1, 0, 1, 0], [2, 1], [1]):  # prompt 2, prompt 1, ...
         chosen = torch.tensor(parents)
-        executor.reorder_cache(chosen)
+        executor.cache.reorder(chosen)
         step = step.next(logits.argmax(-1)[chosen], chosen)
         logits = executor.forward(step)
     assert logits.argmax(-1).tolist() == [golden["gen_7"][3]]
+
+
+def test_a_truncated_sequence_continues_as_if_the_rest_had_never_been():
+    version = "v2_13b"
+    executor, prompt = golden_sessions.session(version).executor, prompts(version)[2]
+    executor.reset(1, 64)
+    executor.forward(Step.of([[*prompt, 9, 10, 11]]))
+    executor.cache.truncate(0, len(prompt))
+    continued = executor.forward(Step.of([[12, 13]], [len(prompt)])).clone()
+    executor.reset(1, 64)
+    expected = executor.forward(Step.of([[*prompt, 12, 13]]))
+    assert torch.allclose(continued, expected, rtol=0, atol=1e-5 * expected.std().item())  # sums of other lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

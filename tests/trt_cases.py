@@ -97,16 +97,18 @@ def course(executor: Executor, vocab_size: int) -> dict[str, Tensor]:
     step = forward("chunk, one row", Step.of([some(1), some(1), some(6)], [12, 9, 6]))
     step = forward("decode", step.next(torch.tensor(some(3))))
     parents = torch.tensor([0, 0, 2, 1, 1])
-    executor.reorder_cache(parents)
+    executor.cache.reorder(parents)
     step = forward("decode after branching", step.next(torch.tensor(some(5)), parents))
     parents = torch.tensor([4, 2])
-    executor.reorder_cache(parents)
+    executor.cache.reorder(parents)
     step = forward("decode after leaving", step.next(torch.tensor(some(2)), parents))
     step = forward("decode again", step.next(torch.tensor(some(2))))
     lengths = step.context_lengths.tolist()
     forward("a last chunk", Step.of([some(36 - lengths[0]), some(2)], lengths, all_outputs=True))
     executor.reset(1, 30)
     forward("a new request", Step.of([some(24)]))
+    executor.cache.truncate(0, 20)
+    forward("other tokens than before", Step.of([some(4)], [20], all_outputs=True))
     return logits
 
 

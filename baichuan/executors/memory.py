@@ -48,6 +48,14 @@ def spare_device_memory(device: torch.device) -> int:
     return max(free_device_memory(device) - torch.cuda.mem_get_info(device)[1] // 10, 0)
 
 
+def require_memory(size: int, what: str, device: torch.device) -> None:
+    """Raise UnsupportedError unless `size` bytes are free where the device's tensors lie."""
+    if device.type == "cuda":
+        require_device_memory(size, what, device)
+    else:
+        require_host_memory(size, what)
+
+
 def require_device_memory(size: int, what: str, device: torch.device) -> None:
     """Raise UnsupportedError unless `size` bytes of the GPU's memory are free."""
     free = free_device_memory(device)

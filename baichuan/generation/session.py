@@ -166,7 +166,7 @@ class Session:
             self.timing.new_tokens += tokens.shape[0]
             if search.done:
                 break
-            self.executor.reorder_cache(parents)
+            self.executor.cache.reorder(parents)
             step = step.next(tokens, parents)
             logits = self._forward(step)
             self.timing.decode_steps += 1

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cpu.reference_linear import linear
-from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_host_memory
+from baichuan.executors.kv_cache import KVCache
 from baichuan.model import position
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Communicator, Solo
@@ -107,31 +107,13 @@ class ReferenceExecutor:
     ):
         self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
-        self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
+        self.cache: KVCache | None = None
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        self.caches = ()  # the old cache makes room before the new one is asked for
-        size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
-        require_host_memory(size, f"a KV cache of {batch_size} x {capacity} tokens")
-        shape = (batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
+        self.cache = None  # the old one makes room before the new one is asked for
+        self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         self.ops = ReferenceOps(self.spec, self.comm, capacity)
-        self.caches = tuple(
-            LayerCache(
-                torch.zeros(shape, dtype=self.cache_dtype),
-                torch.zeros(shape, dtype=self.cache_dtype),
-                layer.k_scale,
-                layer.v_scale,
-            )
-            for layer in self.weights.layers
-        )
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
-        return forward(self.ops, self.config, self.weights, self.caches, self.spec, step)
-
-    @torch.inference_mode()
-    def reorder_cache(self, parents: Tensor) -> None:
-        rows = parents.shape[0]
-        for cache in self.caches:
-            cache.k[:rows] = cache.k[parents]
-            cache.v[:rows] = cache.v[parents]
+        return forward(self.ops, self.config, self.weights, self.cache.layers, self.spec, step)

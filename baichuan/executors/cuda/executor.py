@@ -9,10 +9,11 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.graph import DecodeGraphs
 from baichuan.executors.cuda.ops import CudaOps, Switches
-from baichuan.executors.memory import KV_DTYPES, kv_cache_bytes, require_device_memory, spare_device_memory
+from baichuan.executors.kv_cache import KVCache
+from baichuan.executors.memory import spare_device_memory
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Communicator, Solo
-from baichuan.records import LayerCache, ModelWeights, Step
+from baichuan.records import ModelWeights, Step
 
 CAPACITY_STEP = 256  # caches grow by so many tokens: a slightly longer request finds its graphs captured
 
@@ -35,25 +36,17 @@ class CudaExecutor:
         self.switches = switches or Switches()
         self.device = weights.embedding.device
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
-        self.cache_dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
         self.captures = self.switches.own_attention and self.comm.capturable
-        self.caches: tuple[LayerCache, ...] = ()
+        self.cache: KVCache | None = None
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums are float32 (ops.py)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        if self.caches and batch_size <= self.caches[0].k.shape[0] and capacity <= self.caches[0].k.shape[2]:
+        if self.cache and batch_size <= self.cache.batch_size and capacity <= self.cache.capacity:
             return
-        self.caches = ()
-        self.ops = self.graphs = None  # the old ones make room before memory is asked for
+        self.cache = self.ops = self.graphs = None  # the old ones make room before memory is asked for
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-        size = kv_cache_bytes(self.config, self.quant, self.comm.world_size, batch_size, capacity)
-        require_device_memory(size, f"a KV cache of {batch_size} x {capacity} tokens", self.device)
-        shape = (2, batch_size, self.spec.num_heads, capacity, self.spec.head_dim)
-        self.caches = tuple(
-            LayerCache(*torch.zeros(shape, dtype=self.cache_dtype, device=self.device), layer.k_scale, layer.v_scale)
-            for layer in self.weights.layers
-        )
+        self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
         self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
         self.graphs = DecodeGraphs()
@@ -66,11 +59,4 @@ class CudaExecutor:
         return self._run(step)
 
     def _run(self, step: Step) -> Tensor:
-        return forward(self.ops, self.config, self.weights, self.caches, self.spec, step)
-
-    @torch.inference_mode()
-    def reorder_cache(self, parents: Tensor) -> None:
-        rows = parents.shape[0]
-        for cache in self.caches:
-            cache.k[:rows] = cache.k[parents]
-            cache.v[:rows] = cache.v[parents]
+        return forward(self.ops, self.config, self.weights, self.cache.layers, self.spec, step)

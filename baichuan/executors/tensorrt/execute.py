@@ -61,10 +61,6 @@ class TensorRtExecutor:
             logits[run.destinations] = self._run(run)[: run.destinations.shape[0]].float()
         return logits
 
-    @torch.inference_mode()
-    def reorder_cache(self, parents: Tensor) -> None:
-        self.cache.reorder(parents)
-
     def _run(self, run: PaddedRun) -> Tensor:
         """Logits of the run's outputs, [outputs, vocab_size] in the plan's logits type."""
         sizes = {"batch": run.batch, "new": run.new, "outputs": run.output_rows.shape[0], **self.cache.sizes(run)}

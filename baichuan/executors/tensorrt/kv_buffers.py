@@ -1,4 +1,4 @@
-"""The KV cache of a TensorRT plan, in the two forms that a network can have."""
+"""executors.base.Cache of a TensorRT plan, in the two forms that a network can have."""
 
 from __future__ import annotations
 
@@ -57,9 +57,13 @@ class InPlaceBuffers:
     def written(self, run: PaddedRun, outputs: Mapping[str, Tensor]) -> None:
         """After a run; the buffers hold the new tokens already."""
 
+    @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
         for buffer in self.buffers.values():
             buffer[: parents.shape[0]] = buffer[parents]
+
+    def truncate(self, row: int, length: int) -> None:
+        """Nothing moves: the next run writes from write_index on, and the network sees no position behind a query's."""
 
 
 class GrowingBuffers:
@@ -115,12 +119,18 @@ class GrowingBuffers:
                 slots.copy_(outputs[name].view(torch.int8))
         self.used += run.new
 
+    @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
         for name in self.buffers:
             rows = self._slots(name, self.batch)[: self.used][:, parents]
             self._slots(name, parents.shape[0])[: self.used] = rows
         self.key_positions[: parents.shape[0]] = self.key_positions[parents]
         self.batch = parents.shape[0]
+
+    @torch.inference_mode()
+    def truncate(self, row: int, length: int) -> None:
+        positions = self.key_positions[row]
+        positions[positions >= length] = FREE_SLOT
 
     def _typed(self, name: str) -> Tensor:
         return self._slots(name, self.batch).view(self.specs[name].torch_dtype)
