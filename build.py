@@ -1,4 +1,4 @@
-"""Build an engine from a Baichuan checkpoint: python build.py --model_version v2_7b --model_dir FOLDER"""
+"""Build an engine from a Baichuan checkpoint: python build.py --model_dir FOLDER --output_dir ENGINE"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import weight
 from baichuan.cli import build_flags
-from baichuan.cli.common import Parser, add_model_version, run_script
+from baichuan.cli.common import DUMMY_VERSION, Parser, add_model_version, run_script
 from baichuan.config import ModelConfig
 from baichuan.engine import self_check
 from baichuan.engine.builder import BuildRequest, build_engine
@@ -23,9 +23,7 @@ from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.plan import require_gpus
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.weights.binary.config import read_binary_model
 from baichuan.weights.hub.checkpoint import resolve_folder
-from baichuan.weights.hub.config import read_model_config
 
 logger = logging.getLogger("baichuan.build")
 
@@ -34,7 +32,7 @@ CHECK_TEXT = "世界上第二高的山峰是哪座？"
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser)
+    add_model_version(parser, f"must agree with the checkpoint (default: what it proves; dummies: {DUMMY_VERSION})")
     build_flags.add_flags(parser)
     return run_script(parser, argv, build)
 
@@ -58,22 +56,26 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
 
 def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelConfig]:
     """Where the weights come from, and the model that they make."""
-    binary = Path(args.bin_model_dir) if args.bin_model_dir else None
-    if args.model_dir:
-        folder = resolve_folder(args.model_dir)
-        scales = Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None
-        source = weight.WeightSource(folder, binary, scales)
-        return source, read_model_config(folder, args.model_version, args.dtype)
-    if binary:
-        return weight.WeightSource(binary_folder=binary), read_binary_model(binary, args.model_version, args.dtype)
-    logger.info("neither --model_dir nor --bin_model_dir: the engine gets dummy weights")
-    return weight.WeightSource(), build_flags.dummy_model(args)
+    source = weight.WeightSource(
+        resolve_folder(args.model_dir) if args.model_dir else None,
+        Path(args.bin_model_dir) if args.bin_model_dir else None,
+        Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None,
+    )
+    if source.dummy:
+        logger.warning(
+            "neither --model_dir nor --bin_model_dir is given: the engine gets dummy weights and its text means nothing"
+        )
+        return source, build_flags.dummy_model(args)
+    return source, weight.read_model(source, args.model_version, args.dtype)
 
 
 def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[Engine], None]:
-    """The check of a finished engine against the checkpoint's float32 weights."""
+    """The check of a finished engine against the checkpoint itself, in float32."""
 
     def check(engine: Engine) -> None:
+        if source.dummy:
+            logger.info("self-check skipped: dummy weights mean nothing that the engine could be compared with")
+            return
         size = self_check.float32_bytes(model)
         if not fits_host_memory(size):
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
@@ -81,9 +83,9 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
         try:
             if engine.build.backend != "torch":
                 require_gpus(Contract.from_json(engine.contract), engine.build.world_size)
-            float_weights = weight.load_float32(source, model, engine.build.world_size)
+            float_model = weight.float_model(source, model, engine.build.world_size)
             ids = check_ids(source, model)[: engine.build.max_input_len]
-            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_weights, ids)
+            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_model, ids)
         except (CheckpointError, UnsupportedError) as error:
             logger.info("self-check skipped: %s", error)
             return

@@ -10,21 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from baichuan.calibration.convert import ConvertRequest, convert
-from baichuan.cli.common import Parser, run_script
-from baichuan.config import VERSIONS, require_range
+from baichuan.cli.common import Parser, add_model_version, run_script
+from baichuan.config import require_range
 from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
 from baichuan.text.texts import DEFAULT_DATASET, encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.binary.layout import STORAGE_TYPES
 from baichuan.weights.hub.checkpoint import open_checkpoint, resolve_folder
-from baichuan.weights.hub.config import (
-    MAX_CONFIG_BYTES,
-    fitting_versions,
-    read_json_object,
-    read_model_config,
-    version_evidence,
-)
+from baichuan.weights.hub.config import MAX_CONFIG_BYTES, read_json_object, read_model_config
 
 logger = logging.getLogger("baichuan.convert")
 
@@ -69,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=ConvertRequest.storage_type,
         help="of weights that are not quantised",
     )
-    parser.add_argument("--model_version", choices=tuple(VERSIONS), help="default: what config.json says")
+    add_model_version(parser, "must agree with the checkpoint (default: what it proves)")
     parser.add_argument(
         "--calib_dataset",
         default=DEFAULT_DATASET,
@@ -90,8 +84,7 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
     require_range("calib_max_length", args.calib_max_length, 1, 1 << 16)
     folder = resolve_folder(args.in_file)
     hub_config = read_json_object(folder / "config.json", MAX_CONFIG_BYTES)
-    version, sure = choose_version(args.model_version, hub_config)
-    model = read_model_config(folder, version, "float32")
+    model = read_model_config(folder, args.model_version, "float32")
     request = ConvertRequest(
         Path(args.out_dir),
         model,
@@ -105,24 +98,9 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
     if len(texts) < args.calib_size:
         logger.warning("%s has %d texts, fewer than calib_size %d", args.calib_dataset, len(texts), args.calib_size)
     samples = encode_texts(texts, Tokenizer(folder), args.calib_max_length, model.vocab_size)
-    settings = vars(args) | hub_config
-    settings.pop("model_version")
-    written = convert(request, samples, settings | ({"model_version": version} if sure else {}))
+    written = convert(request, samples, vars(args) | hub_config | {"model_version": model.model_version})
     logger.info("written to %s", written)
     return 0
-
-
-def choose_version(given: str | None, hub_config: dict) -> tuple[str, bool]:
-    """The version that was given or the one that config.json fits, and whether it is the only one.
-
-    Versions that the same config.json fits differ in lm_head alone, which is written as it is.
-    """
-    if given:
-        return given, True
-    fitting = fitting_versions(version_evidence(hub_config))
-    if not fitting:
-        raise ConfigError("config.json fits no version of Baichuan; say which it is with --model_version")
-    return fitting[0], len(fitting) == 1
 
 
 if __name__ == "__main__":

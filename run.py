@@ -38,7 +38,7 @@ SAMPLING_FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, default=None)
+    add_model_version(parser, "the engine must be of it")
     parser.add_argument("--max_output_len", type=int, required=True, help="tokens of the continuation at most")
     parser.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
     parser.add_argument("--tokenizer_dir", help="checkpoint folder, or its tokenizer.model; ids alone need none")

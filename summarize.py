@@ -33,14 +33,13 @@ from baichuan.weights.hub.config import read_model_config
 logger = logging.getLogger("baichuan.summarize")
 
 BELOW_THRESHOLD = 1  # exit code
-DEFAULT_VERSION = "v1_13b"  # of --test_hf alone; an engine knows its version
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, default=None)
+    add_model_version(parser, "engine and checkpoint must be of it")
     sides = parser.add_argument_group("sides: either or both")
     sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
     sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
@@ -180,14 +179,17 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | No
             logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
     if args.test_hf:
         near = session.executor.device if engine else None
-        version = args.model_version or (engine.model.model_version if engine else DEFAULT_VERSION)
+        version = args.model_version or (engine.model.model_version if engine else None)
         hf = only_rank_zero(comm, lambda: open_hf(args, version, near))
         sides += [hf] if hf else []
     return sides
 
 
-def open_hf(args: argparse.Namespace, model_version: str, near: torch.device | None) -> HfSide:
-    """The transformers model; near: the engine's device, which it shares if that is a GPU."""
+def open_hf(args: argparse.Namespace, model_version: str | None, near: torch.device | None) -> HfSide:
+    """The transformers model; near: the engine's device, which it shares if that is a GPU.
+
+    model_version: None = what the checkpoint proves.
+    """
     from baichuan.hf_model.modeling import load_hf_model
 
     kind = args.hf_device

@@ -1,26 +1,33 @@
 """The module that the scripts share: one rank's weights from a hub folder, a binary folder, or made up.
 
+read_model(source, model_version, dtype)          the model that a folder holds
 plan_rank(source, model, quant, rank, tp_size)    the tensors, still unread, for an engine file
 load_rank(source, model, quant, rank, tp_size)    the tensors in memory, as records.ModelWeights
-load_float32(source, model, tp_size)              the whole model, not quantised, to compare with
+float_model(source, model, tp_size)               the whole model in transformers, not quantised, to compare with
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import ConfigError
 from baichuan.records import ModelWeights
+from baichuan.weights.binary.config import read_binary_model
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
 from baichuan.weights.dummy import dummy_checkpoint
 from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.weights.hub.config import folder_evidence, read_model_config
+from baichuan.weights.hub.version import fitting_versions
 from baichuan.weights.layout import assemble
 from baichuan.weights.plan import PlannedTensors, materialise, plan_hub
 from baichuan.weights.plan_calibrated import plan_binary, plan_fp8
 from baichuan.weights.source import Checkpoint
+
+logger = logging.getLogger("baichuan.weight")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class WeightSource:
                 "weights come from one place, leave one of them out"
             )
 
+    @property
+    def dummy(self) -> bool:
+        return not (self.hub_folder or self.binary_folder)
+
     def checkpoint(self, model: ModelConfig, tp_size: int) -> Checkpoint:
         """The whole model's matrices by the hub's names."""
         if self.binary_folder:
@@ -46,6 +57,16 @@ class WeightSource:
         if self.hub_folder:
             return open_checkpoint(self.hub_folder, model)
         return dummy_checkpoint(model, self.dummy_seed)
+
+
+def read_model(source: WeightSource, model_version: str | None, dtype: str) -> ModelConfig:
+    """The model that the source's folder holds.  model_version: None = what the folder proves.
+
+    Raises ConfigError where the folder contradicts model_version or leaves it open, CheckpointError where it is none.
+    """
+    if source.binary_folder:
+        return read_binary_model(source.binary_folder, model_version, dtype)
+    return read_model_config(source.hub_folder, model_version, dtype)
 
 
 def plan_rank(
@@ -78,10 +99,23 @@ def load_rank(
     return assemble(materialise(plan_rank(source, model, quant, rank, tp_size)), model, quant)
 
 
-def load_float32(source: WeightSource, model: ModelConfig, tp_size: int = 1) -> ModelWeights:
-    """The whole model in float32.  tp_size: of a binary folder.  Raises CheckpointError where a binary folder holds
-    integers alone."""
-    float32, plain = replace(model, dtype="float32"), QuantConfig()
+def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1):
+    """The source in float32 as a hf_model.modeling.BaichuanForCausalLM: none of the engine's code has part in it.
+
+    A checkpoint is read as what its own files prove; where they leave the version open, a warning says so and the
+    model's is taken.  tp_size: of a binary folder.  Raises CheckpointError where a binary folder holds integers alone.
+    """
+    from baichuan.hf_model.modeling import load_hf_model, model_of_tensors  # imports transformers, which takes seconds
+
+    if source.hub_folder:
+        fitting = fitting_versions(folder_evidence(source.hub_folder))
+        if len(fitting) > 1:
+            logger.warning(
+                "%s fits %s alike: nothing but --model_version says that it is %s, and the self-check takes its word",
+                *(source.hub_folder, " and ".join(fitting), model.model_version),
+            )
+        return load_hf_model(source.hub_folder, model.model_version if len(fitting) > 1 else None)
+    float32 = replace(model, dtype="float32")
     if source.binary_folder:
-        open_binary(source.binary_folder, float32, tp_size).check(plain, range(tp_size))
-    return assemble(materialise(plan_hub(source.checkpoint(float32, tp_size), float32, plain, 0, 1)), float32, plain)
+        open_binary(source.binary_folder, float32, tp_size).check(QuantConfig(), range(tp_size))
+    return model_of_tensors(float32, source.checkpoint(float32, tp_size))

@@ -46,7 +46,7 @@ IGNORED = -100  # cross_entropy's label for padding
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser)
+    add_model_version(parser, "which Baichuan it becomes", "v1_13b")
     parser.add_argument("--output_dir", required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=120, help="optimiser steps")
     return run_script(parser, argv, train)

@@ -192,7 +192,7 @@ def test_a_build_streams(tmp_path, more, least, most):
 
 
 def agreement(engine, source):
-    floats = weight.load_float32(source, engine.model)
+    floats = weight.float_model(source, engine.model)
     ids = self_check.default_ids(engine.model.vocab_size)
     return self_check.check_engine(engine, lambda comm: open_executor(engine, comm), floats, ids)
 
@@ -242,6 +242,16 @@ def not_a_number(plan_rank, rank, _):
     *rest, norm, head = plan_rank(rank)
     [block] = norm.blocks()
     return [*rest, replace(norm, blocks=lambda: [{"norm": block["norm"] * torch.nan}]), head]
+
+
+def test_an_engine_of_another_version_is_refused(tmp_path):
+    """The check reads the checkpoint as what it is, whatever the build took it for."""
+    asked, source = request(tmp_path, "v2_13b")
+    taken_for = replace(asked.model, model_version="v1_13b")
+    plan_rank = partial(weight.plan_rank, source, taken_for, asked.quant, tp_size=1)
+    with pytest.raises(EngineError, match=r"mean KL of 1\d nats"):
+        build_engine(replace(asked, model=taken_for, plan_rank=plan_rank), build.self_checker(source, taken_for))
+    assert not list(tmp_path.iterdir())
 
 
 def swapped_ranks(plan_rank, rank, tp_size):

@@ -49,7 +49,7 @@ def test_a_small_config_leaves_two_versions(tmp_path):
     "changes, message",
     [
         ({"vocab_size": 125696}, r"vocab_size 125696 \(fits v2_7b, v2_13b\); use --model_version v2_13b"),
-        ({"hidden_size": 4096}, r"hidden_size 4096 \(fits v1_7b, v2_7b\); no version fits all of the file"),
+        ({"hidden_size": 4096}, r"hidden_size 4096 \(fits v1_7b, v2_7b\); no version fits all of it"),
         ({"architectures": ["BaiChuanForCausalLM"]}, r"BaiChuanForCausalLM'\] \(fits v1_7b\)"),
         ({"architectures": ["LlamaForCausalLM"]}, r"\(fits no version\)"),
         ({"max_position_embeddings": 4096}, r"length in max_position_embeddings and model_max_length \(fits v2_7b\)"),

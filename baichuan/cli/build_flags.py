@@ -7,6 +7,7 @@ import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
+from baichuan.cli.common import DUMMY_VERSION
 from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.tensorrt.api import load
@@ -196,7 +197,7 @@ def tensorrt_options(args: argparse.Namespace) -> BuildOptions:
 def dummy_model(args: argparse.Namespace) -> ModelConfig:
     """The version's preset with the sizes that were given."""
     sizes = {field: getattr(args, flag) for flag, field in SIZE_FLAGS.items() if getattr(args, flag) is not None}
-    return replace(PRESETS[args.model_version], dtype=args.dtype, **sizes)
+    return replace(PRESETS[args.model_version or DUMMY_VERSION], dtype=args.dtype, **sizes)
 
 
 def check_sizes(args: argparse.Namespace, model: ModelConfig) -> None:

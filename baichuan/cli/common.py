@@ -18,6 +18,7 @@ from baichuan.parallel.comm import Communicator, world_of_this_process
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
+DUMMY_VERSION = "v1_13b"  # of dummy weights, where no flag says which
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -48,9 +49,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists every flag\n")
 
 
-def add_model_version(parser: argparse.ArgumentParser, default: str | None = "v1_13b") -> None:
-    """default None: the engine knows its version, and one that is given must agree."""
-    text = "which Baichuan it is" if default else "which Baichuan the engine must be"
+def add_model_version(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    """default None: the checkpoint or the engine knows its version, and one that is given must agree."""
     parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig
 from baichuan.engine.folder import Engine
 from baichuan.errors import EngineError
 from baichuan.executors.base import Executor
-from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Communicator, run_ranks
-from baichuan.records import ModelWeights, Step
+from baichuan.records import Step
 
 MAX_KL = 2.0  # nats; 8-bit engines stay under 0.01 and usable 4-bit ones under 0.2, an engine of noise has far more
 
@@ -40,8 +39,8 @@ def all_logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     return executor.forward(Step.of([ids], all_outputs=True, device=executor.device)).cpu().clone()
 
 
-def check_engine(engine: Engine, open_rank, float_weights: ModelWeights, ids: Sequence[int]) -> Agreement:
-    """Compare the engine's logits with those of the float32 weights on one prompt.
+def check_engine(engine: Engine, open_rank, float_model: nn.Module, ids: Sequence[int]) -> Agreement:
+    """Compare the engine's logits with those of the checkpoint's float32 model in transformers on one prompt.
 
     open_rank(communicator) -> Executor gives one rank of the engine; the ranks run as threads.
     Raises EngineError when they have nothing to do with each other.
@@ -50,19 +49,15 @@ def check_engine(engine: Engine, open_rank, float_weights: ModelWeights, ids: Se
     def run(comm: Communicator) -> Tensor:
         return all_logits(open_rank(comm), ids)
 
-    reference = ReferenceExecutor(as_float32(engine.model), QuantConfig(), float_weights)
-    agreement = Agreement.of(all_logits(reference, ids), run_ranks(engine.build.world_size, run)[0])
+    with torch.inference_mode():
+        expected = float_model(torch.tensor([ids])).logits[0]
+    agreement = Agreement.of(expected, run_ranks(engine.build.world_size, run)[0])
     if not agreement.kl <= MAX_KL:  # NaN fails as well
         raise EngineError(
             f"the engine's logits differ from the checkpoint's by a mean KL of {agreement.kl:.3g} nats and at most "
             f"{MAX_KL:g} is accepted; choose a finer quantisation, or keep the engine with --no_self_check"
         )
     return agreement
-
-
-def as_float32(model: ModelConfig) -> ModelConfig:
-    """The same model with float32 weights and activations."""
-    return replace(model, dtype="float32")
 
 
 def float32_bytes(model: ModelConfig) -> int:

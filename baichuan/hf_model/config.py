@@ -6,13 +6,8 @@ from transformers import PreTrainedConfig
 
 from baichuan.config import VERSIONS, ModelConfig, Version, require_choice
 from baichuan.errors import ConfigError
-from baichuan.weights.hub.config import (
-    LENGTH_KEYS,
-    fitting_versions,
-    refuse_other_rope,
-    require_version,
-    version_evidence,
-)
+from baichuan.weights.hub.config import refuse_other_rope
+from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, fitting_versions
 
 
 class BaichuanConfig(PreTrainedConfig):
@@ -43,7 +38,7 @@ class BaichuanConfig(PreTrainedConfig):
         self._evidence = evidence | {"architectures": kwargs.get("architectures")}
         self.model_version = model_version
         if model_version is None and kwargs.get("architectures"):
-            fitting = fitting_versions(version_evidence(self._evidence))
+            fitting = fitting_versions(config_evidence(self._evidence))
             self.model_version = fitting[0] if len(fitting) == 1 else None
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -78,13 +73,13 @@ class BaichuanConfig(PreTrainedConfig):
     def version(self) -> Version:
         """Raises ConfigError when the version is unknown, or config.json contradicts it."""
         if self.model_version is None:
-            fitting = fitting_versions(version_evidence(self._evidence))
+            fitting = fitting_versions(config_evidence(self._evidence))
             raise ConfigError(
                 f"this config.json fits {' and '.join(fitting) or 'no version'}; give the model_version, "
                 "as in from_pretrained(folder, model_version=...)"
             )
         if self._evidence["architectures"]:
-            require_version("config.json", self.model_version, self._evidence)
+            decide_version("config.json", self.model_version, config_evidence(self._evidence))
         return VERSIONS[self.model_version]
 
     def to_dict(self) -> dict:

@@ -6,6 +6,7 @@ AutoModelForCausalLM.from_pretrained(folder) reads a checkpoint in the hub's for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.logging import disable_progress_bar
 
+from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError, UnsupportedError
 from baichuan.hf_model.config import BaichuanConfig
 from baichuan.model.position import alibi_slopes, rope_at, rotate
 from baichuan.weights.hub.checkpoint import IGNORED, read_model_config
+from baichuan.weights.source import TensorSource
 
 
 class RMSNorm(nn.Module):
@@ -204,14 +208,25 @@ def register() -> None:
     AutoModelForCausalLM.register(BaichuanConfig, BaichuanForCausalLM, exist_ok=True)
 
 
+def model_of_tensors(model: ModelConfig, tensors: Mapping[str, TensorSource]) -> BaichuanForCausalLM:
+    """The model with these weights, by the hub's names, in eval mode."""
+    with torch.device("meta"):
+        result = BaichuanForCausalLM(BaichuanConfig.of(model))
+    dtype = getattr(torch, model.dtype)
+    weights = {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()}
+    result.load_state_dict(weights, assign=True)
+    return result.eval()
+
+
 def load_hf_model(
-    folder: Path | str, model_version: str, dtype: str = "float32", device: torch.device | str = "cpu"
+    folder: Path | str, model_version: str | None, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> BaichuanForCausalLM:
-    """The checkpoint in `folder` as a model in eval mode.
+    """The checkpoint in `folder` as a model in eval mode.  model_version: None = what the folder proves.
 
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
     config = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype))
+    disable_progress_bar()  # transformers' own, which would break a script's lines
     try:
         model, found = BaichuanForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True

@@ -38,6 +38,7 @@ class Tokenizer:
         model, pieces = _load(Path(path))
         self._model = model
         self.vocab_size = len(pieces)
+        self.adds_space = model.encode("a", out_type=str)[0].startswith("▁")  # before the text: v1 does, v2 does not
         self.special_ids = frozenset(i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0)
         self._control_ids = frozenset(i for i, piece in enumerate(pieces) if CONTROL_PIECE.fullmatch(piece))
         self._special_pieces = {pieces[i]: i for i in self.special_ids}

@@ -12,7 +12,7 @@ from baichuan.config import VERSIONS, ModelConfig
 from baichuan.errors import CheckpointError
 from baichuan.util import manifest
 from baichuan.weights.binary.layout import CONFIG_NAME
-from baichuan.weights.hub.config import LENGTH_KEYS, require_version
+from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, tokenizer_evidence
 
 SECTION = "baichuan"
 MAX_BYTES = 1 << 20
@@ -66,7 +66,7 @@ class BinaryConfig:
         return self._parsed(float, key, self.text(key, str(default)))
 
     def evidence(self) -> dict[str, Any]:
-        """What hub_config.require_version looks at, as config.json has it."""
+        """What version.config_evidence looks at, as config.json has it."""
         values = {key: self.integer(key) for key in ("hidden_size", "vocab_size")}
         values |= {key: self.integer(key) for key in LENGTH_KEYS if key in self}
         names = re.findall(r"\w+ForCausalLM", self.text("architectures", ""))  # str() of a list
@@ -90,10 +90,14 @@ def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
         parser.write(file)
 
 
-def read_binary_model(folder: Path, model_version: str, dtype: str) -> ModelConfig:
-    """The model that config.ini tells of.  Raises ConfigError where it contradicts model_version."""
+def read_binary_model(folder: Path, model_version: str | None, dtype: str) -> ModelConfig:
+    """The model that config.ini tells of.  model_version: None = the one that the conversion recorded.
+
+    Raises ConfigError where the folder contradicts model_version or leaves it open.
+    """
     config = BinaryConfig(folder)
-    require_version(str(config.file), model_version, config.evidence())
+    evidence = config_evidence(config.evidence()) | tokenizer_evidence(folder)
+    model_version = decide_version(str(config.file), model_version, evidence)
     lengths = [key for key in VERSIONS[model_version].length_keys if key in config]
     return ModelConfig(
         model_version,

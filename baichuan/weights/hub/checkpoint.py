@@ -93,6 +93,11 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
         raise CheckpointError(f"{folder} holds both {form.single} and {form.index}; remove the one that is out of date")
     sharded = form.files(folder) == [form.index]
     tensors = _open_shards(folder, form) if sharded else form.open(folder / form.single)
+    if not config.version.rotary and (rotary := [name for name in tensors if IGNORED.search(name)]):
+        raise CheckpointError(
+            f"{folder} holds {_some(rotary)}, which 7B models alone have, and a {config.model_version} model has no "
+            "rotary positions; check config.json and --model_version"
+        )
     tensors = {name: source for name, source in tensors.items() if not IGNORED.search(name)}
     _refuse_quantised(folder, tensors)
     _require_names(folder, tensors, config)

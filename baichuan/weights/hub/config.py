@@ -1,4 +1,4 @@
-"""config.json of a checkpoint in the hub's format: what model it describes, and which versions that can be."""
+"""config.json of a checkpoint in the hub's format: the model that it describes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from baichuan.config import PRESETS, VERSIONS, ModelConfig, from_json
+from baichuan.config import VERSIONS, ModelConfig, from_json
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.model.position import ROPE_BASE
+from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
 
 MAX_CONFIG_BYTES = 1 << 20
-LENGTH_KEYS = ("max_position_embeddings", "model_max_length")
 
 _FIELDS = {  # ours: the hub's
     "hidden_size": "hidden_size",
@@ -24,11 +24,11 @@ _FIELDS = {  # ours: the hub's
 }
 
 
-def read_model_config(folder: Path, model_version: str, dtype: str) -> ModelConfig:
-    """The model that `folder` holds, read as `model_version` with weights in `dtype`.
+def read_model_config(folder: Path, model_version: str | None, dtype: str) -> ModelConfig:
+    """The model that `folder` holds, with weights in `dtype`.  model_version: None = what the folder proves.
 
-    Raises CheckpointError for a config.json that is unreadable, quantised or no Baichuan's, ConfigError for one
-    that contradicts model_version.
+    Raises CheckpointError for a config.json that is unreadable, quantised or no Baichuan's, ConfigError for a folder
+    that contradicts model_version or leaves it open.
     """
     path = folder / "config.json"
     values = read_json_object(path, MAX_CONFIG_BYTES)
@@ -38,7 +38,7 @@ def read_model_config(folder: Path, model_version: str, dtype: str) -> ModelConf
         )
     _refuse_quantised(path, values)
     refuse_other_rope(str(path), values)
-    require_version(str(path), model_version, values)
+    model_version = decide_version(str(path), model_version, config_evidence(values) | tokenizer_evidence(folder))
     length_key = VERSIONS[model_version].length_keys[0]
     if missing := [key for key in (*_FIELDS.values(), length_key) if key not in values]:
         raise CheckpointError(f"{path} has no {missing[0]}; take config.json from the checkpoint's publisher again")
@@ -49,6 +49,11 @@ def read_model_config(folder: Path, model_version: str, dtype: str) -> ModelConf
         )
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
+
+
+def folder_evidence(folder: Path) -> dict[str, list[str]]:
+    """What config.json and tokenizer.model prove of the version; see version.py."""
+    return config_evidence(read_json_object(folder / "config.json", MAX_CONFIG_BYTES)) | tokenizer_evidence(folder)
 
 
 def read_json_object(path: Path, max_bytes: int) -> dict:
@@ -69,44 +74,6 @@ def read_json_object(path: Path, max_bytes: int) -> dict:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
     return values
-
-
-def version_evidence(values: Mapping) -> dict[str, list[str]]:
-    """What config.json's values say about the version: each piece of evidence -> the versions that it fits."""
-    evidence = {}
-    if architectures := values.get("architectures"):
-        fitting = [name for name, version in VERSIONS.items() if [version.architecture] == architectures]
-        evidence[f"architectures {architectures}"] = fitting
-    for field in ("hidden_size", "vocab_size"):  # a released size says which, another size says nothing
-        if fitting := [name for name, preset in PRESETS.items() if getattr(preset, field) == values.get(field)]:
-            evidence[f"{field} {values[field]}"] = fitting
-    keys = tuple(key for key in LENGTH_KEYS if values.get(key) is not None)
-    fitting = [name for name, version in VERSIONS.items() if set(version.length_keys) == set(keys)]
-    evidence[f"length in {' and '.join(keys) or 'no key'}"] = fitting
-    if (named := values.get("model_version")) is not None:
-        evidence[f"model_version {named!r}"] = [name for name in VERSIONS if name == named]
-    return evidence
-
-
-def fitting_versions(evidence: Mapping[str, list[str]]) -> list[str]:
-    """The versions that all the evidence fits."""
-    return [name for name in VERSIONS if all(name in fitting for fitting in evidence.values())]
-
-
-def require_version(where: str, model_version: str, values: Mapping) -> None:
-    """Raise ConfigError when something in config.json's values contradicts model_version; `where` names the file."""
-    if model_version not in VERSIONS:
-        raise ConfigError(f"model_version {model_version!r} is not known; use one of {', '.join(VERSIONS)}")
-    evidence = version_evidence(values)
-    against = [
-        f"{what} (fits {', '.join(fitting) or 'no version'})"
-        for what, fitting in evidence.items()
-        if model_version not in fitting
-    ]
-    if against:
-        fitting = fitting_versions(evidence)
-        remedy = f"use --model_version {' or '.join(fitting)}" if fitting else "no version fits all of the file"
-        raise ConfigError(f"{where} contradicts model_version {model_version}: {', '.join(against)}; {remedy}")
 
 
 def refuse_other_rope(where: str, values: Mapping) -> None:
