@@ -84,7 +84,7 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: Tokenizer(tokenizer_folder(args)))
     loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engine))
-    tasks, data_settings = comm.gather_objects(loaded)[0]
+    tasks, data_settings = comm.broadcast_object(loaded)
     sides = open_sides(args, comm, engine)
     evaluation = Evaluation(
         sides,
@@ -136,7 +136,7 @@ def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
             value = make()
         except BaichuanError as error:
             failure = error
-    if failure := comm.gather_objects(failure)[0]:
+    if failure := comm.broadcast_object(failure):
         raise failure
     return value
 
@@ -228,7 +228,7 @@ def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation
         return 0
     threshold = args.tensorrt_llm_rouge1_threshold
     score = evaluation.figures(EngineSide.key).rouge["rouge1"].value if comm.rank == 0 else None
-    score = comm.gather_objects(score)[0]
+    score = comm.broadcast_object(score)
     if score >= threshold:
         return 0
     if comm.rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_goldens_on_several_ranks(tmp_path, version, tp_size):
     assert done.returncode == 0, done.stderr
     scripts.check_outputs(tmp_path, version)
     assert done.stdout.count("Output: ") == len(goldens.LENGTHS)  # rank 0 alone prints
+
+
+def test_where_ranks_stand_and_what_rank_0_tells_them(tmp_path):
+    program = """from baichuan.parallel.comm import world_of_this_process
+comm = world_of_this_process()
+told = comm.broadcast_object(f"from rank {comm.rank}")
+print(f"rank {comm.rank} of {comm.world_size}, {comm.local_rank} of {comm.local_size} here, told {told}\\n", end="")"""
+    done = scripts.mpirun(3, [sys.executable, "-c", program], scripts.ROOT)
+    expected = {f"rank {rank} of 3, {rank} of 3 here, told from rank 0" for rank in range(3)}
+    assert done.returncode == 0 and set(done.stdout.splitlines()) == expected, done.stderr
 
 
 def missing(path: Path) -> None:

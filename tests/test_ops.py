@@ -37,13 +37,14 @@ def test_the_tolerance_notices_a_wrong_channel(kind):
 def test_collectives_of_threads():
     def body(comm):
         x = torch.full((2, 3), float(comm.rank + 1))
-        return comm.all_reduce(x), comm.all_gather(x), comm.all_reduce_max(x), comm.gather_objects(comm.rank)
+        objects = comm.gather_objects(comm.rank), comm.broadcast_object(f"rank {comm.rank}")
+        return comm.all_reduce(x), comm.all_gather(x), comm.all_reduce_max(x), *objects
 
-    for total, gathered, largest, ranks in run_ranks(3, body):
+    for total, gathered, largest, ranks, sent in run_ranks(3, body):
         assert torch.equal(total, torch.full((2, 3), 6.0))
         assert gathered.tolist() == [[1.0] * 3 + [2.0] * 3 + [3.0] * 3] * 2
         assert torch.equal(largest, torch.full((2, 3), 3.0))
-        assert ranks == [0, 1, 2]
+        assert ranks == [0, 1, 2] and sent == "rank 0"
 
 
 def test_a_rank_that_fails_ends_the_others():

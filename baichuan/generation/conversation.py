@@ -73,4 +73,4 @@ def _read_line(comm: Communicator) -> str | None:
             print()
         except UnicodeDecodeError:
             raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
-    return comm.gather_objects(line)[0]
+    return comm.broadcast_object(line)

@@ -18,8 +18,10 @@ THREADS_TIMEOUT_S = 1800.0  # ranks as threads answer one short prompt, from a s
 
 
 class Communicator(Protocol):
-    rank: int
+    rank: int  # which share of the model this process holds
     world_size: int
+    local_rank: int  # of this process among the local_size ones on its machine: the number of its GPU
+    local_size: int
     capturable: bool  # whether a CUDA graph can hold its collectives
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -34,6 +36,9 @@ class Communicator(Protocol):
     def gather_objects(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""
 
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
     def leave_failed(self) -> None:
         """Called by a rank that is about to exit with an error.  Returns when every rank does so; ends all of them
         with exit code 2 when the others are still at work after LEAVE_TIMEOUT_S."""
@@ -42,8 +47,8 @@ class Communicator(Protocol):
 class Solo:
     """A world of one rank."""
 
-    rank = 0
-    world_size = 1
+    rank = local_rank = 0
+    world_size = local_size = 1
     capturable = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -53,6 +58,9 @@ class Solo:
 
     def gather_objects(self, value: Any) -> list:
         return [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
 
     def leave_failed(self) -> None:
         pass
@@ -80,7 +88,8 @@ class Threads(_Gathering):
     """One rank of several threads of this process; for self-checks and tests.  Made by run_ranks."""
 
     def __init__(self, rank: int, board: list, barrier: threading.Barrier):
-        self.rank, self.world_size = rank, len(board)
+        self.rank = self.local_rank = rank
+        self.world_size = self.local_size = len(board)
         self._board, self._barrier = board, barrier
 
     def gather_objects(self, value: Any) -> list:
@@ -89,6 +98,9 @@ class Threads(_Gathering):
         values = list(self._board)
         self._barrier.wait()  # nobody writes the next value before everybody has read
         return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
 
     def _gather(self, x: Tensor) -> Tensor:
         return torch.stack([each.to(x.device) for each in self.gather_objects(x)])  # ranks may be on several GPUs
@@ -139,6 +151,8 @@ class Mpi(_Gathering):
         self._comm = MPI.COMM_WORLD
         self.rank = self._comm.Get_rank()
         self.world_size = self._comm.Get_size()
+        of_this_machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = of_this_machine.Get_rank(), of_this_machine.Get_size()
 
     def _gather(self, x: Tensor) -> Tensor:  # [world_size, *x.shape]
         x = x.contiguous()
@@ -148,6 +162,9 @@ class Mpi(_Gathering):
 
     def gather_objects(self, value: Any) -> list:
         return self._comm.allgather(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._comm.bcast(value, root=0)
 
     def leave_failed(self) -> None:
         request, deadline = self._comm.Ibarrier(), time.monotonic() + LEAVE_TIMEOUT_S

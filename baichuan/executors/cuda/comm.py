@@ -22,12 +22,12 @@ SLOTS = 2  # buffers used in turn; see one_shot_all_reduce
 def gpu_of_rank(comm: Communicator) -> torch.device:
     """One GPU a rank.  Raises UnsupportedError where there are fewer."""
     count = torch.cuda.device_count()
-    if comm.world_size > count:
+    if comm.local_size > count:
         raise UnsupportedError(
-            f"{comm.world_size} ranks need a GPU each and this machine has {count}; "
+            f"{comm.local_size} ranks need a GPU each and this machine has {count}; "
             "use more GPUs, build with a smaller --world_size, or run on the CPU with CUDA_VISIBLE_DEVICES="
         )
-    return torch.device("cuda", comm.rank)
+    return torch.device("cuda", comm.local_rank)
 
 
 def join_gpus(comm: Communicator) -> tuple[torch.device, Communicator]:
@@ -51,11 +51,12 @@ class Nccl:
 
     def __init__(self, host: Communicator, device: torch.device):
         self.rank, self.world_size, self._host = host.rank, host.world_size, host
+        self.local_rank, self.local_size = host.local_rank, host.local_size
         torch.cuda.set_device(device)
         store = None
         if self.rank == 0:
             store = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
-        port = host.gather_objects(store.port if store else None)[0]
+        port = host.broadcast_object(store.port if store else None)
         store = store or dist.TCPStore("127.0.0.1", port, self.world_size, is_master=False)
         dist.init_process_group("nccl", store=store, rank=self.rank, world_size=self.world_size, device_id=device)
         self._peers = _PeerMemory.map(host, device)
@@ -78,6 +79,9 @@ class Nccl:
 
     def gather_objects(self, value: Any) -> list:
         return self._host.gather_objects(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._host.broadcast_object(value)
 
     def leave_failed(self) -> None:
         self._host.leave_failed()

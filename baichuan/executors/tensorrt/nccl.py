@@ -32,7 +32,7 @@ def communicator_capsule(comm: Communicator, device: torch.device):
     own = UniqueId()
     if comm.rank == 0:
         _check(nccl, nccl.ncclGetUniqueId(ctypes.byref(own)))
-    shared = UniqueId.from_buffer_copy(comm.gather_objects(bytes(own))[0])
+    shared = UniqueId.from_buffer_copy(comm.broadcast_object(bytes(own)))
     handle = ctypes.c_void_p()
     _check(nccl, nccl.ncclCommInitRank(ctypes.byref(handle), comm.world_size, shared, comm.rank))
     new_capsule = ctypes.pythonapi.PyCapsule_New

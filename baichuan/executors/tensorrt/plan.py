@@ -81,8 +81,8 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
             f"{path} was built by {contract.module} {contract.version} and {api.version} is installed; "
             f"build the engine again, or install {contract.module} {contract.version}"
         )
-    require_gpus(contract, comm.world_size)
-    device = torch.device("cuda", comm.rank)
+    require_gpus(contract, comm.local_size)
+    device = torch.device("cuda", comm.local_rank)
     torch.cuda.set_device(device)
     runtime = api.trt.Runtime(api.log)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
