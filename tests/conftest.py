@@ -1,8 +1,27 @@
 """Before any test is imported: kernels run in Triton's interpreter where there is no GPU, and tests of libraries that a
 GPU machine may lack are left out there."""
 
+import os
 from importlib.util import find_spec
 
 import kernel_device  # noqa: F401
+import pytest
+from named_skips import (  # noqa: F401
+    NO_RELEASED_TOKENIZERS,
+    RELEASED_FOLDER,
+    pytest_addoption,
+    pytest_collectreport,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 collect_ignore = [] if find_spec("datasets") and find_spec("rouge_score") else ["test_rouge.py"]
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get(RELEASED_FOLDER):
+        return
+    for item in items:
+        if item.get_closest_marker("released_tokenizers"):
+            item.add_marker(pytest.mark.skip(reason=NO_RELEASED_TOKENIZERS))

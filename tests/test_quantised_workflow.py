@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from goldens import GOLDENS
+from goldens import checkpoint
 
 import build
 import hf_baichuan_convert
@@ -59,9 +59,7 @@ class Workflow:
 
 @pytest.fixture(scope="module")
 def workflow(tmp_path_factory):
-    if not GOLDENS.is_dir():
-        pytest.skip("the shared goldens are not here")
-    return Workflow(tmp_path_factory.mktemp("workflow"), str(GOLDENS / VERSION / "checkpoint"))
+    return Workflow(tmp_path_factory.mktemp("workflow"), str(checkpoint(VERSION)))
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,20 @@ import os
 import random
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.tokenizer import MAX_MODEL_BYTES, REPLACEMENT, Tokenizer, check_ids
-from tests.tokenizer_files import MODELS, REAL, original, reference, tokenizer
+from tests.tokenizer_files import MODELS, RELEASED, SMALL, TINY, each, original, reference, tokenizer
 
-CONTROL_NAMES = {"rebuilt_v1": 302, "real_v2": 990}  # <SEP>, <CLS> and every <reserved_N> of the real models
-BYTES = {
-    "rebuilt_v1": range(393, 649),
-    "real_v2": range(1089, 1345),
-    "tiny_v1": range(203, 459),
-    "tiny_v2": range(203, 459),
-}
+# <SEP>, <CLS> and every <reserved_N> of the released models
+CONTROL_NAMES = {"small_v1": 302, "released_v1": 302, "small_v2": 990, "released_v2": 990}
+BYTES = dict.fromkeys(TINY, range(203, 459))
+BYTES |= dict.fromkeys(("small_v1", "released_v1"), range(393, 649))
+BYTES |= dict.fromkeys(("small_v2", "released_v2"), range(1089, 1345))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(TINY, RELEASED))
 def test_encode_and_decode_equal_the_original(name):
     t, expected = tokenizer(name), original(name)
     assert t.vocab_size == expected["vocab_size"]
@@ -31,7 +30,7 @@ def test_encode_and_decode_equal_the_original(name):
         assert t.decode(case["ids"]) == t.decode(case["ids"], skip_special=True) == case["decode_skip_special"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(TINY, RELEASED))
 def test_literal_encoding_equals_plain_sentencepiece_but_for_control_names(name):
     t = tokenizer(name)
     for case in original(name)["encode"]:
@@ -39,10 +38,36 @@ def test_literal_encoding_equals_plain_sentencepiece_but_for_control_names(name)
             assert t.encode_literal(case["text"]) == case["sp_ids"], case["text"]
 
 
-@pytest.mark.parametrize("version", REAL)
-def test_encode_equals_chatglm_cpp(version):
-    for text, ids in reference("chatglm_cpp_token_vectors.json")[version]["cases"]:
-        assert tokenizer(REAL[version]).encode(text) == ids
+@pytest.mark.parametrize("name", each(RELEASED))
+def test_encode_equals_chatglm_cpp(name):
+    for text, ids in reference("chatglm_cpp.json")[name]["cases"]:
+        assert tokenizer(name).encode(text) == ids
+
+
+@pytest.mark.released_tokenizers
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_the_small_tokenizers_have_the_released_ids_up_to_the_learnt_ones(kind):
+    small, released = (SentencePieceProcessor(str(MODELS[f"{name}_{kind}"])) for name in ("small", "released"))
+    known = BYTES[f"small_{kind}"].stop
+    unmerged = BYTES[f"small_{kind}"].start
+    same = [small.id_to_piece(i) == released.id_to_piece(i) for i in range(known)]
+    assert {small.id_to_piece(i) for i in range(unmerged)} == {released.id_to_piece(i) for i in range(unmerged)}
+    assert all(same[:5] + same[101:]) and not any(small.is_byte(i) for i in range(unmerged))
+
+
+@pytest.mark.parametrize("name", each(TINY, SMALL, RELEASED))
+def test_v1_puts_a_space_before_a_text_and_v2_does_not(name):
+    t = tokenizer(name)
+    for text in ("\n", "\t\n"):
+        ids = t.encode(text)
+        assert len(ids) == len(text) + name.endswith("v1") and ids[-1] == 5 and t.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", each(TINY, SMALL, RELEASED))
+def test_a_character_without_a_piece_becomes_its_bytes(name):
+    t = tokenizer(name)
+    unknown = "\U0010fffd"
+    assert t.encode(f"\n{unknown}")[-4:] == [BYTES[name][byte] for byte in unknown.encode()]
 
 
 def test_the_reference_tells_versions_and_special_tokens_apart():
@@ -53,7 +78,7 @@ def test_the_reference_tells_versions_and_special_tokens_apart():
     assert literal == ["<s>bos in text</s>", "<unk> <pad> <h2>title</h2>"]
 
 
-@pytest.mark.parametrize("name", CONTROL_NAMES)
+@pytest.mark.parametrize("name", each(SMALL, RELEASED))
 def test_no_control_token_can_be_written_as_text(name):
     t = tokenizer(name)
     control = {f"<{word}>" for word in ("SEP", "CLS", *(f"reserved_{n}" for n in range(2000)))}
@@ -75,10 +100,10 @@ def test_no_control_token_can_be_written_as_text(name):
             assert t.decode(literal) == text
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(TINY, SMALL, RELEASED))
 def test_streamed_pieces_join_to_the_decoded_text(name):
     t, rng = tokenizer(name), random.Random(0)
-    sequences = [case["ids"] for case in original(name)["encode"]]
+    sequences = [t.encode(case["text"]) for case in original("tiny_v1")["encode"]]
     sequences += [t.encode("😀🚀𠮷龘 ́é中\ufffd文" * 3), t.encode("   "), [], [1, 2, 0]]
     for _ in range(2000):  # ids at random, and runs of random bytes, most of them broken UTF-8
         bytes_, anything = BYTES[name], range(t.vocab_size)
@@ -91,7 +116,7 @@ def test_streamed_pieces_join_to_the_decoded_text(name):
         assert "".join(pieces) + stream.finish() == t.decode(ids), ids
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(TINY, SMALL, RELEASED))
 def test_a_stream_never_shows_half_a_character(name):
     t, text = tokenizer(name), "龘😀 𠮷é🚀龖"
     ids = t.encode(text)
@@ -121,7 +146,7 @@ def test_endless_broken_bytes_are_shown_as_they_become_certain():
     assert "".join(stream.push(BYTES["tiny_v2"][0xFF]) for _ in range(10)) == REPLACEMENT * 7
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(TINY, SMALL, RELEASED))
 @pytest.mark.parametrize("bad", [-1, 0, 1 << 40])
 def test_ids_out_of_range_are_named(name, bad):
     t = tokenizer(name)
@@ -174,7 +199,6 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_what_is_no_tokenizer_is_refused_in_one_sentence(damage, tmp_path, capfd):
-    tokenizer("tiny_v1")  # some damage is done to a copy of it
     make, message = DAMAGED[damage]
     make(tmp_path)
     with pytest.raises(CheckpointError, match=message) as error:
