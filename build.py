@@ -19,8 +19,6 @@ from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.memory import fits_host_memory
-from baichuan.executors.tensorrt.contract import Contract
-from baichuan.executors.tensorrt.plan import require_gpus
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder
@@ -47,7 +45,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     limits = build_flags.build_config(args, backend)
     quant = build_flags.quant_config(args, model)
     plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
-    options = build_flags.tensorrt_options(args)
+    options = build_flags.backend_options(args, backend)
     request = BuildRequest(Path(args.output_dir), model, quant, limits, plan_rank, args.parallel_build, options)
     build_engine(request, None if args.no_self_check else self_checker(source, model))
     logger.info("engine written to %s", args.output_dir)
@@ -81,8 +79,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
         try:
-            if engine.build.backend != "torch":
-                require_gpus(Contract.from_json(engine.contract), engine.build.world_size)
+            engine.backend.require_runnable(engine.contract, engine.build.world_size)
             float_model = weight.float_model(source, model, engine.build.world_size)
             ids = check_ids(source, model)[: engine.build.max_input_len]
             agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_model, ids)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from baichuan.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
+BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # executors/registry.py has what they do
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -134,7 +135,7 @@ class BuildConfig:
     max_beam_width: int = 1
     max_num_tokens: int = 0  # packed tokens of one step, max_rows at least; 0 = max_batch_size * max_input_len
     logits_dtype: str = "float32"
-    backend: str = "torch"  # torch | tensorrt | tensorrt_rtx
+    backend: str = "torch"  # one of BACKEND_NAMES
     gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
     gemm_plugin: bool = True  # our GEMM kernels where they are faster, else the library's own
     multi_block_mode: bool = True  # decode attention splits long caches over several blocks
@@ -147,7 +148,7 @@ class BuildConfig:
         require_range("max_beam_width", self.max_beam_width, 1, 64)
         require_range("max_num_tokens", self.max_num_tokens, 0, 1 << 26)
         require_choice("logits_dtype", self.logits_dtype, ("float16", "float32"))
-        require_choice("backend", self.backend, ("torch", "tensorrt", "tensorrt_rtx"))
+        require_choice("backend", self.backend, BACKEND_NAMES)
         if 0 < self.max_num_tokens < self.max_rows:
             raise ConfigError(
                 f"max_num_tokens {self.max_num_tokens} is below the {self.max_rows} rows of max_batch_size and "
@@ -163,6 +164,15 @@ class BuildConfig:
     def max_rows(self) -> int:
         """Rows of the KV cache: every beam of every sequence."""
         return self.max_batch_size * self.max_beam_width
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that decides what an engine computes, but its weights."""
+
+    model: ModelConfig
+    quant: QuantConfig
+    build: BuildConfig
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,13 @@ from tiny_engine import snapshot
 
 import build
 import weight
-from baichuan.config import BuildConfig, QuantConfig
+from baichuan.config import BACKEND_NAMES, BuildConfig, QuantConfig
 from baichuan.engine import builder, self_check
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.runtime import open_executor, open_session
 from baichuan.errors import EngineError, UnsupportedError
+from baichuan.executors import torch_backend
+from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Solo
 from baichuan.util import manifest
 from baichuan.weights.hub.config import read_model_config
@@ -48,17 +50,25 @@ def request(folder, version=VERSION, weights="none", tp_size=1, change=None, **m
     return BuildRequest(folder, model, quant, limits, change or plan_rank, **more), source
 
 
+def test_every_backend_that_a_config_can_name_is_registered():
+    assert {name: backend.name for name, backend in BACKENDS.items()} == {name: name for name in BACKEND_NAMES}
+
+
 # What fails leaves the old engine and nothing else
 
 
-@pytest.mark.parametrize("function", ["write_tensors", "write_config", "publish"])
-def test_a_build_that_fails_leaves_the_old_engine(folder, monkeypatch, function):
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(torch_backend, "write_tensors"), (builder, "write_config"), (builder, "publish")],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_build_that_fails_leaves_the_old_engine(folder, monkeypatch, module, function):
     before = snapshot(folder)
 
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(builder, function, fail)
+    monkeypatch.setattr(module, function, fail)
     with pytest.raises(OSError, match=str(folder)):
         tiny_engine.build(folder, "v2_13b", tp_size=2)
     assert snapshot(folder) == before

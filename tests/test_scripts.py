@@ -21,8 +21,9 @@ import scripts
 import build
 import run
 import summarize
-from baichuan.engine import builder, runtime
+from baichuan.engine import runtime
 from baichuan.engine.folder import CONFIG_NAME
+from baichuan.executors import torch_backend
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.util import manifest
 
@@ -442,14 +443,14 @@ def test_an_edited_config_is_refused(engine, prompts, tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_old_engine(engine, prompts, tmp_path, capsys, monkeypatch):
     shutil.copytree(engine, tmp_path / "engine")
-    before, original = snapshot(tmp_path / "engine"), builder.write_tensors
+    before, original = snapshot(tmp_path / "engine"), torch_backend.write_tensors
 
     def full(path, plan, *more):
         if "rank1" in path.name:
             raise OSError(28, "No space left on device", str(path))
         original(path, plan, *more)
 
-    monkeypatch.setattr(builder, "write_tensors", full)
+    monkeypatch.setattr(torch_backend, "write_tensors", full)
     given = scripts.build_flags(tmp_path / "engine", "v2_13b", "--world_size", "2")
     refused(build.main, given, "No space left on device; free space", capsys)
     assert snapshot(tmp_path / "engine") == before

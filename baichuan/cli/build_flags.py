@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import fields, replace
-from pathlib import Path
+from typing import Any
 
 from baichuan.cli.common import DUMMY_VERSION
-from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
+from baichuan.config import BACKEND_NAMES, DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
-from baichuan.executors.tensorrt.api import load
-from baichuan.executors.tensorrt.build import BuildOptions
+from baichuan.executors.backend import Backend
+from baichuan.executors.registry import BACKENDS
 from baichuan.quant.weight_only import fitting_group_sizes
 
 logger = logging.getLogger(__name__)
 
 _BUILD = {field.name: field.default for field in fields(BuildConfig)}
+AUTO = "torch"  # the backend that runs everywhere
 SWITCH = (*DTYPES, "on", "off")
 
 # Dummy weights' sizes: the old example's flag, the ModelConfig field.
@@ -40,8 +41,6 @@ NOT_BUILT = {
     "use_inflight_batching": "requests of one call form one batch; leave --use_inflight_batching out",
     "tokens_per_block": "the KV cache is contiguous and has no blocks; leave --tokens_per_block out",
 }
-# What only a TensorRT build has.
-TENSORRT_ONLY = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("backend")
     group.add_argument(
         "--backend",
-        choices=("auto", "torch", "tensorrt", "tensorrt_rtx"),
+        choices=("auto", *BACKEND_NAMES),
         default="auto",
         help="torch: runs on CPUs and GPUs (auto); tensorrt, tensorrt_rtx: a TensorRT plan a rank",
     )
@@ -148,7 +147,7 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantized_fp8_model_path", help="FP8 scales as .npz, in the old example's format")
 
 
-def check_flags(args: argparse.Namespace, backend: str) -> None:
+def check_flags(args: argparse.Namespace, backend: Backend) -> None:
     """Raise a BaichuanError for a flag that cannot do what it says; say once which ones change nothing."""
     for name, text in NOT_BUILT.items():
         value = getattr(args, name)
@@ -157,12 +156,15 @@ def check_flags(args: argparse.Namespace, backend: str) -> None:
     for name, text in ALWAYS_ON.items():
         if getattr(args, name):
             logger.info("--%s changes nothing: %s", name, text)
-    for name in TENSORRT_ONLY:
-        if getattr(args, name) and backend == "torch":
-            raise ConfigError(f"--{name} belongs to TensorRT and the backend is torch; add --backend tensorrt_rtx")
-    if args.remove_input_padding and backend != "torch":
+    owners = {flag: other for other in reversed(BACKENDS.values()) for flag in other.flags}
+    for flag, owner in owners.items():
+        if getattr(args, flag) and flag not in backend.flags:
+            raise ConfigError(
+                f"--{flag} belongs to {owner.title} and the backend is {backend.name}; add --backend {owner.name}"
+            )
+    if args.remove_input_padding and not backend.packed:
         raise UnsupportedError(
-            "--remove_input_padding is not available: TensorRT networks take padded batches; leave it out"
+            f"--remove_input_padding is not available: {backend.title} networks take padded batches; leave it out"
         )
     if args.world_size > args.gpus_per_node:
         raise ConfigError(
@@ -175,23 +177,18 @@ def check_flags(args: argparse.Namespace, backend: str) -> None:
             raise ConfigError(f"--use_{name} {value} differs from --dtype {args.dtype}; give both the same type")
 
 
-def choose_backend(name: str) -> str:
-    """`auto` resolved.  Raises UnsupportedError for a TensorRT that is not installed."""
+def choose_backend(name: str) -> Backend:
+    """`auto` resolved.  Raises UnsupportedError for a backend that is not installed."""
     if name == "auto":
-        logger.info("backend torch (auto)")
-        return "torch"
-    if name != "torch":
-        load(name)
-    return name
+        logger.info("backend %s (auto)", AUTO)
+    backend = BACKENDS[AUTO if name == "auto" else name]
+    backend.require_installed()
+    return backend
 
 
-def tensorrt_options(args: argparse.Namespace) -> BuildOptions:
-    return BuildOptions(
-        compute_capabilities=tuple(args.compute_capability or ()),
-        timing_cache=Path(args.timing_cache) if args.timing_cache else None,
-        visualize=args.visualize,
-        debug_output=args.enable_debug_output,
-    )
+def backend_options(args: argparse.Namespace, backend: Backend) -> Any:
+    """What the backend's own flags ask for."""
+    return backend.build_options({flag: getattr(args, flag) for flag in backend.flags})
 
 
 def dummy_model(args: argparse.Namespace) -> ModelConfig:
@@ -257,11 +254,11 @@ def default_group_size(model: ModelConfig, tp_size: int) -> int:
     return 32 if 32 in fitting_group_sizes(model, tp_size) else 0
 
 
-def build_config(args: argparse.Namespace, backend: str) -> BuildConfig:
+def build_config(args: argparse.Namespace, backend: Backend) -> BuildConfig:
     switches = {
         "gpt_attention_plugin": args.use_gpt_attention_plugin != "off",
         "gemm_plugin": args.use_gemm_plugin != "off",
         "multi_block_mode": args.multi_block_mode != "off",
     }
     names = [field.name for field in fields(BuildConfig) if field.name not in (*switches, "backend")]
-    return BuildConfig(backend=backend, **switches, **{name: getattr(args, name) for name in names})
+    return BuildConfig(backend=backend.name, **switches, **{name: getattr(args, name) for name in names})

@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from baichuan.config import BuildConfig, ModelConfig, QuantConfig
+from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig
 from baichuan.engine.folder import Engine, publish, rank_file_name, staging, write_config
 from baichuan.errors import UnsupportedError
+from baichuan.executors.backend import RankToWrite
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
-from baichuan.executors.tensorrt.build import BuildOptions, plan_memory, write_plan
+from baichuan.executors.registry import BACKENDS
 from baichuan.util import manifest
 from baichuan.util.processes import CONTEXT, run_tasks
 from baichuan.util.progress import Progress
 from baichuan.weights.plan import PlannedTensors
-from baichuan.weights.tensor_file import planned_bytes, write_tensors
+from baichuan.weights.tensor_file import planned_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class BuildRequest:
     build: BuildConfig
     plan_rank: PlanRank
     parallel: bool = False
-    tensorrt: BuildOptions = BuildOptions()  # of a TensorRT backend
+    options: Any = None  # of the backend, by its build_options
 
 
 def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:
@@ -50,16 +52,12 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
 
     check(engine) is called with the finished engine before it replaces an older one; it raises to refuse it.
     """
-    sizes = [planned_bytes(request.plan_rank(rank)) for rank in range(request.build.world_size)]
+    plans = [request.plan_rank(rank) for rank in range(request.build.world_size)]
+    sizes = [planned_bytes(plan) for plan in plans]
     with staging(request.output_dir) as staged:
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
-        contract = {}
-        if request.build.backend == "torch":
-            files = _write_ranks(request, paths, sum(sizes))
-        else:
-            contract = _build_plans(request, paths)
-            files = {path.name: manifest.describe(path) for path in paths}
+        files, contract = _write_ranks(request, paths, plans, sum(sizes))
         engine = Engine(staged, request.model, request.quant, request.build, files, contract)
         write_config(engine)
         if check:
@@ -71,10 +69,9 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
 def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
     """Say what the build and the engine take, and raise UnsupportedError where it is not there."""
     processes = len(sizes) if request.parallel else 1
-    memory, disk = PROCESS_BYTES, sum(sizes)
-    if request.build.backend != "torch":  # a plan is made in memory, of a rank's tensors on the disk
-        memory = PROCESS_BYTES + plan_memory(max(sizes), request.quant)
-        disk = sum(sizes) + processes * max(sizes)
+    backend = BACKENDS[request.build.backend]
+    memory = PROCESS_BYTES + backend.build_memory(max(sizes), request.quant)
+    disk = sum(sizes) + processes * backend.build_disk(max(sizes))
     cache = full_kv_cache_bytes(request.model, request.quant, request.build)
     logger.info(
         "engine: %.2f GB on disk; building it takes up to %.1f GB of host memory; running it at full size takes "
@@ -102,37 +99,44 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
         logger.warning("%s, or run the engine elsewhere", message)
 
 
-def _write_ranks(request: BuildRequest, paths: Sequence[Path], size: int) -> dict[str, dict]:
-    """The files' entries in config.json, by name."""
+def _write_ranks(
+    request: BuildRequest, paths: Sequence[Path], plans: Sequence[list[PlannedTensors]], size: int
+) -> tuple[dict[str, dict], dict]:
+    """The files' entries in config.json by name, and the contract, which is the same for all.
+
+    size: of the plans' tensors in bytes.  Processes make the plans again, because open files do not travel to them.
+    """
     with Progress("writing the engine", size, "B") as progress:
         if request.parallel and len(paths) > 1:
-            entries = _write_in_processes(request.plan_rank, paths, progress)
+            tasks = {rank: partial(_write_rank, request, rank, path) for rank, path in enumerate(paths)}
+            written = _in_processes(tasks, progress)
         else:
-            entries = [_write_rank(request.plan_rank, *each, progress.advance) for each in enumerate(paths)]
-    return {path.name: entries[rank] for rank, path in enumerate(paths)}
+            written = {
+                rank: _write_rank(request, rank, path, plan, progress.advance)
+                for rank, (path, plan) in enumerate(zip(paths, plans, strict=True))
+            }
+    entries, contracts = zip(*(written[rank] for rank in range(len(paths))), strict=True)
+    return {path.name: entry for path, entry in zip(paths, entries, strict=True)}, contracts[0]
 
 
-def _write_rank(plan_rank: PlanRank, rank: int, path: Path, advance: Callable[[int], None]) -> dict:
-    """The file's entry in config.json."""
+def _write_rank(
+    request: BuildRequest,
+    rank: int,
+    path: Path,
+    plan: list[PlannedTensors] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[dict, dict]:
+    """The file's entry in config.json, and the contract.  A process of its own makes its plan and counts by _count."""
+    backend, spec = BACKENDS[request.build.backend], EngineSpec(request.model, request.quant, request.build)
+    plan = plan or request.plan_rank(rank)
     with manifest.Describer(path) as describer:
-        write_tensors(path, plan_rank(rank), advance, describer.wrote)
-        return describer.entry()
+        job = RankToWrite(path, rank, plan, spec, request.options, advance or _count, describer.wrote)
+        contract = backend.write_rank(job)
+        return describer.entry(), contract
 
 
-def _build_plans(request: BuildRequest, paths: Sequence[Path]) -> dict:
-    """One TensorRT plan a rank; their contract, which is the same for all."""
-    tasks = {rank: partial(_build_rank_plan, request, rank, path) for rank, path in enumerate(paths)}
-    contracts = dict(run_tasks(tasks, len(tasks) if request.parallel else 1, "leave --parallel_build out"))
-    return contracts[0]
-
-
-def _build_rank_plan(request: BuildRequest, rank: int, path: Path) -> dict:
-    tensors = request.plan_rank(rank)
-    return write_plan(path, tensors, request.model, request.quant, request.build, rank, request.tensorrt)
-
-
-def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Progress) -> dict[int, dict]:
-    """_write_rank in one process a rank; the bytes that they have written meet in one counter."""
+def _in_processes(tasks: Mapping[int, Callable[[], Any]], progress: Progress) -> dict[int, Any]:
+    """The tasks' results, each made in a process of its own; the bytes that they have written meet in one counter."""
     counter, done = CONTEXT.Value("q", 0), threading.Event()
 
     def watch() -> None:
@@ -141,7 +145,6 @@ def _write_in_processes(plan_rank: PlanRank, paths: Sequence[Path], progress: Pr
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    tasks = {rank: partial(_write_rank, plan_rank, rank, path, _count) for rank, path in enumerate(paths)}
     try:
         return dict(run_tasks(tasks, len(tasks), "leave --parallel_build out", partial(_remember_counter, counter)))
     finally:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baichuan import __version__
-from baichuan.config import BuildConfig, ModelConfig, QuantConfig, from_json, to_json
+from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig, from_json, to_json
 from baichuan.errors import BaichuanError, ConfigError, EngineError
+from baichuan.executors.backend import Backend
+from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
 from baichuan.util import manifest
 from baichuan.util.processes import ctrl_c_ignored
@@ -37,6 +39,14 @@ class Engine:
     build: BuildConfig
     files: dict[str, dict]  # by name: bytes and sha256, see manifest.py
     contract: dict  # what the backend's runtime needs to know of its build; empty for torch
+
+    @property
+    def spec(self) -> EngineSpec:
+        return EngineSpec(self.model, self.quant, self.build)
+
+    @property
+    def backend(self) -> Backend:
+        return BACKENDS[self.build.backend]
 
     def rank_file(self, rank: int) -> Path:
         return self.folder / rank_file_name(self.model, self.build, rank)
@@ -216,7 +226,7 @@ def _plugin_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -
         "weight_only_quant_matmul_plugin": model.dtype if quant.weights in ("int8", "int4") else False,
         "smooth_quant_gemm_plugin": model.dtype if quant.weights == "smooth_quant" else False,
         "nccl_plugin": model.dtype if build.world_size > 1 else False,
-        "remove_input_padding": build.backend == "torch",
+        "remove_input_padding": BACKENDS[build.backend].packed,
         "paged_kv_cache": False,
         "tokens_per_block": 0,
         "multi_block_mode": build.multi_block_mode,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.executors.backend import RankToWrite
 from baichuan.executors.tensorrt.api import Api, load
 from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.drawing import write_svg
@@ -18,8 +19,7 @@ from baichuan.executors.tensorrt.lowering import lower, weight_names
 from baichuan.records import ModelWeights
 from baichuan.util.progress import Progress
 from baichuan.weights.layout import assemble
-from baichuan.weights.plan import PlannedTensors
-from baichuan.weights.tensor_file import planned_bytes, read_tensors, write_tensors
+from baichuan.weights.tensor_file import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -207,20 +207,12 @@ def plan_memory(size: int, quant: QuantConfig) -> int:
     return size if quant.weights == "none" else 2 * size
 
 
-def write_plan(
-    path: Path,
-    tensors: list[PlannedTensors],
-    config: ModelConfig,
-    quant: QuantConfig,
-    build: BuildConfig,
-    rank: int,
-    options: BuildOptions,
-) -> dict:
+def write_plan(job: RankToWrite) -> dict:
     """build_plan from planned tensors, which are written beside the plan and memory-mapped while it is built."""
-    weights = path.with_suffix(".weights")
+    spec, file = job.spec, job.path.with_suffix(".weights")
     try:
-        with Progress(f"preparing rank {rank}", planned_bytes(tensors), "B") as progress:
-            write_tensors(weights, tensors, progress.advance)
-        return build_plan(config, quant, build, assemble(read_tensors(weights), config, quant), rank, path, options)
+        write_tensors(file, job.tensors, job.advance)
+        weights = assemble(read_tensors(file), spec.model, spec.quant)
+        return build_plan(spec.model, spec.quant, spec.build, weights, job.rank, job.path, job.options)
     finally:
-        weights.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)

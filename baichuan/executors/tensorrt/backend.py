@@ -1,0 +1,53 @@
+"""The backends `tensorrt` and `tensorrt_rtx`: a TensorRT plan a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baichuan.config import QuantConfig
+from baichuan.executors.backend import RankToOpen, RankToWrite
+from baichuan.executors.base import Executor
+from baichuan.executors.tensorrt.api import load
+from baichuan.executors.tensorrt.build import BuildOptions, plan_memory, write_plan
+from baichuan.executors.tensorrt.contract import Contract
+from baichuan.executors.tensorrt.execute import open_tensorrt
+from baichuan.executors.tensorrt.plan import require_gpus
+
+
+@dataclass(frozen=True)
+class TensorRtBackend:
+    """executors.backend.Backend"""
+
+    name: str  # the Python module's, too
+    title = "TensorRT"
+    packed = False
+    flags = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
+
+    def require_installed(self) -> None:
+        load(self.name)
+
+    def build_options(self, given: Mapping[str, Any]) -> BuildOptions:
+        return BuildOptions(
+            compute_capabilities=tuple(given["compute_capability"] or ()),
+            timing_cache=Path(given["timing_cache"]) if given["timing_cache"] else None,
+            visualize=given["visualize"],
+            debug_output=given["enable_debug_output"],
+        )
+
+    def build_memory(self, rank_bytes: int, quant: QuantConfig) -> int:
+        return plan_memory(rank_bytes, quant)
+
+    def build_disk(self, rank_bytes: int) -> int:
+        return rank_bytes  # the weights, beside the plan that is made of them
+
+    def write_rank(self, job: RankToWrite) -> dict:
+        return write_plan(job)
+
+    def require_runnable(self, contract: Mapping, ranks: int) -> None:
+        require_gpus(Contract.from_json(contract), ranks)
+
+    def open_rank(self, job: RankToOpen) -> Executor:
+        return open_tensorrt(job.path, Contract.from_json(job.contract), job.comm, job.digests)
