@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from baichuan.cli.chat import chat as converse
 from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
+from baichuan.cli.terminal import TextPrinter
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
 from baichuan.engine.runtime import open_session
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
-from baichuan.generation.conversation import TextPrinter, converse
 from baichuan.generation.session import Generation
 from baichuan.parallel.comm import Communicator
 from baichuan.text import chat
+from baichuan.text.printable import printable
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
@@ -151,8 +153,8 @@ def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
 
 def print_results(prompts: list[list[int]], results: list[Generation], tokenizer: Tokenizer | None) -> None:
     for prompt, result in zip(prompts, results, strict=True):
-        print(f'Input: "{show(prompt, tokenizer)}"')
-        print(f'Output: "{show(result.ids, tokenizer)}"', flush=True)
+        print(f'Input: "{printable(show(prompt, tokenizer))}"')
+        print(f'Output: "{printable(show(result.ids, tokenizer))}"', flush=True)
 
 
 def write_outputs(args: argparse.Namespace, prompts, results: list[Generation], pad_id: int) -> None:

@@ -25,10 +25,10 @@ def build_flags(folder: Path, version: str, *more: str) -> list[str]:
     return [*given, *limits, "--max_beam_width", "2", "--output_dir", str(folder), *more]
 
 
-def built(folder: Path, version: str, tp_size: int = 1) -> Path:
+def built(folder: Path, version: str, tp_size: int = 1, *more: str) -> Path:
     """An engine by build.py, without the self-check, which test_scripts.py runs once."""
-    more = ["--world_size", str(tp_size), "--no_self_check", "--log_level", "error"]
-    assert build.main(build_flags(folder, version, *more)) == 0
+    given = ["--world_size", str(tp_size), "--no_self_check", "--log_level", "error", *more]
+    assert build.main(build_flags(folder, version, *given)) == 0
     return folder
 
 
@@ -63,11 +63,19 @@ def script(name: str, given: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / name), *given]
 
 
-def mpirun(ranks: int, program: list[str], cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess:
-    """`program` on so many ranks, from start to end."""
+def mpirun(
+    ranks: int, program: list[str], cwd: Path, timeout_s: float = 120, typed: str = ""
+) -> subprocess.CompletedProcess:
+    """`program` on so many ranks, from start to end; rank 0 reads what is `typed`."""
     launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), "--oversubscribe", "--allow-run-as-root"]
     return subprocess.run(
-        [*launcher, *program], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, cwd=cwd
+        [*launcher, *program],
+        env=ENVIRONMENT,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=cwd,
     )
 
 

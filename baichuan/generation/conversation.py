@@ -1,76 +1,74 @@
-"""Text on a terminal as it is made, and a conversation."""
+"""A conversation: what was said, and how much of it an engine can still take."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
-
-from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
-from baichuan.generation.session import Session
-from baichuan.parallel.comm import Communicator
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
 
-
-class TextPrinter:
-    """Prints one sequence's tokens as text; push is a session's on_tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, opening: str = "", closing: str = ""):
-        self._stream, self._closing = tokenizer.stream(), closing
-        print(opening, end="", flush=True)
-
-    def push(self, tokens: list[int | None]) -> None:
-        if tokens[0] is not None:
-            print(self._stream.push(tokens[0]), end="", flush=True)
-
-    def finish(self) -> None:
-        print(self._stream.finish() + self._closing, flush=True)
+Message = dict[str, str]  # role: "system" | "user" | "assistant"; content: its text
 
 
-def converse(
-    session: Session,
-    tokenizer: Tokenizer,
-    roles: ChatRoles,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    system: str | None,
-    comm: Communicator,
-) -> None:
-    """Answer the lines of standard input until it ends or says `exit`; rank 0 reads and prints, every rank computes.
+class Conversation:
+    """Rounds of a question and its answer.  Only the newest that fit max_input_len tokens are in a prompt.
 
-    Older rounds leave the prompt when it outgrows the engine.
+    Raises ConfigError where the system message alone leaves no room for a question.
     """
-    opening = [{"role": "system", "content": system}] if system is not None else []
-    messages = list(opening)
-    budget = session.build.max_input_len
-    if comm.rank == 0:
-        print("Type a message; `clear` starts anew, `exit` or the end of input leaves.")
-    while (line := _read_line(comm)) not in (None, "exit"):
-        if line == "clear":
-            messages = list(opening)
-        if line in ("", "clear"):
-            continue
-        messages.append({"role": "user", "content": line})
-        prompt = build_chat_prompt(tokenizer, messages, *roles, max_input_len=budget)
-        printer = TextPrinter(tokenizer) if comm.rank == 0 and sampling.num_beams == 1 else None
-        ids = session.generate([prompt], sampling, max_new_tokens, printer and printer.push)[0].ids
-        if printer:
-            printer.finish()
-        elif comm.rank == 0:
-            print(tokenizer.decode(ids), flush=True)
-        messages.append({"role": "assistant", "content": tokenizer.decode(ids)})
-        sampling = replace(sampling, random_seed=sampling.random_seed + 1)
+
+    def __init__(self, tokenizer: Tokenizer, roles: ChatRoles, max_input_len: int, system: str | None = None):
+        self._tokenizer, self._roles, self._max_input_len = tokenizer, roles, max_input_len
+        self._rounds: list[tuple[Message, Message]] = []
+        self._first = 0  # of the rounds that the prompts still hold
+        self.set_system(system)
+
+    def set_system(self, text: str | None) -> None:
+        """What the model is told first, from the next question on; None = nothing."""
+        length = len(self._encode(text, [], ""))
+        if length >= self._max_input_len:
+            raise ConfigError(
+                f"the system message leaves no room: it takes {length} of the engine's max_input_len "
+                f"{self._max_input_len} tokens; shorten it, or build with a larger --max_input_len"
+            )
+        self.system = text
+
+    def ask(self, question: str) -> list[int]:
+        """The prompt's ids, without the oldest rounds where not all fit.
+
+        Raises ConfigError where the question alone is too long.
+        """
+        first = self._first
+        while len(ids := self._encode(self.system, self._rounds[first:], question)) > self._max_input_len:
+            if first == len(self._rounds):
+                raise ConfigError(
+                    f"the message makes a prompt of {len(ids)} tokens and the engine takes {self._max_input_len}; "
+                    "shorten it, or build with a larger --max_input_len"
+                )
+            first += 1
+        self._first = first
+        return ids
+
+    def add_round(self, question: str, answer: str) -> None:
+        self._rounds.append(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+
+    def reset(self) -> None:
+        """Forget the rounds; the system message stays."""
+        self._rounds, self._first = [], 0
+
+    @property
+    def left_out(self) -> int:
+        """The number of oldest rounds that no longer fit."""
+        return self._first
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said, the rounds that no longer fit included."""
+        return _messages(self.system, self._rounds)
+
+    def _encode(self, system: str | None, rounds: list[tuple[Message, Message]], question: str) -> list[int]:
+        messages = [*_messages(system, rounds), {"role": "user", "content": question}]
+        return build_chat_prompt(self._tokenizer, messages, *self._roles)
 
 
-def _read_line(comm: Communicator) -> str | None:
-    """Rank 0's next line on every rank, None at the end of input."""
-    line = None
-    if comm.rank == 0 and sys.stdin:  # None where the program was started without one
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-        except UnicodeDecodeError:
-            raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
-    return comm.broadcast_object(line)
+def _messages(system: str | None, rounds: list[tuple[Message, Message]]) -> list[Message]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return opening + [message for each in rounds for message in each]

@@ -1,0 +1,131 @@
+"""What a person types and reads: turns from an editor or from plain lines, text as it is made."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from baichuan.errors import ConfigError
+from baichuan.text.printable import printable
+from baichuan.text.tokenizer import Tokenizer
+
+PROMPT = "> "
+
+
+class Stopped(Exception):
+    """The person asked for the answer to end."""
+
+
+class TextPrinter:
+    """Prints one sequence's tokens as text; push is a session's on_tokens.  `text` is what came so far."""
+
+    def __init__(self, tokenizer: Tokenizer, opening: str = "", closing: str = ""):
+        self.text = ""
+        self._stream, self._closing = tokenizer.stream(), closing
+        print(printable(opening), end="", flush=True)
+
+    def push(self, tokens: list[int | None]) -> None:
+        if tokens[0] is not None:
+            self._show(self._stream.push(tokens[0]))
+
+    def finish(self) -> None:
+        self._show(self._stream.finish())
+        print(self._closing, flush=True)
+
+    def _show(self, piece: str) -> None:
+        self.text += piece
+        print(printable(piece), end="", flush=True)
+
+
+class LineReader:
+    """A turn is a line of standard input: for pipes, and for mpirun, which hands its input on as a pipe.
+
+    Open MPI 5 does not hand on the end of its input, so that a word has to leave there.
+    """
+
+    interactive = False
+    keys = "A line is a message, exit leaves"
+
+    def __enter__(self) -> LineReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def read(self) -> str | None:
+        """The next turn; None at the end of input."""
+        if not sys.stdin:  # the program was started without one
+            return None
+        try:
+            return input(PROMPT)
+        except EOFError:
+            print()
+            return None
+        except UnicodeDecodeError:
+            raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
+
+    @contextmanager
+    def answering(self, at_once: bool) -> Iterator[Callable[[], bool]]:
+        """Ctrl-C ends the program, as anywhere."""
+        yield lambda: False
+
+
+class EditorReader:
+    """A turn is what a line editor with history sends; what is pasted stays one turn, whatever lines it has.
+
+    While entered, Ctrl-C ends an answer or gives up a line, and never the program.
+    """
+
+    interactive = True
+    keys = "Enter sends, Esc Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves"
+
+    def __init__(self):
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.key_binding import KeyBindings
+
+        bindings = KeyBindings()
+        bindings.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+        bindings.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        indent = " " * len(PROMPT)
+        self._session = PromptSession(PROMPT, multiline=True, key_bindings=bindings, prompt_continuation=indent)
+        self._answering = self._at_once = self._stopped = False
+
+    def __enter__(self) -> EditorReader:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def read(self) -> str | None:
+        """The next turn; None after Ctrl-D."""
+        while True:
+            try:
+                return self._session.prompt()
+            except KeyboardInterrupt:
+                print("[Ctrl-D leaves]")
+            except EOFError:
+                return None
+
+    @contextmanager
+    def answering(self, at_once: bool) -> Iterator[Callable[[], bool]]:
+        """Yields what says, between two steps, whether to stop.  at_once, and for a second Ctrl-C, Stopped is raised
+        wherever the program is."""
+        self._answering, self._at_once, self._stopped = True, at_once, False
+        try:
+            yield lambda: self._stopped
+        finally:
+            self._answering = False
+
+    def _interrupt(self, *_) -> None:
+        if self._answering and (self._at_once or self._stopped):
+            raise Stopped
+        self._stopped = True
+
+
+def open_reader(ranks: int) -> LineReader | EditorReader:
+    """The editor where a person sits at a terminal, plain lines elsewhere."""
+    terminal = ranks == 1 and all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    return EditorReader() if terminal else LineReader()
