@@ -17,6 +17,7 @@ from named_skips import (  # noqa: F401
 )
 
 collect_ignore = [] if find_spec("datasets") and find_spec("rouge_score") else ["test_rouge.py"]
+collect_ignore += [] if find_spec("pexpect") and find_spec("pyte") else ["test_chat_terminal.py"]
 
 
 def pytest_collection_modifyitems(items):
