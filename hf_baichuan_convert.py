@@ -18,7 +18,7 @@ from baichuan.text.texts import DEFAULT_DATASET, encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.binary.layout import STORAGE_TYPES
 from baichuan.weights.hub.checkpoint import open_checkpoint, resolve_folder
-from baichuan.weights.hub.config import MAX_CONFIG_BYTES, read_json_object, read_model_config
+from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
 
 logger = logging.getLogger("baichuan.convert")
 

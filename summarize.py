@@ -28,7 +28,7 @@ from baichuan.executors.memory import require_host_memory
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 
 logger = logging.getLogger("baichuan.summarize")
 

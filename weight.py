@@ -15,16 +15,16 @@ from pathlib import Path
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import ConfigError
 from baichuan.records import ModelWeights
-from baichuan.weights.binary.config import read_binary_model
+from baichuan.weights.assemble import assemble
+from baichuan.weights.binary.config_ini import read_binary_model
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
+from baichuan.weights.calibrated import plan_binary, plan_fp8
 from baichuan.weights.dummy import dummy_checkpoint
 from baichuan.weights.hub.checkpoint import open_checkpoint
-from baichuan.weights.hub.config import folder_evidence, read_model_config
+from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
-from baichuan.weights.layout import assemble
-from baichuan.weights.plan import PlannedTensors, materialise, plan_hub
-from baichuan.weights.plan_calibrated import plan_binary, plan_fp8
+from baichuan.weights.rank_tensors import PlannedTensors, materialise, plan_hub
 from baichuan.weights.source import Checkpoint
 
 logger = logging.getLogger("baichuan.weight")

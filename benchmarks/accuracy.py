@@ -31,7 +31,7 @@ from baichuan.text.texts import encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.progress import Progress
 from baichuan.weights.hub.checkpoint import open_checkpoint
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.tensor_file import planned_bytes
 
 ALPHAS = (0.5, 0.8)

@@ -12,7 +12,7 @@ from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator, Solo, run_ranks
 from baichuan.records import ModelWeights
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)  # the goldens never stop
 LIMITS = BuildConfig(max_batch_size=8, max_beam_width=4)

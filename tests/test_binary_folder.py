@@ -18,11 +18,11 @@ from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import run_ranks
 from baichuan.records import Step
-from baichuan.weights.binary.config import read_binary_model
+from baichuan.weights.assemble import assemble
+from baichuan.weights.binary.config_ini import read_binary_model
 from baichuan.weights.binary.folder import open_binary
-from baichuan.weights.layout import assemble
-from baichuan.weights.plan import materialise, plan_hub
-from baichuan.weights.plan_calibrated import plan_binary, plan_fp8
+from baichuan.weights.calibrated import plan_binary, plan_fp8
+from baichuan.weights.rank_tensors import materialise, plan_hub
 
 SMOOTH_MODES = [(token, channel) for token in (False, True) for channel in (False, True)]
 

@@ -28,8 +28,8 @@ from baichuan.executors import torch_backend
 from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Solo
 from baichuan.util import manifest
-from baichuan.weights.hub.config import read_model_config
-from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.hub.config_json import read_model_config
+from baichuan.weights.rank_tensors import PlannedTensors
 from baichuan.weights.tensor_file import planned_bytes, write_tensors
 
 VERSION = "v1_7b"

@@ -13,7 +13,7 @@ from process_memory import peak_anonymous_bytes
 
 from baichuan.config import PRESETS
 from baichuan.weights.dummy import dummy_checkpoint
-from baichuan.weights.plan import as_stored, plan_rows, whole
+from baichuan.weights.rank_tensors import as_stored, plan_rows, whole
 from baichuan.weights.tensor_file import write_tensors
 
 MODEL = replace(PRESETS["v2_7b"], num_layers=4, vocab_size=1000, dtype="float16")

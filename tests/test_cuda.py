@@ -15,7 +15,7 @@ from baichuan.executors.cuda.graph import padded_batch_size
 from baichuan.executors.cuda.ops import Switches
 from baichuan.generation.session import Session
 from baichuan.records import Step
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 from benchmarks.random_weights import RandomWeights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")]

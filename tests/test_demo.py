@@ -18,7 +18,7 @@ from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.text import chat
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.weights.hub.config import read_json_object, read_model_config
+from baichuan.weights.hub.config_json import read_json_object, read_model_config
 from demo import train
 
 STEPS = 2  # enough to see the loss fall

@@ -8,8 +8,8 @@ from binary_models import ROTARY, make_checkpoint, make_tensors
 from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError
 from baichuan.weights.binary.fp8_scales import LayerScales, read_fp8_scales, write_fp8_scales
-from baichuan.weights.plan import materialise
-from baichuan.weights.plan_calibrated import plan_fp8
+from baichuan.weights.calibrated import plan_fp8
+from baichuan.weights.rank_tensors import materialise
 
 MODULES = ["attention:qkv:q", "attention:qkv:k", "attention:qkv:v", "attention:dense", "mlp:fc", "mlp:gate", "mlp:proj"]
 

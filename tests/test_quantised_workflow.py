@@ -21,7 +21,7 @@ import weight
 from baichuan.config import QuantConfig
 from baichuan.engine.self_check import Agreement, all_logits
 from baichuan.executors.cpu.reference import ReferenceExecutor
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 
 VERSION = "v2_13b"
 ARTICLES = [

@@ -19,9 +19,9 @@ from trt_standin import Network
 import weight
 from baichuan.config import QuantConfig
 from baichuan.executors.tensorrt import kv_buffers, lowering
-from baichuan.executors.tensorrt.graph import Graph
+from baichuan.executors.tensorrt.network import Graph
 from baichuan.records import Step
-from baichuan.weights.hub.config import read_model_config
+from baichuan.weights.hub.config_json import read_model_config
 
 FLOAT32_MAX = 1e-4  # of a logit's standard deviation: another order of summation moves it by up to 2e-5
 # Root mean square.  The network multiplies in other places than the reference, so that each rounds what the other does

@@ -13,11 +13,11 @@ from trt_plan import read_plan
 import weight
 from baichuan.config import QuantConfig
 from baichuan.errors import BaichuanError, ConfigError, UnsupportedError
-from baichuan.executors.tensorrt import build as trt_build
+from baichuan.executors.tensorrt import plan_writer
 from baichuan.executors.tensorrt.api import load
-from baichuan.executors.tensorrt.build import FP8_TARGETS, BuildOptions, build_plan
 from baichuan.executors.tensorrt.contract import Contract
-from baichuan.executors.tensorrt.graph import Graph
+from baichuan.executors.tensorrt.network import Graph
+from baichuan.executors.tensorrt.plan_writer import FP8_TARGETS, BuildOptions, build_plan
 
 TYPES = {"float16": "half", "bfloat16": "bf16"}
 # Kernel ("library": a GEMM of NVIDIA's; else a fused one's name), type of the weight, type of the activation.
@@ -171,8 +171,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    writer = trt_build._writer
-    monkeypatch.setattr(trt_build, "_writer", lambda api, file: writer(api, Full()))
+    writer = plan_writer._writer
+    monkeypatch.setattr(plan_writer, "_writer", lambda api, file: writer(api, Full()))
     with pytest.raises(UnsupportedError, match="No space left on device.*free disk space"):
         built(tmp_path, cases.model("v1_7b", "float16"), QuantConfig())
     assert not list(tmp_path.iterdir())

@@ -17,8 +17,7 @@ import run
 from baichuan.config import SamplingConfig
 from baichuan.engine import runtime
 from baichuan.engine.folder import read_engine
-from baichuan.executors.tensorrt import build as trt_build
-from baichuan.executors.tensorrt import execute
+from baichuan.executors.tensorrt import execute, plan_writer
 from baichuan.executors.tensorrt.plan import Plan, check_interface
 from baichuan.parallel.comm import run_ranks
 
@@ -32,7 +31,7 @@ class Workflow:
     def __init__(self, monkeypatch, capsys, folder, checkpoint, version):
         self.capsys, self.folder, self.checkpoint, self.version = capsys, folder, str(checkpoint), version
         self.networks, self.contexts = {}, []
-        lower = trt_build.lower
+        lower = plan_writer.lower
 
         def remember(graph, config, quant, limits, weights, rank):
             contract, ops = lower(graph, config, quant, limits, weights, rank)
@@ -47,7 +46,7 @@ class Workflow:
             self.contexts.append(StandInContext(engine, comm))
             return Plan(graph.api, self.contexts[-1], torch.device("cpu"), None)
 
-        monkeypatch.setattr(trt_build, "lower", remember)
+        monkeypatch.setattr(plan_writer, "lower", remember)
         monkeypatch.setattr(execute, "open_plan", open_plan)
 
     def build(self, backend, *flags, source=None):

@@ -14,9 +14,9 @@ from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
 from baichuan.records import Step
+from baichuan.weights.assemble import assemble
 from baichuan.weights.dummy import dummy_checkpoint
-from baichuan.weights.layout import assemble
-from baichuan.weights.plan import materialise, plan_hub
+from baichuan.weights.rank_tensors import materialise, plan_hub
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
 

@@ -14,8 +14,8 @@ from baichuan.engine.folder import Engine
 from baichuan.evaluation.datasets import Sample
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.util import manifest
-from baichuan.weights.hub.config import read_model_config
-from baichuan.weights.plan import plan_hub
+from baichuan.weights.hub.config_json import read_model_config
+from baichuan.weights.rank_tensors import plan_hub
 from baichuan.weights.source import known
 
 SAMPLES = [

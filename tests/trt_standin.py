@@ -18,8 +18,8 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.tensorrt import api as trt_api
 from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.execute import TensorRtExecutor
-from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.lowering import lower, weight_names
+from baichuan.executors.tensorrt.network import Graph
 from baichuan.executors.tensorrt.plan import Plan, check_interface
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.records import ModelWeights

@@ -21,7 +21,7 @@ from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import scale_for
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
-from baichuan.weights.binary.config import SIZES, write_binary_config
+from baichuan.weights.binary.config_ini import SIZES, write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_TYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter

@@ -23,7 +23,7 @@ from baichuan.executors.registry import BACKENDS
 from baichuan.util import manifest
 from baichuan.util.processes import CONTEXT, run_tasks
 from baichuan.util.progress import Progress
-from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.rank_tensors import PlannedTensors
 from baichuan.weights.tensor_file import planned_bytes
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from baichuan.config import EngineSpec, QuantConfig
 from baichuan.executors.base import Executor
 from baichuan.parallel.comm import Communicator
-from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.rank_tensors import PlannedTensors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from baichuan.config import QuantConfig
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
 from baichuan.executors.cpu.reference import ReferenceExecutor
-from baichuan.weights.layout import assemble
+from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)

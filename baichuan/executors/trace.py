@@ -13,8 +13,8 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.records import AttentionSpec, DenseWeight, Int4Weight, Step, Weight
-from baichuan.weights.layout import assemble
-from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.assemble import assemble
+from baichuan.weights.rank_tensors import PlannedTensors
 
 
 @dataclass

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from baichuan.config import VERSIONS, ModelConfig, Version, require_choice
 from baichuan.errors import ConfigError
-from baichuan.weights.hub.config import refuse_other_rope
+from baichuan.weights.hub.config_json import refuse_other_rope
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, fitting_versions
 
 

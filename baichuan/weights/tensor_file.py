@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from baichuan.errors import EngineError
-from baichuan.weights.plan import PlannedTensors
+from baichuan.weights.rank_tensors import PlannedTensors
 
 _TYPE_NAMES = {
     torch.float32: "F32",

@@ -11,10 +11,10 @@ from baichuan.config import QuantConfig
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
 from baichuan.executors.tensorrt.api import load
-from baichuan.executors.tensorrt.build import BuildOptions, plan_memory, write_plan
 from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.execute import open_tensorrt
 from baichuan.executors.tensorrt.plan import require_gpus
+from baichuan.executors.tensorrt.plan_writer import BuildOptions, plan_memory, write_plan
 
 
 @dataclass(frozen=True)

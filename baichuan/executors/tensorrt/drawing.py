@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from baichuan.executors.tensorrt.graph import Graph
+from baichuan.executors.tensorrt.network import Graph
 
 ROW, LEFT, WIDTH = 20, 320, 1280  # pixels
 COLOURS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from baichuan.errors import UnsupportedError
-from baichuan.executors.tensorrt.graph import Graph
+from baichuan.executors.tensorrt.network import Graph
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 
 INT4_BLOCKS = (128, 64, 32, 16)  # input channels a scale that the fused kernel takes

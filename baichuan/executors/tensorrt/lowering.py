@@ -14,8 +14,8 @@ from torch import Tensor
 
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.tensorrt.contract import Contract, TensorSpec, make_contract
-from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.linear import linear
+from baichuan.executors.tensorrt.network import Graph
 from baichuan.model import position
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step, Weight

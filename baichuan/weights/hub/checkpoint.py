@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError
 from baichuan.weights.hub.bin_reader import open_bin
-from baichuan.weights.hub.config import MAX_CONFIG_BYTES, read_json_object, read_model_config
+from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
 from baichuan.weights.hub.safetensors_reader import open_safetensors
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource

@@ -14,11 +14,11 @@ from baichuan.executors.backend import RankToWrite
 from baichuan.executors.tensorrt.api import Api, load
 from baichuan.executors.tensorrt.contract import Contract
 from baichuan.executors.tensorrt.drawing import write_svg
-from baichuan.executors.tensorrt.graph import Graph
 from baichuan.executors.tensorrt.lowering import lower, weight_names
+from baichuan.executors.tensorrt.network import Graph
 from baichuan.records import ModelWeights
 from baichuan.util.progress import Progress
-from baichuan.weights.layout import assemble
+from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)

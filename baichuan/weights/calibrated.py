@@ -12,7 +12,7 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.quant.scaled import LIMITS, quantise
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.binary.fp8_scales import MODULES, LayerScales
-from baichuan.weights.plan import PlannedTensors, as_stored, plan_hub, plan_model, plan_rows, whole
+from baichuan.weights.rank_tensors import PlannedTensors, as_stored, plan_hub, plan_model, plan_rows, whole
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource, known, part
 
