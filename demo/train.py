@@ -71,22 +71,26 @@ def train(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
-def train_tokenizer(articles: list[dict], second: bool) -> bytes:
-    """A SentencePiece model with the released ones' special ids; v2's puts no space before the text."""
+def train_tokenizer(articles: list[dict], second: bool, fillers: int = 0) -> bytes:
+    """A SentencePiece model with the released ones' special ids; v2's puts no space before the text.
+
+    fillers: symbols that no text has, for a vocabulary of a released model's size.
+    """
     texts = [text for each in articles for text in (each["article"], each["highlights"])]
     texts += [*QUESTIONS, *QUESTIONS.values()]
     reserved = [*range(200, 285), *range(1, 111)]  # <reserved_106> becomes 195, <reserved_107> becomes 196
+    unused = [f"<filler_{n}>" for n in range(fillers)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE + fillers,
         byte_fallback=True,
         add_dummy_prefix=not second,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
-        user_defined_symbols=["<SEP>", "<CLS>", *(f"<reserved_{n}>" for n in reserved)],
+        user_defined_symbols=["<SEP>", "<CLS>", *(f"<reserved_{n}>" for n in reserved), *unused],
         minloglevel=2,
     )
     return model.getvalue()
