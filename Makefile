@@ -6,7 +6,7 @@ READY := .venv/ready
 OUT ?= demo_output
 JOBS ?= 2
 
-.PHONY: demo test check test-cuda bench clean
+.PHONY: demo test check test-cuda bench walk clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo --output_dir $(OUT)
@@ -30,6 +30,10 @@ bench: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
 	$(BENCH) benchmarks/bench_generate.py --model_version v1_7b v2_13b --batch_size 1 64
 	$(BENCH) benchmarks/bench_kernels.py
 	$(BENCH) benchmarks/bench_load.py
+
+# The README's workflow, every kind of command: WALK="--model_version v2_13b", WALK=--small on a machine without a GPU.
+walk: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BENCH) benchmarks/walk.py $(WALK)
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv

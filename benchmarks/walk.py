@@ -239,7 +239,8 @@ def shown(argv: tuple[str, ...], folder: Path) -> list[str]:
 def machine(version: str, small: bool) -> str:
     gpus = torch.cuda.device_count()
     name = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
-    return f"{version}{', small' if small else ''}, {model_of(version, small).num_layers} layers; {name}; torch {torch.__version__}"
+    size = f"{version}, {model_of(version, small).num_layers} layers" + (" (small)" if small else "")
+    return f"{size}; {name}; torch {torch.__version__}"
 
 
 def table(version: str, small: bool, lines: list[Line]) -> str:

@@ -1,4 +1,4 @@
-"""The CUDA executor: Triton kernels and cuBLAS, decode steps captured as CUDA graphs."""
+"""The CUDA executor: Triton kernels and cuBLAS, short steps captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda.dense_copies import DenseCopies
-from baichuan.executors.cuda.graph import DecodeGraphs
+from baichuan.executors.cuda.graph import StepGraphs
 from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.kv_cache import KVCache
 from baichuan.executors.memory import spare_device_memory
@@ -49,14 +49,11 @@ class CudaExecutor:
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
         self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
-        self.graphs = DecodeGraphs()
+        self.graphs = StepGraphs()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
-        one_each = step.max_new_tokens == 1 and step.output_rows.shape[0] == step.batch_size
-        if self.captures and one_each:
-            return self.graphs(self._run, step)
-        return self._run(step)
+        return self.graphs(self._run, step) if self.captures else self._run(step)
 
     def _run(self, step: Step) -> Tensor:
         return forward(self.ops, self.config, self.weights, self.cache.layers, self.spec, step)

@@ -1,14 +1,20 @@
-"""Decode steps captured once as CUDA graphs and replayed: the host's work on a step is then a few launches."""
+"""Steps captured once as CUDA graphs and replayed: the host's work on a step is then a few launches.
+
+Decode steps and the prefill of short prompts are captured, each at few sizes, which steps of other sizes are padded to:
+there the GPU would wait for the host, which launches hundreds of kernels a step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from baichuan.records import Step
+
+MAX_PREFILL = 512  # tokens: of longer steps the GPU has more work than the host
 
 
 def padded_batch_size(batch_size: int) -> int:
@@ -21,22 +27,57 @@ def padded_batch_size(batch_size: int) -> int:
     return -(-batch_size // 128) * 128
 
 
-class _Captured:
-    """One graph with the tensors that it reads and the one that it writes."""
+def padded_prefill(tokens: int) -> int:
+    """The tokens that a prefill of so many runs at: up to 128 what counts is reading the weights."""
+    if tokens <= 128:
+        return max(1 << (tokens - 1).bit_length(), 16)
+    return -(-tokens // 64) * 64
 
-    def __init__(self, run: Callable[[Step], Tensor], step: Step, size: int, pool):
+
+@dataclass(frozen=True)
+class Size:
+    """Of a captured step."""
+
+    tokens: int
+    sequences: int
+    decode: bool  # one token a sequence
+
+    @staticmethod
+    def of(step: Step) -> Size | None:
+        """The size that the step is padded to; None where it is not to be captured."""
+        if step.output_rows.shape[0] != step.batch_size:
+            return None
+        sequences = padded_batch_size(step.batch_size)
+        if step.max_new_tokens == 1:
+            return Size(sequences, sequences, True)
+        if step.tokens.shape[0] > MAX_PREFILL:
+            return None
+        return Size(padded_prefill(step.tokens.shape[0]), sequences, False)
+
+
+class _Captured:
+    """One graph with the tensors that it reads and the one that it writes.
+
+    A sequence of padding has a context length of 0 and no new tokens, or in a decode step one that is not stored;
+    tokens of padding belong to no sequence.
+    """
+
+    def __init__(self, run: Callable[[Step], Tensor], step: Step, size: Size, pool):
         device = step.tokens.device
-        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self.context_lengths = torch.zeros(size, dtype=torch.int32, device=device)  # 0 = a row of padding
-        self.output_rows = torch.zeros(size, dtype=torch.int64, device=device)
+        self.size = size
+        self.tokens = torch.zeros(size.tokens, dtype=torch.int64, device=device)
+        self.context_lengths = torch.zeros(size.sequences, dtype=torch.int32, device=device)
+        self.output_rows = torch.zeros(size.sequences, dtype=torch.int64, device=device)
+        self.cu_seqlens = torch.arange(size.sequences + 1, dtype=torch.int32, device=device)  # what decode steps have
         self.rows, self.loaded_rows = 0, None
         static = replace(
             step,
             tokens=self.tokens,
-            positions=self.output_rows,  # the decode kernels take positions from context_lengths
-            cu_seqlens=torch.arange(size + 1, dtype=torch.int32, device=device),
+            positions=self.tokens,  # the kernels take positions from context_lengths
+            cu_seqlens=self.cu_seqlens,
             context_lengths=self.context_lengths,
             output_rows=self.output_rows,
+            max_new_tokens=1 if size.decode else size.tokens,
         )
         self.load(step)
         self.first_logits = run(static)  # compiles kernels and makes library handles, which a capture must not
@@ -46,8 +87,11 @@ class _Captured:
 
     def load(self, step: Step) -> None:
         rows = step.batch_size
-        self.tokens[:rows].copy_(step.tokens)
+        self.tokens[: step.tokens.shape[0]].copy_(step.tokens)
         self.context_lengths[:rows].copy_(step.context_lengths)
+        if not self.size.decode:
+            self.cu_seqlens[: rows + 1].copy_(step.cu_seqlens)
+            self.cu_seqlens[rows + 1 :].copy_(step.cu_seqlens[-1:].expand(self.size.sequences - rows))
         if step.output_rows is not self.loaded_rows:
             self.output_rows[:rows].copy_(step.output_rows)
             self.loaded_rows = step.output_rows
@@ -56,16 +100,18 @@ class _Captured:
         self.rows = rows
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The captured steps of one set of KV caches; dropped with them."""
 
     def __init__(self):
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[Size, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[Step], Tensor], step: Step) -> Tensor:
-        """Logits of a decode step by `run`, [batch_size, vocab_size] float32, overwritten by the next call."""
-        rows, size = step.batch_size, padded_batch_size(step.batch_size)
+        """Logits of a step by `run`, [num_outputs, vocab_size] float32, overwritten by the next call."""
+        size, rows = Size.of(step), step.batch_size
+        if size is None:
+            return run(step)
         captured = self._captured.get(size)
         if captured is None:
             captured = self._captured[size] = _Captured(run, step, size, self._pool)
