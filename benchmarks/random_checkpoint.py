@@ -30,7 +30,7 @@ SHARDS = {True: 2, False: 9}  # by whether it is small
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser)
+    add_model_version(parser, "whose sizes", default="v1_7b")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the checkpoint")
     parser.add_argument("--small", action="store_true", help="the demo's size instead of the version's own")
     return run_script(parser, argv, write)

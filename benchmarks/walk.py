@@ -167,7 +167,7 @@ class Walk:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__.partition("\n")[0].rstrip(":"))
-    add_model_version(parser, "v1_7b")
+    add_model_version(parser, "whose sizes", default="v1_7b")
     parser.add_argument("--folder", type=Path, default=Path("walk"), help="where everything goes: 64 GB for a 7B model")
     parser.add_argument("--small", action="store_true", help="the demo's size, for machines without a GPU")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="float16, bfloat16, int8, int4, kv, sq, tp2, tp4")
