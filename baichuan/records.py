@@ -9,31 +9,53 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class DenseWeight:
+class _Matrix:
+    """What the types of weight share.  Two of them are equal only if they are the same object."""
+
+    weight: Tensor  # [out_features, in_features]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight(_Matrix):
     """y = x @ weightᵀ"""
 
     weight: Tensor  # [out_features, in_features] in the model's dtype
 
 
-@dataclass(frozen=True)
-class Int8Weight:
+@dataclass(frozen=True, eq=False)
+class Int8Weight(_Matrix):
     """y = (x @ weightᵀ) * scale: symmetric, one scale per output channel"""
 
     weight: Tensor  # [out_features, in_features] int8
     scale: Tensor  # [out_features] float32, dense weight ≈ weight * scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int4Weight:
     """y = x @ (unpack(packed) * scale)ᵀ: symmetric, one scale per output channel and group of inputs"""
 
     packed: Tensor  # [out_features, in_features / 2] uint8, even input channel in the low nibble, two's complement
     scale: Tensor  # [out_features, in_features / group_size] in the model's dtype; one group = the whole row
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
 
-@dataclass(frozen=True)
-class SmoothQuantWeight:
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a scale."""
+        return self.shape[1] // self.scale.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothQuantWeight(_Matrix):
     """y = (quantise(x / smoother) @ weightᵀ) * input_scale * scale, with int32 accumulation"""
 
     weight: Tensor  # [out_features, in_features] int8
@@ -42,8 +64,8 @@ class SmoothQuantWeight:
     smoother: Tensor | None  # [in_features] float32; None where the norm before has absorbed it
 
 
-@dataclass(frozen=True)
-class Fp8Weight:
+@dataclass(frozen=True, eq=False)
+class Fp8Weight(_Matrix):
     """y = (e4m3(x / input_scale) @ weightᵀ) * input_scale * scale"""
 
     weight: Tensor  # [out_features, in_features] float8_e4m3fn

@@ -1,6 +1,7 @@
 """What bench_kernels.py checks and times: kernels launched as the CUDA executor does, beside the reference's meaning.
 
-A product is CudaLinear's own choice for that weight and number of rows, and includes turning its input into integers.
+A product is by the kernel that the executor chooses for that weight and number of rows, and includes turning its input
+into integers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Int16, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.model.decoder import attention_spec
@@ -35,7 +37,7 @@ ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 NEIGHBOUR = 1e-2  # an 8-bit number next to the reference's, where the quotient lies at the border of two
 FLOAT32_SUMS = 1e-4  # tensor cores cut float32 sums off instead of rounding them, some hundred times a row
 E4M3_SUMS = 5e-3  # tensor cores keep some 14 bits of a block's sum of e4m3 products
-PAIR_STEPS = 1e-4  # a rounding to max|row| / 32639
+INT16_STEPS = 1e-4  # a rounding to max|row| / 32639
 KV_SCALES = {"none": None, "int8": 0.04, "fp8": 0.01}
 EPS = 1e-6
 
@@ -122,7 +124,7 @@ def product_case(model: ModelConfig, device: torch.device, precision: str, name:
     quant, (out_features, in_features) = PRECISIONS[precision], matrices(model)[name]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
     model = replace(model, dtype=str(dtype).removeprefix("torch."))
-    multiply = CudaOps(attention_spec(model, 0, 1), Solo(), 1, device, Switches()).multiply
+    ops = CudaOps(attention_spec(model, 0, 1), Solo(), 1, device, Switches())
     by_gemv = rows == 1 and precision != "fp8"
     gated, out_dtype = name == "gate_up" and by_gemv, torch.float32 if name == "head" else dtype
 
@@ -132,7 +134,8 @@ def product_case(model: ModelConfig, device: torch.device, precision: str, name:
         return _normal((rows, in_features), device, seed, dtype), weight
 
     def run(x, weight):
-        return multiply.gated(x, weight, dtype) if gated else multiply(x, weight, out_dtype)
+        chosen = ops.kernel(weight, x)
+        return (chosen.run_gated if gated else chosen.run)(ops.operand(x, chosen.form), out_dtype)
 
     def expected(x, weight):
         with torch.device(device):  # where the reference, made for the CPU, allocates its result
@@ -158,84 +161,85 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     width = sizes.model.hidden_size
     static = torch.full((1,), 0.03, device=device)
     kinds = {
-        "float16": (None, None, ROUNDED[torch.float16]),
-        "to int8, a scale a token": (torch.int8, None, NEIGHBOUR),
-        "to int8, one scale": (torch.int8, static, NEIGHBOUR),
-        "to e4m3": (torch.float8_e4m3fn, static, NEIGHBOUR),
-        "to pairs of int8": (torch.int16, None, PAIR_STEPS + ROUNDED[torch.float16]),
+        "float16": (PLAIN, ROUNDED[torch.float16]),
+        "to int8, a scale a token": (Int8PerToken(), NEIGHBOUR),
+        "to int8, one scale": (StaticScale(torch.int8, static), NEIGHBOUR),
+        "to e4m3": (StaticScale(torch.float8_e4m3fn, static), NEIGHBOUR),
+        "to int16": (Int16(), INT16_STEPS + ROUNDED[torch.float16]),
     }
 
     def make(tokens: int, seed: int) -> tuple:
         return tuple(_normal(shape, device, seed + n) for n, shape in enumerate([(tokens, width)] * 2 + [(width,)]))
 
     for tokens in sizes.tokens:
-        for kind, (dtype, scale, tolerance) in kinds.items():
+        for kind, (form, tolerance) in kinds.items():
             yield Case(
                 name=f"add_rms_norm {kind}, {_count(tokens, 'token')}",
                 make=partial(make, tokens),
-                run=lambda x, residual, weight, dtype=dtype, scale=scale: add_rms_norm(
-                    x, residual, weight, EPS, dtype, scale
-                ),
-                expected=lambda x, residual, weight, dtype=dtype, scale=scale: torch.cat(
-                    _quantised_sum(ReferenceOps.add_rms_norm(None, x, residual, weight, EPS), dtype, scale)
+                run=lambda x, residual, weight, form=form: add_rms_norm(x, residual, weight, EPS, form),
+                expected=lambda x, residual, weight, form=form: torch.cat(
+                    _quantised_sum(ReferenceOps.add_rms_norm(None, x, residual, weight, EPS), form)
                 ),
                 tolerance=tolerance,
-                result=lambda raw, *_, dtype=dtype: torch.cat((_dequantised(raw[0], raw[2], dtype), raw[1].float())),
+                result=lambda raw, *_: torch.cat((_dequantised(raw[0]), raw[1].float())),
             )
 
 
-def _quantised_sum(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None, scale: Tensor | None):
-    return _rounded(pair[0], dtype, scale), pair[1].float()
+def _quantised_sum(pair: tuple[Tensor, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    return _rounded(pair[0], form), pair[1].float()
 
 
-def _rounded(x: Tensor, dtype: torch.dtype | None, scale: Tensor | None) -> Tensor:
-    """x as the numbers of `dtype` say it, in float32; pairs of bytes say it exactly for what is asked here."""
-    if dtype in (None, torch.int16):
-        return x.float()
-    scale = scale_for(x.abs().amax(-1, keepdim=True), dtype) if scale is None else scale
+def _rounded(x: Tensor, form: Form) -> Tensor:
+    """What x is in the given form, in float32; 16-bit integers say it exactly for what is asked here."""
+    match form:
+        case Int8PerToken():
+            scale, dtype = scale_for(x.abs().amax(-1, keepdim=True), torch.int8), torch.int8
+        case StaticScale(dtype, scale):
+            pass
+        case _:
+            return x.float()
     return quantise(x, scale, dtype).float() * scale
 
 
-def _dequantised(q: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _dequantised(x: Operand, *_) -> Tensor:
     """What a kernel that ends in store_row wrote, in float32."""
-    if dtype is None:
-        return q.float()
-    if dtype == torch.int16:
-        high, low = q.float().unflatten(0, (-1, 2)).unbind(1)
-        q = 256 * high + low
-    return q.float() * scale.view(-1, 1)
+    values = x.values.float()
+    if isinstance(x.form, Int16):
+        high, low = values.unflatten(0, (-1, 2)).unbind(1)
+        values = 256 * high + low
+    return values if x.scale is None else values * x.scale.view(-1, 1)
 
 
 def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     width = sizes.model.intermediate_size
     kinds = {
-        "float16": (None, ROUNDED[torch.float16]),
-        "to int8, a scale a token": (torch.int8, NEIGHBOUR),
-        "to pairs of int8": (torch.int16, PAIR_STEPS + ROUNDED[torch.float16]),
+        "float16": (PLAIN, ROUNDED[torch.float16]),
+        "to int8, a scale a token": (Int8PerToken(), NEIGHBOUR),
+        "to int16": (Int16(), INT16_STEPS + ROUNDED[torch.float16]),
     }
     for tokens in sizes.tokens:
-        for kind, (dtype, tolerance) in kinds.items():
+        for kind, (form, tolerance) in kinds.items():
             yield Case(
                 name=f"silu_mul {kind}, {_count(tokens, 'token')}",
                 make=lambda seed, tokens=tokens: (_normal((tokens, 2 * width), device, seed),),
-                run=lambda x, dtype=dtype: silu_mul(x, dtype),
-                expected=lambda x, dtype=dtype: _rounded(ReferenceOps.silu_mul(None, x), dtype, None),
+                run=lambda x, form=form: silu_mul(x, form),
+                expected=lambda x, form=form: _rounded(ReferenceOps.silu_mul(None, x), form),
                 tolerance=tolerance,
-                result=lambda raw, _, dtype=dtype: _dequantised(*raw, dtype),
+                result=_dequantised,
             )
 
 
 def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     width, vocab_size = sizes.model.hidden_size, sizes.model.vocab_size
     for tokens in sizes.tokens:
-        for kind, dtype, tolerance in (("int8", torch.int8, NEIGHBOUR), ("pairs of int8", torch.int16, PAIR_STEPS)):
+        for kind, form, tolerance in (("int8", Int8PerToken(), NEIGHBOUR), ("int16", Int16(), INT16_STEPS)):
             yield Case(
                 name=f"quantise_rows to {kind}, {_count(tokens, 'token')}",
                 make=lambda seed, tokens=tokens: (_normal((tokens, width), device, seed),),
-                run=lambda x, dtype=dtype: quantise_rows(x, dtype),
-                expected=lambda x, dtype=dtype: _rounded(x, dtype, None),
+                run=lambda x, form=form: quantise_rows(x, form),
+                expected=lambda x, form=form: _rounded(x, form),
                 tolerance=tolerance,
-                result=lambda raw, _, dtype=dtype: _dequantised(*raw, dtype),
+                result=_dequantised,
             )
     for rows in sizes.tokens[:2]:
         yield Case(

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS
 from baichuan.errors import ConfigError
+from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.executors.cuda.load import tensors_of
 from baichuan.executors.cuda.products import product
 from baichuan.kernels.dequantise import dequantise_to
@@ -34,6 +35,7 @@ from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
+from baichuan.kernels.operand import Deinterleaved, Int16, plain
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.spec import GemvBlock
 from baichuan.kernels.tiles import Tile
@@ -189,27 +191,23 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
     gated, out = one_row and matrix == "gate_up", torch.float32 if matrix == "head" else x.dtype
     match weight:
         case DenseWeight(w):
-            own = partial(gemv, x, w, out, gated) if one_row else partial(gemm, x, w, None, out)
+            own = partial(gemv, x, w, out, gated) if one_row else partial(gemm, plain(x), w, None, out)
             library = partial(product, x, w, out)
-        case Int8Weight(q, scale) | Int4Weight(q, scale):
-            if one_row:
-                pairs, x_scale = quantise_rows(x, torch.int16, even_odd=q.dtype == torch.uint8)
-                own = partial(gemv_int, pairs, x_scale, q, scale, out, gated)
-            elif q.dtype == torch.int8:
-                pairs, x_scale = quantise_rows(x, torch.int16)
-                own = partial(gemm, pairs, q, scale, out, x_scale, True)
-            else:
-                own = partial(gemm_int4, quantise_rows(x, None, even_odd=True)[0], q, scale, out)
-
-            def library() -> Tensor:
-                return product(x, dequantise_to(q, scale, x.dtype), out)
-
+        case Int8Weight(q, scale):
+            kernel = partial(gemv_int, gated=gated) if one_row else gemm
+            own = partial(kernel, quantise_rows(x, Int16()), q, scale, out)
+        case Int4Weight(packed, scale) if one_row:
+            own = partial(gemv_int, quantise_rows(x, Int16(deinterleaved=True)), packed, scale, out, gated)
+        case Int4Weight(packed, scale):
+            own = partial(gemm_int4, quantise_rows(x, Deinterleaved()), packed, scale, out)
         case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
-            x8, x_scale = quantise_rows(x, q.dtype, weight.input_scale, getattr(weight, "smoother", None))
-            if one_row:
-                own = partial(gemv_int, x8, x_scale, q, scale, out, gated)
-            else:
-                own = partial(gemm, x8, q, scale, out, x_scale)
+            kernel = partial(gemv_int, gated=gated) if one_row else gemm
+            form = choose_kernel(weight, Choice(x.shape[0], x.dtype)).form
+            own = partial(kernel, quantise_rows(x, form), q, scale, out)
+    if isinstance(weight, Int8Weight | Int4Weight):
+
+        def library() -> Tensor:
+            return product(x, dequantise_to(weight, x.dtype), out)
 
     def run(entry: Entry) -> Tensor:
         if entry == LIBRARY:

@@ -25,8 +25,8 @@ TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS
 KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
-ROW_LIMITS = {"GEMM_ROWS": "int4", "PAIR_ROWS": "int8", "DENSE_ROWS": "float16"}  # each with its precision
-# Rows of x that are timed; pairs have two for each.
+ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # each with its precision
+# Tokens that are timed; x as 16-bit integers (operand.Int16) has two rows for each.
 ROWS = {
     "float16": (1, 4, 16, 32, 64, 128, 256),
     "int8": (1, 4, 8, 16, 32, 64, 256, 1024, 1536, 2048),

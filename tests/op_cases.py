@@ -59,38 +59,84 @@ def embedding(ops, value, device):
     return value(ops.embedding(tokens.to(device), weight.to(device))), weight[tokens].double()
 
 
+def norm_inputs(tokens, with_residual, dtype):
+    """(x, residual, norm), what add_rms_norm says of them in float64, and the sum of x and residual."""
+    x, norm = normal(tokens, 64, dtype=dtype), normal(64, seed=1, dtype=dtype)
+    residual = normal(tokens, 64, seed=2, dtype=dtype) if with_residual else None
+    r = (x if residual is None else x + residual).double()
+    return (x, residual, norm), r / torch.sqrt(r.square().mean(-1, keepdim=True) + EPS) * norm.double(), r
+
+
 def add_rms_norm(with_residual, dtype):
     def run(ops, value, device):
-        x, weight = normal(5, 64, dtype=dtype), normal(64, seed=1, dtype=dtype)
-        residual = normal(5, 64, seed=2, dtype=dtype) if with_residual else None
-        placed = [each if each is None else each.to(device) for each in (x, residual, weight)]
-        normed, total = ops.add_rms_norm(*placed, EPS)
-        r = x if residual is None else x + residual
-        n = r.double() / torch.sqrt(r.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
-        return torch.cat((value(normed), value(total))), torch.cat((n, r.double()))
+        given, n, r = norm_inputs(5, with_residual, dtype)
+        normed, total = ops.add_rms_norm(*all_placed(given, device), EPS)
+        return torch.cat((value(normed), value(total))), torch.cat((n, r))
 
     return run
 
 
-def weights(kind):
-    """A weight record [48, 64], and a float64 function of x that is the formula of records.py."""
-    matrix = normal(48, 64, seed=3) / 8
+def norm_linear(kind, tokens, with_residual, dtype=torch.float32):
+    def run(ops, value, device):
+        given, n, r = norm_inputs(tokens, with_residual, dtype)
+        record, formula = weights(kind, dtype=dtype)
+        y, total = ops.norm_linear(*all_placed(given, device), placed(record, device), EPS)
+        return scaled_together(value(y), value(total), formula(n), r)
+
+    return run
+
+
+def gated_mlp(kind, tokens, dtype=torch.float32):
+    def run(ops, value, device):
+        given, n, r = norm_inputs(tokens, True, dtype)
+        gate_up, to_gate_up = weights(kind, 256, 64, dtype=dtype)
+        down, to_down = weights(kind + " smoother" * (kind == "smooth_quant"), 64, 128, seed=6, dtype=dtype)
+        y, total = ops.gated_mlp(*all_placed(given, device), placed(gate_up, device), placed(down, device), EPS)
+        gate, up = to_gate_up(n).chunk(2, -1)
+        return scaled_together(value(y), value(total), to_down(gate / (1 + torch.exp(-gate)) * up), r)
+
+    return run
+
+
+def norm_head(tokens, rows):
+    def run(ops, value, device):
+        given, n, _ = norm_inputs(tokens, True, torch.float32)
+        weight = normal(12, 64, seed=3)
+        logits = ops.norm_head(
+            *all_placed(given, device), DenseWeight(weight.to(device)), torch.tensor(rows, device=device), 10, EPS
+        )
+        return value(logits), (n[rows] @ weight.double().T)[:, :10]
+
+    return run
+
+
+def scaled_together(y, total, expected_y, expected_total):
+    """Both results of an op beside each other, each by the largest value that is expected of it."""
+    y_scale, total_scale = expected_y.abs().max(), expected_total.abs().max()
+    result = torch.cat((y.double() / y_scale, total.double() / total_scale), 1)
+    return result, torch.cat((expected_y / y_scale, expected_total / total_scale), 1)
+
+
+def weights(kind, out_features=48, in_features=64, seed=3, dtype=torch.float32):
+    """A weight record of a model in `dtype`, and a float64 function of x that is the formula of records.py."""
+    matrix = normal(out_features, in_features, seed=seed, dtype=dtype).float() / in_features**0.5
     if kind == "dense":
+        matrix = matrix.to(dtype)
         return DenseWeight(matrix), lambda x: x @ matrix.double().T
     if kind == "int8":
         q, scale = quantise_int8(matrix)
         return Int8Weight(q, scale), lambda x: (x @ q.double().T) * scale.double()
     if kind.startswith("int4"):
-        packed, scale = quantise_int4(matrix, 32 if "group" in kind else 0, torch.float32)
+        packed, scale = quantise_int4(matrix, 32 if "group" in kind else 0, dtype)
         low, high = (packed & 15).long(), (packed >> 4).long()
         q = torch.stack((low, high), -1).flatten(1)
         q = torch.where(q > 7, q - 16, q).double()
         dense = (q.unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1)
         return Int4Weight(packed, scale), lambda x: x @ dense.T
-    smoother = (normal(64, seed=4).abs() + 0.5) if "smoother" in kind else None
+    smoother = (normal(in_features, seed=4).abs() + 0.5) if "smoother" in kind else None
     static = torch.tensor([0.02]) if "static" in kind or kind == "fp8" else None
     if kind == "fp8":
-        scale = torch.full((48,), 0.001)
+        scale = torch.full((out_features,), 0.001)
         q = (matrix / 0.001).clamp(-448, 448).to(torch.float8_e4m3fn)
 
         def fp8(x):
@@ -111,6 +157,10 @@ def weights(kind):
 
 def placed(record, device):
     return type(record)(**{k: v if v is None else v.to(device) for k, v in vars(record).items()})
+
+
+def all_placed(tensors, device):
+    return [each if each is None else each.to(device) for each in tensors]
 
 
 def linear(kind, tokens):
@@ -204,24 +254,50 @@ KINDS = {
     "smooth_quant smoother": NEIGHBOUR,
     "fp8": 0.05,  # e4m3 has 3 bits
 }
+HALF_KINDS = ("dense", "int8", "int4", "int4 group")
 CASES = [
     Case("embedding", rope(), embedding, 0.0),
-    Case("add_rms_norm", rope(), add_rms_norm(True, torch.float32), ROUNDING),
-    Case("add_rms_norm without residual", rope(), add_rms_norm(False, torch.float32), ROUNDING),
-    Case("add_rms_norm in float16", rope(), add_rms_norm(True, torch.float16), HALF_ROUNDING),
-    Case("silu_mul", rope(), silu_mul, ROUNDING),
-    Case("select_rows", rope(), select_rows, 0.0),
-    Case("head", rope(), head, ROUNDING),
     *(
         Case(f"linear {kind}, {n} rows", rope(), linear(kind, n), bound)
         for kind, bound in KINDS.items()
         for n in (1, 7)
     ),
     *(
+        Case(f"norm_linear {kind}, {n} rows", rope(), norm_linear(kind, n, n > 1), bound)
+        for kind, bound in KINDS.items()
+        for n in (1, 7)
+    ),
+    *(
+        Case(f"norm_linear {kind} in float16, {n} rows", rope(), norm_linear(kind, n, True, torch.float16), 4e-3)
+        for kind in HALF_KINDS
+        for n in (1, 7)
+    ),
+    *(
+        Case(f"gated_mlp {kind}, {n} rows", rope(), gated_mlp(kind, n), 2 * bound)  # two products in a row
+        for kind, bound in KINDS.items()
+        for n in (1, 7)
+    ),
+    *(
+        Case(f"gated_mlp {kind} in float16, {n} rows", rope(), gated_mlp(kind, n, torch.float16), 8e-3)
+        for kind in HALF_KINDS
+        for n in (1, 7)
+    ),
+    Case("norm_head of the one row", rope(), norm_head(1, [0]), ROUNDING),
+    Case("norm_head of some rows", rope(), norm_head(7, [6, 0, 3]), ROUNDING),
+    *(
         Case(f"attention {name}, cache in {kind}", spec, attention(spec, dtype), bound)
         for name, spec in SPECS.items()
         for kind, (dtype, bound) in CACHES.items()
     ),
+]
+# Of the ops that ComposedOps makes the fused ones of.
+SIMPLE_CASES = [
+    Case("add_rms_norm", rope(), add_rms_norm(True, torch.float32), ROUNDING),
+    Case("add_rms_norm without residual", rope(), add_rms_norm(False, torch.float32), ROUNDING),
+    Case("add_rms_norm in float16", rope(), add_rms_norm(True, torch.float16), HALF_ROUNDING),
+    Case("silu_mul", rope(), silu_mul, ROUNDING),
+    Case("select_rows", rope(), select_rows, 0.0),
+    Case("head", rope(), head, ROUNDING),
 ]
 
 

@@ -2,9 +2,11 @@
 part runs alone, in Triton's interpreter or on the GPU, beside what the other ranks would have left in memory.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from kernel_device import DEVICE, relative_error
+from kernel_device import DEVICE, relative_error, to_device
 
 from baichuan.executors.cuda.dense_copies import COPY_ROWS, DenseCopies
 from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
@@ -29,8 +31,7 @@ def quantised(group_size):
 @pytest.mark.parametrize("group_size", [None, 0, 32], ids=["int8", "int4", "int4 in groups"])
 def test_dequantised_matrix(group_size, dtype):
     weight = quantised(group_size)
-    stored, scale = (each.to(DEVICE) for each in vars(weight).values())
-    dense, expected = dequantise_to(stored, scale, dtype), dequantise(weight)
+    dense, expected = dequantise_to(to_device(weight), dtype), dequantise(weight)
     assert dense.dtype == dtype
     assert relative_error(dense, expected) < ROUNDED[dtype]
     assert relative_error(dense.roll(1, 1), expected) > 0.5, "the control: every column in its neighbour's place"
@@ -38,12 +39,12 @@ def test_dequantised_matrix(group_size, dtype):
 
 def test_copies_are_made_once_for_enough_rows_and_within_the_budget():
     record = quantised(32)
-    weights = [Int4Weight(record.packed.to(DEVICE), record.scale.to(DEVICE)) for _ in range(2)]
+    weights = [replace(to_device(record)) for _ in range(2)]
     rows = COPY_ROWS[Int4Weight]
     copies = DenseCopies(budget=3 * 5 * WIDTH)  # one and a half
     assert copies.get(weights[0], torch.float16, rows - 1) is None
     dense = copies.get(weights[0], torch.float16, rows)
-    assert torch.equal(dense, dequantise_to(record.packed.to(DEVICE), record.scale.to(DEVICE), torch.float16))
+    assert torch.equal(dense.weight, dequantise_to(weights[0], torch.float16))
     assert copies.get(weights[1], torch.float16, rows) is None, "no room for another"
     assert copies.get(weights[0], torch.float16, rows + 1) is dense
     assert DenseCopies().get(weights[0], torch.float16, rows) is None

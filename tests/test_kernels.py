@@ -3,6 +3,8 @@
 float16 results carry one rounding of 2^-11 (relative, worst case); ROUNDED leaves room for two of them in a row.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_device import DEVICE, relative_error
@@ -16,6 +18,7 @@ from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.operand import PLAIN, Deinterleaved, Int8PerToken, Int16, Operand, StaticScale, plain
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
@@ -51,22 +54,23 @@ def reference_norm(x, residual, weight):
 def test_add_rms_norm(dtype, with_residual):
     x, weight = normal(5, 200, dtype=dtype), normal(200, seed=1, dtype=dtype)
     residual = normal(5, 200, seed=2, dtype=dtype) if with_residual else None
-    normed, total, scale = add_rms_norm(x, residual, weight, EPS)
-    assert relative_error(normed, reference_norm(x, residual, weight)) < bound(dtype)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
+    assert relative_error(normed.values, reference_norm(x, residual, weight)) < bound(dtype)
     assert torch.equal(total, x if residual is None else x + residual)
-    assert scale is None
+    assert normed.scale is None
 
 
 @pytest.mark.parametrize("dtype, static", [(torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)])
 def test_add_rms_norm_quantises_the_very_numbers_it_would_have_returned(dtype, static):
     x, residual, weight = normal(6, 256), normal(6, 256, seed=1), normal(256, seed=2)
-    given = torch.tensor([0.02], device=DEVICE) if static else None
-    plain, total, _ = add_rms_norm(x, residual, weight, EPS)
-    quantised, quantised_total, scale = add_rms_norm(x, residual, weight, EPS, dtype, given)
-    expected_scale = given if static else scale_for(plain.float().abs().amax(-1), torch.int8)
-    assert torch.equal(scale, expected_scale)
+    given = torch.tensor([0.02], device=DEVICE)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
+    form = StaticScale(dtype, given) if static else Int8PerToken()
+    quantised, quantised_total = add_rms_norm(x, residual, weight, EPS, form)
+    expected_scale = given if static else scale_for(normed.values.float().abs().amax(-1), torch.int8)
+    assert torch.equal(quantised.scale, expected_scale)
     assert torch.equal(total, quantised_total)
-    assert torch.equal(quantised.float(), quantise(plain, scale.view(-1, 1), dtype).float())
+    assert torch.equal(quantised.values.float(), quantise(normed.values, expected_scale.view(-1, 1), dtype).float())
 
 
 @pytest.mark.parametrize("smooth", [True, False])
@@ -77,10 +81,11 @@ def test_quantise_rows(smooth, scale):
     smoother = (normal(96, seed=1, dtype=torch.float32).abs() + 0.1) if smooth else None
     smoothed = x.float() / smoother if smooth else x.float()
     scale = None if scale is None else scale.to(DEVICE)
-    q, used = quantise_rows(x, torch.int8, scale, smoother)
+    form = Int8PerToken(smoother) if scale is None else StaticScale(torch.int8, scale, smoother)
+    quantised = quantise_rows(x, form)
     expected = scale_for(smoothed.abs().amax(-1), torch.int8) if scale is None else scale
-    assert torch.equal(used, expected)
-    assert torch.equal(q, quantise(smoothed, expected.view(-1, 1), torch.int8))
+    assert torch.equal(quantised.scale, expected)
+    assert torch.equal(quantised.values, quantise(smoothed, expected.view(-1, 1), torch.int8))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -96,57 +101,54 @@ def test_quotients_round_as_those_of_divisions(smooth, dtype):
     scale, smoother = (torch.ones(rows), divisors) if smooth else (divisors, None)
     scale, smoother = scale.to(DEVICE), None if smoother is None else smoother.to(DEVICE)
     quotients = x / smoother if smooth else x / scale[:, None]
-    q = quantise_rows(x, dtype, scale, smoother)[0].float()
+    q = quantise_rows(x, StaticScale(dtype, scale, smoother)).values.float()
     one = torch.ones(1, device=DEVICE)
     assert torch.equal(q, quantise(quotients, one, dtype).float())
     by_reciprocal = x * (1 / smoother if smooth else 1 / scale[:, None])
     assert not torch.equal(q, quantise(by_reciprocal, one, dtype).float()), "the control"
 
 
-def pairs_value(pairs, scale):
-    """[2 * num_tokens, width] int8 -> [num_tokens, width] float64"""
-    high, low = pairs.double().unflatten(0, (-1, 2)).unbind(1)
-    return (256 * high + low) * scale.double()[:, None]
+def value(x):
+    """What an Int16 operand says, in float64."""
+    high, low = x.values.double().unflatten(0, (-1, 2)).unbind(1)
+    return (256 * high + low) * x.scale.double()[:, None]
 
 
-def neighbours(x):
-    """Each row's even columns before its odd ones, as 4-bit weights' products take them, put in their places."""
-    return x.unflatten(-1, (2, -1)).mT.flatten(-2)
+def interleaved(x):
+    """A deinterleaved operand with its columns in their own order."""
+    return replace(x, values=x.values.unflatten(-1, (2, -1)).mT.flatten(-2))
 
 
-def test_even_columns_before_odd_ones():
+def made_by_each_kernel(form):
+    """The same rows in this form, by every kernel that can make them."""
     x, residual, weight = normal(3, 96), normal(3, 96, seed=1), normal(96, seed=2)
-    for make in (
-        lambda even_odd: quantise_rows(x, torch.int16, even_odd=even_odd),
-        lambda even_odd: quantise_rows(x, None, even_odd=even_odd),
-        lambda even_odd: add_rms_norm(x, residual, weight, EPS, torch.int16, even_odd=even_odd),
-        lambda even_odd: add_rms_norm(x, residual, weight, EPS, even_odd=even_odd),
-        lambda even_odd: silu_mul(x, even_odd=even_odd),
-    ):
-        made, expected = make(True), make(False)
-        assert torch.equal(neighbours(made[0]), expected[0]) and not torch.equal(made[0], expected[0])
-        assert all(
-            torch.equal(one, other) for one, other in zip(made[1:], expected[1:], strict=True) if one is not None
-        )
+    return quantise_rows(x, form), add_rms_norm(x, residual, weight, EPS, form)[0], silu_mul(x, form)
+
+
+@pytest.mark.parametrize("form, in_order", [(Deinterleaved(), PLAIN), (Int16(deinterleaved=True), Int16())])
+def test_even_columns_before_odd_ones(form, in_order):
+    for made, expected in zip(made_by_each_kernel(form), made_by_each_kernel(in_order), strict=True):
+        assert torch.equal(interleaved(made).values, expected.values) and not torch.equal(made.values, expected.values)
+        assert made.scale is expected.scale is None or torch.equal(made.scale, expected.scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_pairs_say_what_the_rows_say_to_a_16_bit_step(dtype):
+def test_int16_says_what_the_rows_say_to_half_a_step(dtype):
     """Half a step of max / 32639, for whichever kernel makes the rows."""
     x, residual, weight = (normal(4, 96, seed=seed, dtype=dtype) for seed in range(3))
     x[1, 7], x[2] = 300, 0  # an outlier, as activations have them, and nothing
     weight = weight[0]
     made = [
-        (quantise_rows(x, torch.int16), x),
-        (add_rms_norm(x, residual, weight, EPS, torch.int16)[::2], add_rms_norm(x, residual, weight, EPS)[0]),
-        (silu_mul(x, torch.int16), silu_mul(x)[0]),
+        (quantise_rows(x, Int16()), x),
+        (add_rms_norm(x, residual, weight, EPS, Int16())[0], add_rms_norm(x, residual, weight, EPS)[0].values),
+        (silu_mul(x, Int16()), silu_mul(x).values),
     ]
-    for (pairs, scale), expected in made:
-        assert pairs.dtype == torch.int8
-        error = (pairs_value(pairs, scale) - expected.double()).abs().amax(1)
+    for int16, expected in made:
+        assert int16.values.dtype == torch.int8
+        error = (value(int16) - expected.double()).abs().amax(1)
         step = expected.double().abs().amax(1) / 32639
         assert (error <= 0.501 * step).all()
-        assert not torch.equal(pairs[::2], torch.zeros_like(pairs[::2]))
+        assert not torch.equal(int16.values[::2], torch.zeros_like(int16.values[::2]))
 
 
 def test_gather_rows():
@@ -166,11 +168,11 @@ def test_argmax_takes_the_first_of_equal_logits():
 def test_silu_mul(dtype):
     gate_up = normal(3, 2 * 150, dtype=dtype, scale=3)
     gate, up = gate_up.double().chunk(2, -1)
-    result, scale = silu_mul(gate_up)
+    result = silu_mul(gate_up).values
     assert relative_error(result, F.silu(gate) * up) < bound(dtype)
     smoother = normal(150, seed=1, dtype=torch.float32).abs() + 0.1
-    quantised, scale = silu_mul(gate_up, torch.int8, smoother=smoother)
-    assert torch.equal(quantised, quantise(result.float() / smoother, scale[:, None], torch.int8))
+    quantised = silu_mul(gate_up, Int8PerToken(smoother))
+    assert torch.equal(quantised.values, quantise(result.float() / smoother, quantised.scale[:, None], torch.int8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,9 +201,9 @@ def test_gemv_int8(gate):
     x = normal(1, 304)
     q, scale = quantise_int8(normal(40 if gate else 20, 304, seed=1, dtype=torch.float32).cpu())
     q, scale = q.to(DEVICE), scale.to(DEVICE)
-    pairs, x_scale = quantise_rows(x, torch.int16)
-    y = gemv_int(pairs, x_scale, q, scale, torch.float32, gate, GemvBlock(2, 64, 1))
-    expected = pairs_value(pairs, x_scale) @ (q.double() * scale.double()[:, None]).T
+    int16 = quantise_rows(x, Int16())
+    y = gemv_int(int16, q, scale, torch.float32, gate, GemvBlock(2, 64, 1))
+    expected = value(int16) @ (q.double() * scale.double()[:, None]).T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
 
 
@@ -212,9 +214,9 @@ def test_gemv_int4(gate, group_size):
     x = normal(1, 384)
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
-    pairs, x_scale = quantise_rows(x, torch.int16, even_odd=True)
-    y = gemv_int(pairs, x_scale, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
-    expected = pairs_value(neighbours(pairs), x_scale) @ dequantise(Int4Weight(packed, scale)).double().T
+    int16 = quantise_rows(x, Int16(deinterleaved=True))
+    y = gemv_int(int16, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
+    expected = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale)).double().T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
 
 
@@ -225,7 +227,9 @@ def test_gemv_w8a8_is_exact(gate):
     weight = torch.randint(-127, 128, (36 if gate else 18, 304), generator=generator).to(DEVICE, torch.int8)
     scale, factor = torch.ones(len(weight), device=DEVICE), torch.tensor([2**-13 if gate else 1.0], device=DEVICE)
     integers = x.double() @ weight.double().T
-    y = gemv_int(x, factor, weight, scale, torch.float32, gate, GemvBlock(2, 64, 1))
+    y = gemv_int(
+        Operand(StaticScale(torch.int8, factor), x, factor), weight, scale, torch.float32, gate, GemvBlock(2, 64, 1)
+    )
     if gate:
         assert relative_error(y, gated(integers * 2**-13)) < FLOAT32
     else:
@@ -244,9 +248,9 @@ def test_gemm_of_floats_and_of_int8_weights(dtype, tile):
     x, weight = normal(19, 96, dtype=dtype), normal(40, 96, seed=1, dtype=torch.float32)
     q, scale = quantise_int8(weight)
     expected = x.double() @ (q.double() * scale.double()[:, None]).T
-    assert relative_error(gemm(x, q, scale, dtype, tile=tile), expected) < bound(dtype)
+    assert relative_error(gemm(plain(x), q, scale, dtype, tile), expected) < bound(dtype)
     weight = weight.to(dtype)
-    assert relative_error(gemm(x, weight, None, dtype, tile=tile), x.double() @ weight.double().T) < bound(dtype)
+    assert relative_error(gemm(plain(x), weight, None, dtype, tile), x.double() @ weight.double().T) < bound(dtype)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -260,9 +264,10 @@ def test_gemm_of_int4_weights(dtype, group_size, tile):
     x, weight = normal(19, width, dtype=dtype), normal(40, width, seed=1, dtype=torch.float32)
     packed, scale = quantise_int4(weight, group_size, dtype)
     expected = x.double() @ dequantise(Int4Weight(packed, scale)).double().T
-    even_odd = quantise_rows(x, None, even_odd=True)[0]
-    assert relative_error(gemm_int4(even_odd, packed, scale, dtype, tile=tile), expected) < bound(dtype)
-    assert relative_error(gemm_int4(x, packed, scale, dtype, tile=tile), expected) > 0.5, "the control: x as it is"
+    operand = quantise_rows(x, Deinterleaved())
+    assert relative_error(gemm_int4(operand, packed, scale, dtype, tile), expected) < bound(dtype)
+    wrong = gemm_int4(replace(operand, values=x), packed, scale, dtype, tile)
+    assert relative_error(wrong, expected) > 0.5, "the control: x as it is"
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -274,20 +279,21 @@ def test_gemm_w8a8(rows, row_scales, tile):
     scale = torch.rand(40, generator=generator).to(DEVICE)
     x_scale = torch.rand(rows if row_scales else 1, generator=generator).to(DEVICE)
     expected = x.double() @ weight.double().T * scale.double() * x_scale.double()[:, None]
-    assert relative_error(gemm(x, weight, scale, torch.float32, x_scale, tile=tile), expected) < FLOAT32
+    operand = Operand(StaticScale(torch.int8, x_scale), x, x_scale)
+    assert relative_error(gemm(operand, weight, scale, torch.float32, tile), expected) < FLOAT32
 
 
 @pytest.mark.parametrize("tile", [*TILES, Tile(32, 16, 32, 4, 2)])
-def test_gemm_of_pairs(tile):
+def test_gemm_of_int16(tile):
     """Sums of 16-bit integers: exact but for the float32 at their end."""
     x, weight = normal(19, 96), normal(40, 96, seed=1, dtype=torch.float32)
     q, scale = quantise_int8(weight)
-    pairs, x_scale = quantise_rows(x, torch.int16)
-    y = gemm(pairs, q, scale, torch.float32, x_scale, pairs=True, tile=tile)
+    int16 = quantise_rows(x, Int16())
+    y = gemm(int16, q, scale, torch.float32, tile)
     matrix = (q.double() * scale.double()[:, None]).T
-    assert relative_error(y, pairs_value(pairs, x_scale) @ matrix) < FLOAT32
+    assert relative_error(y, value(int16) @ matrix) < FLOAT32
     assert relative_error(y, x.double() @ matrix) < 1e-4
-    assert relative_error(y, pairs_value(pairs, x_scale).flip(0) @ matrix) > 1, "the control: another row's pairs"
+    assert relative_error(y, value(int16).flip(0) @ matrix) > 1, "the control: another token"
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter cannot multiply e4m3 matrices")
@@ -298,7 +304,8 @@ def test_gemm_fp8(rows, tile):
     weight = normal(40, 96, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
     scale, x_scale = torch.rand(40, device=DEVICE), torch.rand(1, device=DEVICE)
     expected = x.double() @ weight.double().T * scale.double() * x_scale.double()
-    assert relative_error(gemm(x, weight, scale, torch.float16, x_scale, tile=tile), expected) < ROUNDED
+    operand = Operand(StaticScale(x.dtype, x_scale), x, x_scale)
+    assert relative_error(gemm(operand, weight, scale, torch.float16, tile), expected) < ROUNDED
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96

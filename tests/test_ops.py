@@ -3,7 +3,7 @@
 import op_cases
 import pytest
 import torch
-from op_cases import CASES, error
+from op_cases import CASES, SIMPLE_CASES, error
 
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.parallel.comm import Solo, run_ranks
@@ -15,7 +15,7 @@ def run(case):
         return case.run(ops, lambda result: result, "cpu")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SIMPLE_CASES, *CASES], ids=lambda case: case.name)
 def test_op(case):
     assert error(*run(case)) <= case.tolerance
 

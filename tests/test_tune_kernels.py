@@ -128,7 +128,7 @@ def test_more_rows_than_the_kernel_is_faster_for_are_left_to_the_library(faster,
         only=lambda point: point.precision == "int4" and point.rows <= measured,
     )
     limits = choose(times).row_limits
-    assert limits == {"GEMM_ROWS": expected, "PAIR_ROWS": cuda_linear.PAIR_ROWS, "DENSE_ROWS": cuda_linear.DENSE_ROWS}
+    assert limits == {"GEMM_ROWS": expected, "INT16_ROWS": cuda_linear.INT16_ROWS, "DENSE_ROWS": cuda_linear.DENSE_ROWS}
 
 
 SMALL = small_sizes(PRESETS["v2_13b"]).model

@@ -125,13 +125,13 @@ class _Observed:
     """Running maxima of one layer."""
 
     def __init__(self, layer: LayerWeights):
-        self.names = {id(getattr(layer, name)): name for name in LINEARS}
+        self.names = {getattr(layer, name): name for name in LINEARS}
         self.x: dict[str, Tensor] = {}
         self.y: dict[str, Tensor] = {}
         self.k = self.v = torch.zeros((), device=layer.input_norm.device)
 
     def see_linear(self, weight: DenseWeight, x: Tensor, y: Tensor) -> None:
-        name = self.names[id(weight)]
+        name = self.names[weight]
         for maxima, values in ((self.x, x), (self.y, y)):
             absmax = values.abs().amax(0)
             maxima[name] = torch.maximum(maxima.get(name, absmax), absmax)

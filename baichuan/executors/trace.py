@@ -12,13 +12,14 @@ from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.model.decoder import attention_spec, forward
+from baichuan.model.ops import ComposedOps
 from baichuan.records import AttentionSpec, DenseWeight, Int4Weight, Step, Weight
 from baichuan.weights.assemble import assemble
 from baichuan.weights.rank_tensors import PlannedTensors
 
 
 @dataclass
-class TraceOps:
+class TraceOps(ComposedOps):
     """ops.Ops that writes down each op as `name(arguments) -> shape`."""
 
     tp_size: int

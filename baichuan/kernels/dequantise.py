@@ -9,6 +9,7 @@ from torch import Tensor
 
 from baichuan.kernels.primitives import start_dependents, to_float32
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
+from baichuan.records import Int4Weight, Int8Weight
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def _dequantise(
     stored = tl.load(weight + row * width + columns, mask, other=0)
     if INT4:
         byte = stored.to(tl.int8, bitcast=True)
-        # both nibbles of a byte lie in one group, or the group is the whole row
+        # A group is an even number of channels, so that both nibbles of a byte have the same scale.
         factor = tl.load(scale + row * (2 * width // GROUP) + 2 * columns // GROUP, mask, other=0.0).to(tl.float32)
         even = ((byte << 4) >> 4).to(tl.float32) * factor
         odd = (byte >> 4).to(tl.float32) * factor
@@ -40,14 +41,13 @@ def _dequantise(
 DEQUANTISE = KernelSpec(_dequantise, ("weight", "scale"), ("width",), ("out",))
 
 
-def dequantise_to(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dense matrix, rounded to dtype.  weight: [out_features, in_features] int8 or [out_features, in_features / 2]
-    uint8; scale: [out_features] or, for uint8, [out_features, groups] -> [out_features, in_features]"""
-    int4 = weight.dtype == torch.uint8
-    rows, width = weight.shape
-    in_features = width * 2 if int4 else width
-    out = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
+def dequantise_to(weight: Int8Weight | Int4Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix that the weight stands for, rounded to dtype: [out_features, in_features]."""
+    int4 = isinstance(weight, Int4Weight)
+    stored = weight.packed if int4 else weight.weight
+    rows, width = stored.shape
+    out = torch.empty(weight.shape, dtype=dtype, device=stored.device)
     block = min(next_power_of_2(width), 2048)
-    constants = {"INT4": int4, "GROUP": in_features // scale.shape[1] if int4 else 0, "BLOCK": block}
-    DEQUANTISE.launch((rows, cdiv(width, block)), (weight, scale), (width,), (out,), constants)
+    constants = {"INT4": int4, "GROUP": weight.group_size if int4 else 0, "BLOCK": block}
+    DEQUANTISE.launch((rows, cdiv(width, block)), (stored, weight.scale), (width,), (out,), constants)
     return out

@@ -1,4 +1,14 @@
-"""Several tokens times a matrix on the tensor cores."""
+"""Several tokens times a matrix on the tensor cores.
+
+Each program computes one tile of y, block_m tokens by block_n output channels, or one split's share of it:
+
+                 block_n rows of weight                     y
+                +------------------+              +----+----+----+
+      block_m   |                  |              |    | ## |    |   ## = x tile @ (weight tile)T,
+      rows      |  BLOCK_K columns |  =>  loop => +----+----+----+        summed over in_features,
+      of x      |  at a time       |              |    |    |    |        or over a split of them (tiles.py)
+                +------------------+              +----+----+----+
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.gemm_parts import multiply, store_tile
+from baichuan.kernels.operand import Int16, Operand
 from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
@@ -18,7 +29,7 @@ def _gemm(
     x, x_scale, weight, scale,
     num_rows, in_features, out_features,
     y,
-    COLUMN_SCALES: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr, PAIRS: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr, ROW_SCALES: tl.constexpr, X_SCALE: tl.constexpr, INT16: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
@@ -31,9 +42,10 @@ def _gemm(
     prefetch_weight(w_rows, first, in_features)
     wait_for_inputs(OVERLAP)
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
-    # e4m3's sums are kept in float32 from block to block; by themselves the tensor cores keep fewer bits
+    # Within a block of channels the tensor cores add products of e4m3 with fewer bits than float32 has; the sums of
+    # the blocks are added in float32.
     E4M3_TERMS: tl.constexpr = BLOCK_K if x.dtype.element_ty == tl.float8e4nv else None
-    # Hopper's tensor cores take 64 rows of their first operand at a time: the weight's where x has fewer
+    # Hopper's tensor cores take 64 rows of their first operand at a time.  Where x has fewer, yT = weight @ xT.
     SWAPPED: tl.constexpr = BLOCK_M < 64
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), SUM)
     for start in range(first, end, BLOCK_K):
@@ -47,7 +59,7 @@ def _gemm(
                      out_dtype=SUM)  # fmt: skip
     if SWAPPED:
         acc = tl.trans(acc)
-    if PAIRS:  # from here on rows are of y
+    if INT16:  # rows of acc are of high and low bytes in turn, two for each row of y
         high, low = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
         acc = 256.0 * high.to(tl.float32) + low.to(tl.float32)
         m = block_m * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
@@ -58,34 +70,26 @@ def _gemm(
 GEMM = KernelSpec(_gemm, ("x", "x_scale", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
 
 
-def gemm(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    out_dtype: torch.dtype,
-    x_scale: Tensor | None = None,
-    pairs: bool = False,
-    tile: Tile | None = None,
-) -> Tensor:
-    """y = (x @ weightᵀ) * scale * x_scale for the types of records.py.
+def gemm(x: Operand, weight: Tensor, scale: Tensor | None, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """y = (x @ weightᵀ) * scale * x.scale for the types of records.py.
 
-    x: [num_rows, in_features] of a float type, or int8 or e4m3 with x_scale [1] or [num_rows], or 16-bit numbers as
-    pairs, [2 * num_rows, in_features] int8 as store_row.py writes them, with x_scale [num_rows];
-    weight: [out_features, in_features] of x's type or int8; scale: [out_features], or None for 1
-    -> [num_rows, out_features]
+    x: [num_tokens, in_features] in any form but the deinterleaved ones; weight: [out_features, in_features] of the
+    type of x's values, or int8; scale: [out_features] float32, or None for 1; tile: None = what measured fastest
+    -> [num_tokens, out_features]
     """
-    x_rows, in_features = x.shape
-    num_rows, out_features = x_rows // 2 if pairs else x_rows, weight.shape[0]
-    tile = tile or choose_tile(x_rows, in_features, out_features, x.dtype, weight.dtype)
-    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
-    sum_dtype = torch.int32 if x.dtype == torch.int8 and not pairs else torch.float32
+    x_rows, in_features = x.values.shape
+    int16 = isinstance(x.form, Int16)
+    num_tokens, out_features = x_rows // 2 if int16 else x_rows, weight.shape[0]
+    tile = tile or choose_tile(x_rows, in_features, out_features, x.values.dtype, weight.dtype)
+    y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
+    sum_dtype = torch.int32 if x.values.dtype == torch.int8 and not int16 else torch.float32
     scales = {
         "COLUMN_SCALES": scale is not None,
-        "X_SCALE": x_scale is not None,
-        "ROW_SCALES": x_scale is not None and x_scale.numel() > 1,
+        "X_SCALE": x.scale is not None,
+        "ROW_SCALES": x.scale is not None and x.scale.numel() > 1,
     }
-    scale = x if scale is None else scale
-    x_scale = scale if x_scale is None else x_scale
-    inputs, constants = (x, x_scale, weight, scale), {"PAIRS": pairs, **scales}
+    scale = x.values if scale is None else scale
+    x_scale = scale if x.scale is None else x.scale
+    inputs, constants = (x.values, x_scale, weight, scale), {"INT16": int16, **scales}
     multiply(GEMM, tile, inputs, constants, y, sum_dtype, (x_scale, scale), scales)
     return y

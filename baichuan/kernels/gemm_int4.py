@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.gemm_parts import multiply, store_tile
+from baichuan.kernels.operand import Deinterleaved, Operand
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
@@ -124,18 +125,18 @@ def _gemm_int4(
 GEMM_INT4 = KernelSpec(_gemm_int4, ("x", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
 
 
-def gemm_int4(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
-    """y = x @ W(weight)ᵀ for records.Int4Weight.
+def gemm_int4(x: Operand, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """y = x @ W(weight, scale)ᵀ for records.Int4Weight.
 
-    x: [num_rows, in_features] of a float type, each row's even channels before its odd ones (see store_row);
-    weight: [out_features, in_features / 2] uint8; scale: [out_features] or [out_features, groups]
-    -> [num_rows, out_features]
+    x: [num_tokens, in_features], Deinterleaved; weight: [out_features, in_features / 2] uint8;
+    scale: [out_features, groups]; tile: None = what measured fastest -> [num_tokens, out_features]
     """
-    num_rows, in_features = x.shape
+    assert isinstance(x.form, Deinterleaved)
+    num_tokens, in_features = x.values.shape
     out_features, groups = weight.shape[0], scale.shape[1]
-    tile = tile or choose_tile(num_rows, in_features, out_features, x.dtype, weight.dtype)
-    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=x.device)
+    tile = tile or choose_tile(num_tokens, in_features, out_features, x.values.dtype, weight.dtype)
+    y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
     group = {"GROUP": 0 if groups == 1 else in_features // groups}
     scales = {"COLUMN_SCALES": groups == 1, "X_SCALE": False, "ROW_SCALES": False}
-    multiply(GEMM_INT4, tile, (x, weight, scale), group, y, torch.float32, (scale, scale), scales)
+    multiply(GEMM_INT4, tile, (x.values, weight, scale), group, y, torch.float32, (scale, scale), scales)
     return y

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baichuan.kernels.operand import Operand
 from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
-CHUNK = 32  # 4-bit weights in 16 bytes, which one group holds
+# Rows are read in pieces of 16 bytes, so that in_features is a multiple of this, and for 4-bit weights the groups are.
+BYTE_CHANNELS, NIBBLE_CHANNELS = 16, 32
 
 
 @triton.jit
@@ -173,35 +175,36 @@ def choose_block(in_features: int, out_features: int, kind: str, gated: bool) ->
 
 
 def gemv_int(
-    x: Tensor,
-    x_scale: Tensor,
+    x: Operand,
     weight: Tensor,
     scale: Tensor,
     out_dtype: torch.dtype,
     gated: bool = False,
     block: GemvBlock | None = None,
 ) -> Tensor:
-    """y = (x @ W(weight)ᵀ) * x_scale for one row x; gated: silu(first half of y) * second half.
+    """y = x @ W(weight, scale)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
 
-    x: [digits, in_features] int8, for uint8 weights even channels before odd ones; x_scale: [1] float32;
-    weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8, a
-    multiple of 32; scale: [out_features], or [out_features, groups] for uint8 -> [1, out_features], half of it if gated
+    x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved; gated: silu(first half of y) * second half;
+    weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8,
+    each group a multiple of 32 channels; scale: [out_features], or [out_features, groups] for uint8; block: None = what
+    measured fastest -> [1, out_features], or half of it if gated
     """
     int4 = weight.dtype == torch.uint8
+    assert x.scale is not None
+    digits = x.values.shape[0]
     out_features = weight.shape[0] // (2 if gated else 1)
     words = weight.shape[1] // 4
     groups = scale.shape[1] if int4 else 1
-    in_features = weight.shape[1] * (2 if int4 else 1)
-    kind = "int4" if int4 else "w8a8" if x.shape[0] == 1 else "int8"
-    block = block or choose_block(in_features, out_features, kind, gated)
+    kind = "int4" if int4 else "w8a8" if digits == 1 else "int8"
+    block = block or choose_block(x.values.shape[1], out_features, kind, gated)
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
         (cdiv(out_features, block.block_n),),
-        (x.view(torch.int32), x_scale, weight.view(torch.int32), scale),
+        (x.values.view(torch.int32), x.scale, weight.view(torch.int32), scale),
         (words // 4, out_features),
         (y,),
         {
-            "DIGITS": x.shape[0],
+            "DIGITS": digits,
             "INT4": int4,
             "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
             "GATED": gated,

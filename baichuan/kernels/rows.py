@@ -1,4 +1,4 @@
-"""Work on whole rows: gathering them, and writing them in the form that a GEMM takes."""
+"""Work on whole rows: gathering them, and writing them in the form that a product takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baichuan.kernels.operand import Form, Operand, StaticScale, smoother_of
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import divide, load_smoother, row_output, store_row
+from baichuan.kernels.store_row import divide, form_constant, load_smoother, store_row
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _quantise_rows(
     x, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    FORM: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -57,40 +58,29 @@ def _quantise_rows(
     value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
     if SMOOTH:
         value = divide(value, divisor, reciprocal)
-    store_row(value, row, columns, mask, scale, out, out_scale, width, QUANTISE, ROW_SCALES)
+    store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, ROW_SCALES)
 
 
 QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))
 
 
-def quantise_rows(
-    x: Tensor,
-    dtype: torch.dtype | None,
-    scale: Tensor | None = None,
-    smoother: Tensor | None = None,
-    even_odd: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """quantise(x / smoother, scale) of quant/scaled.py and the scale, or what else row_output says.
-
-    x: [num_tokens, width]; smoother: [width] float32, for 8-bit numbers; dtype, scale [1] or [num_tokens],
-    even_odd: see row_output.
-    """
+def quantise_rows(x: Tensor, form: Form) -> Operand:
+    """x, [num_tokens, width] of a float type, in the given form."""
     num_tokens, width = x.shape
-    row_scales = scale is not None and scale.numel() > 1
-    out, scale, mode = row_output(x, num_tokens, width, dtype, scale, even_odd)
+    out, smoother = Operand.allocate(form, x, num_tokens, width), smoother_of(form)
     block = next_power_of_2(width)
-    unread = x if scale is None else scale
+    scale = x if out.scale is None else out.scale
     QUANTISE_ROWS.launch(
         (num_tokens,),
-        (x, unread if smoother is None else smoother, unread),
+        (x, scale if smoother is None else smoother, scale),
         (width,),
-        (out, unread),
+        (out.values, scale),
         {
-            "QUANTISE": mode,
+            "FORM": form_constant(form),
             "SMOOTH": smoother is not None,
-            "ROW_SCALES": row_scales,
+            "ROW_SCALES": isinstance(form, StaticScale) and form.scale.numel() > 1,
             "BLOCK": block,
         },
         num_warps=min(max(block // 512, 1), 16),
     )
-    return out, scale
+    return out

@@ -1,15 +1,15 @@
-"""The gated activation of the MLP, quantising the result where the next GEMM wants integers."""
+"""The gated activation of the MLP, written in the form that the next product takes."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Int16, Operand, smoother_of
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import divide, load_smoother, row_output, store_row
+from baichuan.kernels.store_row import divide, form_constant, load_smoother, store_row
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def silu(x):
 
 @triton.jit
 def gated(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up of sums, each rounded to the dtype before."""
+    """silu(gate) * up in the dtype.  gate, up: float32 sums, each of which is rounded to the dtype first."""
     return (silu(gate.to(dtype).to(tl.float32)) * up.to(dtype).to(tl.float32)).to(dtype)
 
 
@@ -29,7 +29,7 @@ def _silu_mul(
     gate_up, smoother, scale,
     width,
     out, out_scale,
-    QUANTISE: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    FORM: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -44,35 +44,29 @@ def _silu_mul(
     value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
     if SMOOTH:
         value = divide(value, divisor, reciprocal)
-    store_row(value, row, columns, mask, scale, out, out_scale, width, QUANTISE, False)
+    store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, False)
 
 
 SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))
 
 
-def silu_mul(
-    gate_up: Tensor,
-    quantised: torch.dtype | None = None,
-    input_scale: Tensor | None = None,
-    smoother: Tensor | None = None,
-    even_odd: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(silu(gate) * up, scale).  gate_up: [num_tokens, 2 * width] -> [num_tokens, width]
+def silu_mul(gate_up: Tensor, form: Form = PLAIN) -> Operand:
+    """silu(gate) * up in the given form, with at most one scale for all tokens.
 
-    quantised, input_scale [1], even_odd: see row_output; 8-bit numbers are of the result divided by smoother [width],
-    if any.
+    gate_up: [num_tokens, 2 * width], all gate, all up -> [num_tokens, width]
     """
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out, scale, mode = row_output(gate_up, num_tokens, width, quantised, input_scale, even_odd)
+    out, smoother = Operand.allocate(form, gate_up, num_tokens, width), smoother_of(form)
     block = next_power_of_2(width)
-    if scale is input_scale:  # else the maximum is over the whole row
+    if not isinstance(form, Int8PerToken | Int16):  # whose scale needs the maximum of the whole row
         block = min(block, 2048)
+    scale = gate_up if out.scale is None else out.scale
     SILU_MUL.launch(
         (num_tokens, cdiv(width, block)),
-        (gate_up, gate_up if smoother is None else smoother, gate_up if scale is None else scale),
+        (gate_up, gate_up if smoother is None else smoother, scale),
         (width,),
-        (out, gate_up if scale is None else scale),
-        {"QUANTISE": mode, "SMOOTH": smoother is not None, "BLOCK": block},
+        (out.values, scale),
+        {"FORM": form_constant(form), "SMOOTH": smoother is not None, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
-    return out, scale
+    return out

@@ -12,13 +12,10 @@ from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step
 
 def decoder_layer(ops: Ops, x, residual, layer: LayerWeights, cache: Any, spec: AttentionSpec, step: Step, eps: float):
     """One layer.  x is what the layer before adds to residual, both [num_tokens, hidden_size]."""
-    x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-    x = ops.attention(ops.linear(x, layer.qkv), cache, spec, step)
-    x = ops.all_reduce(ops.linear(x, layer.o_proj))
-    x, residual = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-    x = ops.silu_mul(ops.linear(x, layer.gate_up))
-    x = ops.all_reduce(ops.linear(x, layer.down_proj))
-    return x, residual
+    qkv, residual = ops.norm_linear(x, residual, layer.input_norm, layer.qkv, eps)
+    x = ops.all_reduce(ops.linear(ops.attention(qkv, cache, spec, step), layer.o_proj))
+    x, residual = ops.gated_mlp(x, residual, layer.post_norm, layer.gate_up, layer.down_proj, eps)
+    return ops.all_reduce(x), residual
 
 
 def forward(
@@ -28,8 +25,8 @@ def forward(
     x, residual = ops.embedding(step.tokens, weights.embedding), None
     for layer, cache in zip(weights.layers, caches, strict=True):
         x, residual = decoder_layer(ops, x, residual, layer, cache, spec, step, config.rms_norm_eps)
-    x, _ = ops.add_rms_norm(x, residual, weights.norm, config.rms_norm_eps)
-    return ops.head(ops.select_rows(x, step.output_rows), weights.lm_head, config.vocab_size)
+    rows, vocab_size, eps = step.output_rows, config.vocab_size, config.rms_norm_eps
+    return ops.norm_head(x, residual, weights.norm, weights.lm_head, rows, vocab_size, eps)
 
 
 def attention_spec(config: ModelConfig, rank: int, tp_size: int) -> AttentionSpec:

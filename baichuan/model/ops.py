@@ -2,10 +2,15 @@
 
 Tensors are token-major, [num_tokens, features], in the model's dtype: sequences lie one after another and
 padding never exists.  A sum is accumulated in float32 and rounded once, to the dtype of the result.
+
+An op is as coarse as what one executor computes in one kernel, so that a fusion shows in its name.  `Ops` is what
+decoder.py calls.  `ComposedOps` says what the fused ops mean, in simple ones: an executor without fused kernels
+inherits from it and implements the simple ops alone.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from baichuan.records import AttentionSpec, Step, Weight
@@ -15,10 +20,21 @@ class Ops(Protocol):
     def embedding(self, tokens, weight):
         """weight[tokens].  tokens: [num_tokens] int64 in [0, vocab_size) -> [num_tokens, hidden_size]"""
 
-    def add_rms_norm(self, x, residual, weight, eps: float):
-        """r = x + residual, rounded to the dtype;  n = r / sqrt(mean(r²) + eps), rounded;  returns (n * weight, r).
+    def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
+        """(linear(n, weight), r) for (n, r) = add_rms_norm(x, residual, norm, eps).
 
-        x, residual: [num_tokens, hidden_size]; residual None stands for 0.  The mean is taken in float32.
+        x, residual: [num_tokens, hidden_size]; residual None stands for 0.
+        -> [num_tokens, out_features], [num_tokens, hidden_size]
+        """
+
+    def attention(self, qkv, cache: Any, spec: AttentionSpec, step: Step):
+        """softmax(q kᵀ / sqrt(head_dim) + bias) v for each head and sequence, causal.
+
+        qkv: [num_tokens, 3 * num_heads * head_dim], all q, all k, all v; it may be overwritten.  Stores k and v in the
+        cache at the tokens' positions, quantised where the cache is, and attends to the stored values.  RoPE (half
+        rotation, base 10000) turns q and k by their positions in float32 before that; ALiBi adds
+        bias = slope[global head] * (key position - query position) in float32.
+        -> [num_tokens, num_heads * head_dim]
         """
 
     def linear(self, x, weight: Weight):
@@ -27,25 +43,58 @@ class Ops(Protocol):
         x: [num_tokens, in_features] -> [num_tokens, out_features] in x's dtype.
         """
 
-    def attention(self, qkv, cache: Any, spec: AttentionSpec, step: Step):
-        """softmax(q kᵀ / sqrt(head_dim) + bias) v for each head and sequence, causal.
+    def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
+        """(linear(silu_mul(g), down_proj), r) for (g, r) = norm_linear(x, residual, norm, gate_up, eps).
 
-        qkv: [num_tokens, 3 * num_heads * head_dim], all q, all k, all v.  Stores k and v in the cache at the
-        tokens' positions, quantised where the cache is, and attends to the stored values.  RoPE (half rotation,
-        base 10000) turns q and k by their positions in float32 before that; ALiBi adds
-        bias = slope[global head] * (key position - query position) in float32.
-        -> [num_tokens, num_heads * head_dim]
+        x, residual, both results: [num_tokens, hidden_size].  With tensor parallelism the first result is the rank's
+        share of a sum.
         """
-
-    def silu_mul(self, gate_up):
-        """silu(gate) * up in float32.  gate_up: [num_tokens, 2 * intermediate], all gate, all up."""
 
     def all_reduce(self, x):
         """The sum of x over the ranks, the same bits on each."""
 
+    def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
+        """head(select_rows(n, rows), weight, vocab_size) for (n, _) = add_rms_norm(x, residual, norm, eps).
+
+        x, residual: [num_tokens, hidden_size]; rows: [num_outputs] int64 -> [num_outputs, vocab_size] float32
+        """
+
+
+class ComposedOps(ABC):
+    """Ops whose fused ops are made of the simple ones below."""
+
+    def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
+        normed, residual = self.add_rms_norm(x, residual, norm, eps)
+        return self.linear(normed, weight), residual
+
+    def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
+        gate_and_up, residual = self.norm_linear(x, residual, norm, gate_up, eps)
+        return self.linear(self.silu_mul(gate_and_up), down_proj), residual
+
+    def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
+        normed, _ = self.add_rms_norm(x, residual, norm, eps)
+        return self.head(self.select_rows(normed, rows), weight, vocab_size)
+
+    @abstractmethod
+    def add_rms_norm(self, x, residual, weight, eps: float):
+        """r = x + residual, rounded to the dtype;  n = r / sqrt(mean(r²) + eps), rounded;  returns (n * weight, r).
+
+        x, residual: [num_tokens, hidden_size]; residual None stands for 0.  The mean is taken in float32.
+        """
+
+    @abstractmethod
+    def linear(self, x, weight: Weight):
+        """As in Ops."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up):
+        """silu(gate) * up in float32.  gate_up: [num_tokens, 2 * intermediate], all gate, all up."""
+
+    @abstractmethod
     def select_rows(self, x, rows):
         """x[rows].  rows: [num_outputs] int64 -> [num_outputs, features]"""
 
+    @abstractmethod
     def head(self, x, weight: Weight, vocab_size: int):
         """Logits in float32: `linear` without rounding to the dtype, gathered over the ranks, padding cut off.
 

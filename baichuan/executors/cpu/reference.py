@@ -11,12 +11,13 @@ from baichuan.executors.cpu.reference_linear import linear
 from baichuan.executors.kv_cache import KVCache
 from baichuan.model import position
 from baichuan.model.decoder import attention_spec, forward
+from baichuan.model.ops import ComposedOps
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.records import AttentionSpec, LayerCache, ModelWeights, Step, Weight
 
 
-class ReferenceOps:
+class ReferenceOps(ComposedOps):
     """ops.Ops on CPU tensors; its attention on any device."""
 
     def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device | str = "cpu"):

@@ -1,33 +1,38 @@
-"""Dequantised copies of weight-only matrices in memory that is spare: many rows then cost what dense weights cost."""
+"""Dequantised copies of weight-only matrices in memory that is spare: many tokens then cost what dense weights cost."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
 
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.records import Int4Weight, Int8Weight
+from baichuan.records import DenseWeight, Int4Weight, Int8Weight
 
-# Of how many rows on a product of a copy is faster than the kernels that take the integers; see docs/performance.md.
+# From this many tokens on a product with a copy is faster than the kernel that reads the integers
+# (docs/performance.md).
 COPY_ROWS = {Int8Weight: 129, Int4Weight: 33}
 
 
 class DenseCopies:
-    """Made when first asked for and kept, within `budget` bytes of GPU memory; weights must outlive them."""
+    """Each weight's copy, made when a product first asks for it and kept, within `budget` bytes of GPU memory.
+
+    An example: a budget of 1 GB holds copies of the first five matrices of 200 MB that a prefill meets.  Later
+    prefills find those five here, and the executor dequantises the others at each product.
+    """
 
     def __init__(self, budget: int = 0):
         self._left = budget
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[Int8Weight | Int4Weight, DenseWeight] = {}
 
-    def get(self, weight: Int8Weight | Int4Weight, dtype: torch.dtype, rows: int) -> Tensor | None:
-        """weight as [out_features, in_features] of dtype; None where `rows` of a product are too few, or no room is."""
-        if rows < COPY_ROWS[type(weight)]:
+    def get(self, weight: Int8Weight | Int4Weight, dtype: torch.dtype, num_tokens: int) -> DenseWeight | None:
+        """The copy, in dtype; None where a product of num_tokens needs none, or the budget has no room for it."""
+        if num_tokens < COPY_ROWS[type(weight)]:
             return None
-        if id(weight) not in self._kept:
-            stored, scale = vars(weight).values()
-            size = stored.numel() * (2 if isinstance(weight, Int4Weight) else 1) * dtype.itemsize
+        if weight not in self._kept:
+            size = math.prod(weight.shape) * dtype.itemsize
             if size > self._left:
                 return None
             self._left -= size
-            self._kept[id(weight)] = dequantise_to(stored, scale, dtype)
-        return self._kept[id(weight)]
+            self._kept[weight] = DenseWeight(dequantise_to(weight, dtype))
+        return self._kept[weight]

@@ -1,12 +1,11 @@
-"""`linear` on a GPU: for each type of weight and number of rows the kernel that measures fastest (docs/performance.md).
-
-What comes before a product may still be pending: a norm or a gated activation is computed by the kernel that suits the
-product, inside the GEMV, on the way into its integers, or by itself.
+"""`linear` on a GPU: for each type of weight and number of tokens the kernel that measures fastest
+(docs/performance.md), and the form in which it takes x.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,160 +17,147 @@ from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
-from baichuan.kernels.gemv_int import CHUNK, gemv_int
-from baichuan.kernels.norm import NormInput, add_rms_norm
-from baichuan.kernels.rows import quantise_rows
-from baichuan.kernels.silu import silu_mul
-from baichuan.parallel.comm import Communicator
+from baichuan.kernels.gemv_int import BYTE_CHANNELS, NIBBLE_CHANNELS, gemv_int
+from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, Operand, Plain, StaticScale
+from baichuan.parallel.comm import Communicator, Solo
 from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 
+# With more tokens than this a weight is dequantised at each product, unless a copy is kept (dense_copies.py).
+GEMM_ROWS = 256
+INT16_ROWS = 2048  # the same for 8-bit weights
+DENSE_ROWS = 64  # more tokens than this are left to cuBLAS
+
 
 @dataclass(frozen=True)
-class GatedInput:
-    """silu(gate) * up, still to be computed."""
+class LinearKernel:
+    """x @ Wᵀ of one weight and number of tokens, accumulated in float32 (W8A8: int32) and rounded once."""
 
-    gate_up: Tensor  # [num_tokens, 2 * intermediate]
-
-
-Input = Tensor | NormInput | GatedInput
-
-# Without a dequantised copy of a weight (dense_copies.py), more rows than this have it dequantised each time.
-GEMM_ROWS = 256
-PAIR_ROWS = 2048  # the same for weights of bytes
-DENSE_ROWS = 64  # more than these are left to cuBLAS
+    form: Form  # of x
+    run: Callable[[Operand, torch.dtype], Tensor]  # (x, out_dtype) -> [num_tokens, out_features]
+    # silu(first half) * second half of the same, [num_tokens, out_features / 2]; None = the kernel cannot
+    run_gated: Callable[[Operand, torch.dtype], Tensor] | None = None
 
 
-def num_rows(x: Input) -> int:
-    match x:
-        case NormInput():
-            return x.x.shape[0]
-        case GatedInput():
-            return x.gate_up.shape[0]
-    return x.shape[0]
+@dataclass(frozen=True)
+class Choice:
+    """What chooses between kernels beside the weight."""
+
+    num_tokens: int
+    dtype: torch.dtype  # of x, the model's
+    comm: Communicator = Solo()
+    own_kernels: bool = True  # False = PyTorch's products alone (build.py --use_gemm_plugin off)
+    copies: DenseCopies = field(default_factory=DenseCopies)
+
+    @property
+    def gemv(self) -> bool:
+        """Whether one token makes a GEMV of the product."""
+        return self.own_kernels and self.num_tokens == 1
+
+    @property
+    def int16(self) -> bool:
+        """Whether 16-bit integers can say what x says (operand.Int16)."""
+        return self.dtype in (torch.float16, torch.bfloat16)
 
 
-def dtype_of(x: Input) -> torch.dtype:
-    """The model's dtype, which a pending operation's operands have."""
-    match x:
-        case NormInput():
-            return x.x.dtype
-        case GatedInput():
-            return x.gate_up.dtype
-    return x.dtype
+def choose_kernel(weight: Weight, choice: Choice) -> LinearKernel:
+    """Raises UnsupportedError for an unknown type of weight."""
+    match weight:
+        case DenseWeight():
+            return dense(weight, choice)
+        case Int8Weight():
+            return int8(weight, choice)
+        case Int4Weight():
+            return int4(weight, choice)
+        case SmoothQuantWeight():
+            return smooth_quant(weight, choice)
+        case Fp8Weight():
+            return fp8(weight, choice)
+    raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
 
 
-def materialise(x: Input) -> Tensor:
-    """The pending operation's result in the model's dtype."""
-    match x:
-        case NormInput():
-            return add_rms_norm(x.x, x.residual, x.weight, x.eps, total=x.total)[0]
-        case GatedInput():
-            return silu_mul(x.gate_up)[0]
-    return x
+def dense(weight: DenseWeight, choice: Choice) -> LinearKernel:
+    w = weight.weight
+    if choice.gemv:
+        return LinearKernel(
+            Plain(),
+            lambda x, out_dtype: gemv(x.values, w, out_dtype),
+            lambda x, out_dtype: gemv(x.values, w, out_dtype, gated=True),
+        )
+    if choice.own_kernels and choice.num_tokens <= DENSE_ROWS and choice.dtype != torch.float32:
+        return LinearKernel(Plain(), lambda x, out_dtype: gemm(x, w, None, out_dtype))
+    return LinearKernel(Plain(), lambda x, out_dtype: product(x.values, w, out_dtype))
 
 
-def fits_pairs(x: Input) -> bool:
-    """Whether 16-bit integers say all of x (store_row.PAIRS)."""
-    return dtype_of(x) in (torch.float16, torch.bfloat16)
+def int8(weight: Int8Weight, choice: Choice) -> LinearKernel:
+    q, scale = weight.weight, weight.scale
+    if choice.gemv and choice.int16 and weight.shape[1] % BYTE_CHANNELS == 0:
+        return _integer_gemv(Int16(), q, scale)
+    copy = choice.copies.get(weight, choice.dtype, choice.num_tokens)
+    if copy is not None:
+        return dense(copy, choice)
+    if choice.own_kernels and choice.int16 and choice.num_tokens <= INT16_ROWS:
+        return LinearKernel(Int16(), lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    if choice.own_kernels and choice.num_tokens <= GEMM_ROWS:
+        return LinearKernel(Plain(), lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    return _dequantised_each_time(weight)
 
 
-class CudaLinear:
-    """x @ Wᵀ accumulated in float32 (W8A8: int32) and rounded once."""
+def int4(weight: Int4Weight, choice: Choice) -> LinearKernel:
+    packed, scale = weight.packed, weight.scale
+    if choice.gemv and choice.int16 and weight.group_size % NIBBLE_CHANNELS == 0:
+        return _integer_gemv(Int16(deinterleaved=True), packed, scale)
+    copy = choice.copies.get(weight, choice.dtype, choice.num_tokens)
+    if copy is not None:
+        return dense(copy, choice)
+    if choice.own_kernels and choice.num_tokens <= GEMM_ROWS:
+        return LinearKernel(Deinterleaved(), lambda x, out_dtype: gemm_int4(x, packed, scale, out_dtype))
+    return _dequantised_each_time(weight)
 
-    def __init__(self, comm: Communicator, own_kernels: bool, copies: DenseCopies | None = None):
-        self.comm, self.copies = comm, copies or DenseCopies()
-        self.own_kernels = own_kernels  # False = PyTorch's products alone (build.py --use_gemm_plugin off)
 
-    def __call__(self, x: Input, weight: Weight, out_dtype: torch.dtype) -> Tensor:
-        """x: [num_tokens, in_features] -> [num_tokens, out_features]"""
-        if self._one_row(x, weight):
-            return self._gemv(x, weight, out_dtype, gated=False)
-        match weight:
-            case DenseWeight(w):
-                x = materialise(x)
-                if self.own_kernels and x.shape[0] <= DENSE_ROWS and x.dtype != torch.float32:
-                    return gemm(x, w, None, out_dtype)
-                return product(x, w, out_dtype)
-            case Int8Weight() | Int4Weight():
-                return self._weight_only(x, weight, out_dtype)
-            case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
-                x8, x_scale = self._input(x, weight)
-                if self.own_kernels:
-                    return gemm(x8, q, scale, out_dtype, x_scale)
-                library = int8_product if q.dtype == torch.int8 else fp8_product
-                return library(x8, x_scale, q, scale, out_dtype)
-        raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
+def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
+    q, scale = weight.weight, weight.scale
+    form: Form = Int8PerToken(weight.smoother)
+    if weight.input_scale is not None:
+        form = StaticScale(torch.int8, weight.input_scale, weight.smoother)
+    if choice.gemv and weight.shape[1] % BYTE_CHANNELS == 0:
+        kernel = _integer_gemv(form, q, scale)
+    elif choice.own_kernels:
+        kernel = LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    else:
+        kernel = LinearKernel(form, lambda x, out_dtype: int8_product(x.values, x.scale, q, scale, out_dtype))
+    if weight.input_scale is None and weight.smoother is not None and choice.comm.world_size > 1:
+        return _with_scales_over_ranks(weight, choice.comm, kernel)
+    return kernel
 
-    def gated(self, x: Input, weight: Weight, dtype: torch.dtype) -> Input:
-        """silu(first half of x @ Wᵀ) * second half, perhaps pending."""
-        if self._one_row(x, weight):
-            return self._gemv(x, weight, dtype, gated=True)
-        return GatedInput(self(x, weight, dtype))
 
-    def _weight_only(self, x: Input, weight: Int8Weight | Int4Weight, out_dtype: torch.dtype) -> Tensor:
-        stored, scale = vars(weight).values()
-        dense = self.copies.get(weight, dtype_of(x), num_rows(x))
-        if dense is not None:
-            return self(x, DenseWeight(dense), out_dtype)
-        if self.own_kernels:
-            if isinstance(weight, Int8Weight) and num_rows(x) <= PAIR_ROWS and fits_pairs(x):
-                pairs, x_scale = self._as_operand(x, torch.int16)
-                return gemm(pairs, stored, scale, out_dtype, x_scale, pairs=True)
-            if num_rows(x) <= GEMM_ROWS:
-                if isinstance(weight, Int4Weight):
-                    return gemm_int4(self._as_operand(x, None, even_odd=True)[0], stored, scale, out_dtype)
-                return gemm(materialise(x), stored, scale, out_dtype)
-        x = materialise(x)
-        return product(x, dequantise_to(stored, scale, x.dtype), out_dtype)
+def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
+    """By the tensor cores even for one token, which measures faster than a GEMV."""
+    q, scale, form = weight.weight, weight.scale, StaticScale(weight.weight.dtype, weight.input_scale)
+    if choice.own_kernels:
+        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    return LinearKernel(form, lambda x, out_dtype: fp8_product(x.values, x.scale, q, scale, out_dtype))
 
-    def _one_row(self, x: Input, weight: Weight) -> bool:
-        """Whether a GEMV kernel takes this product; for FP8 the tensor cores are faster even then."""
-        if not self.own_kernels or num_rows(x) != 1:
-            return False
-        match weight:
-            case DenseWeight():
-                return True
-            case SmoothQuantWeight(q):
-                return q.shape[1] % 16 == 0
-            case Int8Weight(q):
-                return fits_pairs(x) and q.shape[1] % 16 == 0
-            case Int4Weight(packed, scale):
-                return fits_pairs(x) and packed.shape[1] * 2 // scale.shape[1] % CHUNK == 0
-        return False
 
-    def _gemv(self, x: Input, weight: Weight, out_dtype: torch.dtype, gated: bool) -> Tensor:
-        match weight:
-            case DenseWeight(w):
-                return gemv(materialise(x), w, out_dtype, gated)
-            case Int8Weight(q, scale) | Int4Weight(q, scale):
-                pairs, x_scale = self._as_operand(x, torch.int16, even_odd=q.dtype == torch.uint8)
-                return gemv_int(pairs, x_scale, q, scale, out_dtype, gated)
-            case SmoothQuantWeight(q, scale):
-                x8, x_scale = self._input(x, weight)
-                return gemv_int(x8, x_scale, q, scale, out_dtype, gated)
-        raise UnsupportedError(f"the CUDA executor has no GEMV for {type(weight).__name__}")
+def _integer_gemv(form: Form, stored: Tensor, scale: Tensor) -> LinearKernel:
+    return LinearKernel(
+        form,
+        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype),
+        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, gated=True),
+    )
 
-    def _input(self, x: Input, weight: SmoothQuantWeight | Fp8Weight) -> tuple[Tensor, Tensor]:
-        """x as the 8-bit numbers that the weight asks for, and their scale, for each row or for all."""
-        smoother, scale = getattr(weight, "smoother", None), weight.input_scale
-        if scale is None and smoother is not None and self.comm.world_size > 1:
-            return quantise_input(materialise(x), weight, self.comm)  # a token's maximum is over the ranks
-        return self._as_operand(x, weight.weight.dtype, scale, smoother)
 
-    def _as_operand(
-        self,
-        x: Input,
-        dtype: torch.dtype | None,
-        scale: Tensor | None = None,
-        smoother: Tensor | None = None,
-        even_odd: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x in the form of row_output and store_row, by the kernel that also makes x."""
-        match x:
-            case NormInput() if smoother is None:
-                q, _, scale = add_rms_norm(x.x, x.residual, x.weight, x.eps, dtype, scale, x.total, even_odd)
-                return q, scale
-            case GatedInput():
-                return silu_mul(x.gate_up, dtype, scale, smoother, even_odd)
-        return quantise_rows(materialise(x), dtype, scale, smoother, even_odd)
+def _with_scales_over_ranks(weight: SmoothQuantWeight, comm: Communicator, kernel: LinearKernel) -> LinearKernel:
+    """The kernel for a rank's share of the input channels: a token's scale is that of all ranks' channels."""
+
+    def run(x: Operand, out_dtype: torch.dtype) -> Tensor:
+        return kernel.run(Operand(kernel.form, *quantise_input(x.values, weight, comm)), out_dtype)
+
+    return LinearKernel(Plain(), run)
+
+
+def _dequantised_each_time(weight: Int8Weight | Int4Weight) -> LinearKernel:
+    def run(x: Operand, out_dtype: torch.dtype) -> Tensor:
+        return product(x.values, dequantise_to(weight, x.values.dtype), out_dtype)
+
+    return LinearKernel(Plain(), run)

@@ -1,7 +1,7 @@
 """ops.Ops on a GPU.
 
-A norm, a linear and a gated activation return what is still to be computed, and the op that consumes it chooses the
-kernel: a norm is folded into the GEMV or the quantisation after it, silu_mul into the GEMV before it.
+The product of an op is chosen first (linear.py).  The kernel before it, which makes its input, then writes that in the
+form which the product takes: a norm and silu_mul quantise their results, and a GEMV applies silu_mul itself.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.executors.cuda.dense_copies import DenseCopies
-from baichuan.executors.cuda.linear import CudaLinear, GatedInput, Input, dtype_of, materialise
+from baichuan.executors.cuda.linear import Choice, LinearKernel, choose_kernel
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.kv_store import store_kv
-from baichuan.kernels.norm import NormInput
+from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.operand import Form, Operand, Plain, plain, smoother_of
 from baichuan.kernels.prefill_attention import prefill_attention
-from baichuan.kernels.rows import gather_rows
+from baichuan.kernels.rows import gather_rows, quantise_rows
+from baichuan.kernels.silu import silu_mul
 from baichuan.model import position
 from baichuan.parallel.comm import Communicator
 from baichuan.records import AttentionSpec, LayerCache, Step, Weight
@@ -34,14 +36,6 @@ class Switches:
     keep_copies: bool = True  # of weight-only matrices, dequantised, in spare memory
 
 
-@dataclass(frozen=True)
-class Product:
-    """x @ Wᵀ, still to be computed."""
-
-    x: Input
-    weight: Weight
-
-
 class CudaOps:
     """ops.Ops for sequences of up to `capacity` tokens.  Nothing waits for the GPU with own_attention."""
 
@@ -54,8 +48,7 @@ class CudaOps:
         switches: Switches,
         copies: DenseCopies | None = None,
     ):
-        self.comm, self.switches = comm, switches
-        self.multiply = CudaLinear(comm, switches.own_gemm, copies)
+        self.comm, self.switches, self.copies = comm, switches, copies or DenseCopies()
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
         unread = self.slopes, self.slopes
@@ -66,16 +59,13 @@ class CudaOps:
     def embedding(self, tokens, weight):
         return gather_rows(weight, tokens)
 
-    def add_rms_norm(self, x, residual, weight, eps):
-        x = self._tensor(x)
-        total = x if residual is None else torch.empty_like(x)
-        return NormInput(x, residual, weight, eps, total), total
+    def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
+        return self._norm_linear(x, residual, norm, weight, eps, x.dtype)
 
-    def linear(self, x: Input, weight: Weight) -> Product:
-        return Product(x, weight)
+    def linear(self, x, weight: Weight):
+        return self._linear(x, weight, x.dtype)
 
-    def attention(self, qkv: Product, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
-        qkv = self._tensor(qkv)
+    def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
         if not self.switches.own_attention:
             return self.library.attention(qkv, cache, spec, step)
         if step.max_new_tokens == 1:
@@ -90,22 +80,45 @@ class CudaOps:
             return 1
         return choose_splits(step.batch_size * spec.num_heads)
 
-    def silu_mul(self, gate_up: Product) -> Input:
-        if isinstance(gate_up, Product):
-            return self.multiply.gated(gate_up.x, gate_up.weight, dtype_of(gate_up.x))
-        return GatedInput(gate_up)
+    def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
+        up = self.kernel(gate_up, x)
+        normed, residual = self._norm(x, residual, norm, eps, up.form)
+        if up.run_gated:
+            return self._linear(up.run_gated(normed, x.dtype), down_proj, x.dtype), residual
+        gate_and_up = up.run(normed, x.dtype)
+        down = self.kernel(down_proj, x)
+        return down.run(silu_mul(gate_and_up, down.form), x.dtype), residual
 
     def all_reduce(self, x):
-        return self.comm.all_reduce(self._tensor(x))
+        return self.comm.all_reduce(x)
 
-    def select_rows(self, x: Input, rows) -> Input:
-        if isinstance(x, NormInput) and x.x.shape[0] == rows.shape[0] == 1:
-            return x  # the one row there is
-        return gather_rows(materialise(x), rows)
+    def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
+        if x.shape[0] == rows.shape[0] == 1:  # the one row there is
+            logits, _ = self._norm_linear(x, residual, norm, weight, eps, torch.float32)
+        else:
+            normed, _ = add_rms_norm(x, residual, norm, eps)
+            logits = self._linear(gather_rows(normed.values, rows), weight, torch.float32)
+        return self.comm.all_gather(logits)[:, :vocab_size]
 
-    def head(self, x: Input, weight: Weight, vocab_size: int) -> Tensor:
-        return self.comm.all_gather(self.multiply(x, weight, torch.float32))[:, :vocab_size]
+    def kernel(self, weight: Weight, x: Tensor) -> LinearKernel:
+        """The kernel for as many tokens as x has."""
+        return choose_kernel(weight, Choice(x.shape[0], x.dtype, self.comm, self.switches.own_gemm, self.copies))
 
-    def _tensor(self, x) -> Tensor:
-        """x, computed if it is pending."""
-        return self.multiply(x.x, x.weight, dtype_of(x.x)) if isinstance(x, Product) else materialise(x)
+    def operand(self, x: Tensor, form: Form) -> Operand:
+        """x in the given form."""
+        return plain(x) if isinstance(form, Plain) else quantise_rows(x, form)
+
+    def _linear(self, x: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
+        kernel = self.kernel(weight, x)
+        return kernel.run(self.operand(x, kernel.form), out_dtype)
+
+    def _norm_linear(self, x, residual, norm, weight: Weight, eps: float, out_dtype: torch.dtype):
+        kernel = self.kernel(weight, x)
+        normed, residual = self._norm(x, residual, norm, eps, kernel.form)
+        return kernel.run(normed, out_dtype), residual
+
+    def _norm(self, x, residual, norm, eps: float, form: Form) -> tuple[Operand, Tensor]:
+        if smoother_of(form) is None:
+            return add_rms_norm(x, residual, norm, eps, form)
+        normed, residual = add_rms_norm(x, residual, norm, eps)
+        return self.operand(normed.values, form), residual

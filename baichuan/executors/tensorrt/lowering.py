@@ -18,6 +18,7 @@ from baichuan.executors.tensorrt.linear import linear
 from baichuan.executors.tensorrt.network import Graph
 from baichuan.model import position
 from baichuan.model.decoder import attention_spec, forward
+from baichuan.model.ops import ComposedOps
 from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step, Weight
 
 MASKED = {torch.float16: -1e4, torch.bfloat16: -1e9, torch.float32: -1e9}  # finite: half precision has no -1e9
@@ -35,7 +36,7 @@ class LayerTensors:
     v_scale: Tensor | None
 
 
-class TensorRtOps:
+class TensorRtOps(ComposedOps):
     """ops.Ops on the tensors of a network."""
 
     def __init__(self, graph: Graph, inputs: dict[str, Any], build: BuildConfig):

@@ -1,0 +1,89 @@
+"""The forms in which a product takes its activations, and activations in such a form.
+
+The kernel that makes a row (norm.py, silu.py, rows.py) writes it in the form that the product after it asks for:
+store_row.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plain:
+    """[num_tokens, in_features] in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Deinterleaved:
+    """As Plain, each row's even columns before its odd ones: a byte of 4-bit weights holds one of each."""
+
+
+@dataclass(frozen=True)
+class Int16:
+    """16-bit integers with a scale for each token, max|row| / 32639, as two rows of int8: x = 256 * high + low.
+
+    [2 * num_tokens, in_features] int8, each token's high bytes before its low ones, both signed.  Products with
+    integer weights are exact sums, and 16 bits say more than the 11 significant ones of float16.
+    deinterleaved: each row's even columns before its odd ones; in_features is then a multiple of 8
+    """
+
+    deinterleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Int8PerToken:
+    """int8 of x / smoother with a scale for each token, max|row| / 127."""
+
+    smoother: Tensor | None = None  # [in_features] float32
+
+
+@dataclass(frozen=True)
+class StaticScale:
+    """8-bit numbers of x / smoother with a scale that is known before."""
+
+    dtype: torch.dtype  # int8 or float8_e4m3fn
+    scale: Tensor  # [1] or [num_tokens] float32
+    smoother: Tensor | None = None  # [in_features] float32
+
+
+Form = Plain | Deinterleaved | Int16 | Int8PerToken | StaticScale
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Activations in one of the forms."""
+
+    form: Form
+    values: Tensor  # [num_tokens, in_features]; Int16: [2 * num_tokens, in_features]
+    scale: Tensor | None = None  # [num_tokens] or [1] float32; None where the values are x itself
+
+    @staticmethod
+    def allocate(form: Form, x: Tensor, num_tokens: int, width: int) -> Operand:
+        """Room for `width` columns, on x's device and, where the form keeps it, in x's dtype."""
+        match form:
+            case Plain() | Deinterleaved():
+                return Operand(form, x.new_empty(num_tokens, width))
+            case Int16():
+                values = x.new_empty(2 * num_tokens, width, dtype=torch.int8)
+            case Int8PerToken():
+                values = x.new_empty(num_tokens, width, dtype=torch.int8)
+            case StaticScale(dtype, scale):
+                return Operand(form, x.new_empty(num_tokens, width, dtype=dtype), scale)
+        return Operand(form, values, x.new_empty(num_tokens, dtype=torch.float32))
+
+
+PLAIN = Plain()
+
+
+def plain(x: Tensor) -> Operand:
+    """x as it is."""
+    return Operand(PLAIN, x)
+
+
+def smoother_of(form: Form) -> Tensor | None:
+    """What the values are divided by before they are quantised, if anything."""
+    return form.smoother if isinstance(form, Int8PerToken | StaticScale) else None
