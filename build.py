@@ -17,11 +17,13 @@ from baichuan.engine import self_check
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
-from baichuan.errors import BaichuanError, CheckpointError, ConfigError, UnsupportedError
+from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.memory import fits_host_memory
 from baichuan.parallel.comm import Communicator
-from baichuan.text.tokenizer import Tokenizer
+from baichuan.text.settings import sampling_defaults
+from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder
+from baichuan.weights.hub.version import require_tokenizer
 
 logger = logging.getLogger("baichuan.build")
 
@@ -46,7 +48,18 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     quant = build_flags.quant_config(args, model)
     plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
     options = build_flags.backend_options(args, backend)
-    request = BuildRequest(Path(args.output_dir), model, quant, limits, plan_rank, args.parallel_build, options)
+    check_text_files(source, model)
+    request = BuildRequest(
+        Path(args.output_dir),
+        model,
+        quant,
+        limits,
+        plan_rank,
+        args.parallel_build,
+        options,
+        text_folder=source.folder,
+        dummy=source.folder is None,
+    )
     build_engine(request, None if args.no_self_check else self_checker(source, model))
     logger.info("engine written to %s", args.output_dir)
     return 0
@@ -59,7 +72,7 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
         Path(args.bin_model_dir) if args.bin_model_dir else None,
         Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None,
     )
-    if source.dummy:
+    if source.folder is None:
         logger.warning(
             "neither --model_dir nor --bin_model_dir is given: the engine gets dummy weights and its text means nothing"
         )
@@ -71,7 +84,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
     """The check of a finished engine against the checkpoint itself, in float32."""
 
     def check(engine: Engine) -> None:
-        if source.dummy:
+        if source.folder is None:
             logger.info("self-check skipped: dummy weights mean nothing that the engine could be compared with")
             return
         size = self_check.float32_bytes(model)
@@ -95,13 +108,24 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
     return check
 
 
+def check_text_files(source: weight.WeightSource, model: ModelConfig) -> None:
+    """Raise a BaichuanError for a tokenizer or generation settings of no use to the engine; say where it gets none."""
+    if source.folder is None:
+        return
+    sampling_defaults(model.model_version, source.folder)
+    if (source.folder / MODEL_NAME).is_file():
+        require_tokenizer(Tokenizer(source.folder), str(source.folder / MODEL_NAME), model)
+    else:
+        logger.warning(
+            "%s has no %s, so the engine gets none: run.py will need --tokenizer_dir", source.folder, MODEL_NAME
+        )
+
+
 def check_ids(source: weight.WeightSource, model: ModelConfig) -> list[int]:
     """The self-check's prompt: a question by the checkpoint's own tokenizer, or seeded ids where there is none."""
-    try:
-        ids = Tokenizer(source.hub_folder).encode(CHECK_TEXT) if source.hub_folder else []
-    except BaichuanError:
-        ids = []  # weights alone make an engine; run.py names the missing tokenizer
-    return ids if ids and max(ids) < model.vocab_size else self_check.default_ids(model.vocab_size)
+    if source.folder and (source.folder / MODEL_NAME).is_file():
+        return Tokenizer(source.folder).encode(CHECK_TEXT)
+    return self_check.default_ids(model.vocab_size)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
         args.processes,
         args.smoothquant,
         args.storage_type,
+        folder,
     )
     texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
     if len(texts) < args.calib_size:

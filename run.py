@@ -1,4 +1,4 @@
-"""Generate text with an engine: python run.py --engine_dir FOLDER --tokenizer_dir CHECKPOINT --max_output_len 50"""
+"""Generate text with an engine: python run.py --engine_dir FOLDER --max_output_len 50"""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from baichuan.cli.chat import chat as converse
 from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
 from baichuan.cli.terminal import TextPrinter
-from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
+from baichuan.config import SamplingConfig
+from baichuan.engine.folder import check_world, read_engine
 from baichuan.engine.runtime import open_session
+from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
 from baichuan.generation.session import Generation
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     add_model_version(parser, "the engine must be of it")
     parser.add_argument("--max_output_len", type=int, required=True, help="tokens of the continuation at most")
     parser.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
-    parser.add_argument("--tokenizer_dir", help="checkpoint folder, or its tokenizer.model; ids alone need none")
+    parser.add_argument("--tokenizer_dir", help="for an engine without a tokenizer: the checkpoint's folder or hub id")
     parser.add_argument("--input_text", nargs="+", help=f"one prompt or several (default: {DEFAULT_TEXT})")
     parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with a row each, or FILE.npy")
     parser.add_argument("--output_csv", help="file for prompt and continuation as ids, a row each")
@@ -53,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; none: a conversation")
     parser.add_argument("--system", help="chat: what the model is told first")
     add_weight_copies(parser)
-    group = parser.add_argument_group("sampling (defaults: the version's)")
+    group = parser.add_argument_group(
+        "sampling (defaults: the checkpoint's generation settings, or else its version's)"
+    )
     types = {field.name: int if field.type == "int" else float for field in fields(SamplingConfig)}
     for name, text in SAMPLING_FLAGS.items():
         group.add_argument(f"--{name}", type=types[name], help=text)
@@ -62,15 +66,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
-    sampling_config(args, args.model_version or "v1_13b")  # its errors come before the engine is read
-    folder = resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None
-    tokenizer = Tokenizer(folder) if folder else None
-    session = open_session(Path(args.engine_dir), comm, args.model_version, not args.no_weight_copies)
-    sampling = sampling_config(args, session.model.model_version)
+    sampling_config(args, SamplingConfig())  # its errors come before the engine is read
+    engine = read_engine(Path(args.engine_dir))
+    check_world(engine, comm, args.model_version)
+    text = open_text(engine, resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None)
+    tokenizer = text.tokenizer if args.input_tokens and not args.streaming else require_text(engine, text)
+    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies)
+    sampling = sampling_config(args, text.sampling)
     roles = None
     if args.chat:
-        roles = chat.role_ids(folder if folder.is_dir() else folder.parent)
-        sampling = replace(sampling, stop_ids=tuple(roles))
+        roles = text.roles()
+        sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *roles))
         if args.input_text is None:
             converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
             return 0
@@ -103,10 +109,6 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} and --{other} are both {path}; name two files")
     if args.input_text is not None and args.input_tokens:
         raise ConfigError("--input_text and --input_tokens are both given; prompts come from one place, leave one out")
-    if not args.tokenizer_dir and not args.input_tokens:
-        raise ConfigError("text needs a tokenizer; give --tokenizer_dir, the folder with tokenizer.model")
-    if not args.tokenizer_dir and args.streaming:
-        raise ConfigError("--streaming prints text and needs a tokenizer; give --tokenizer_dir")
     if args.chat and args.input_tokens:
         raise ConfigError("--chat builds the prompt from text; give --input_text, or leave --chat out")
     if args.system is not None and not args.chat:
@@ -124,10 +126,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--streaming prints one text and {len(args.input_text)} prompts are given; give one")
 
 
-def sampling_config(args: argparse.Namespace, model_version: str) -> SamplingConfig:
-    """The version's defaults with what the flags say."""
+def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:
+    """The defaults with what the flags say."""
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
-    return replace(SAMPLING_DEFAULTS[model_version], **given)
+    return replace(defaults, **given)
 
 
 def read_prompts(
@@ -147,8 +149,9 @@ def read_prompts(
 
 
 def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    """Text, or the ids themselves without a tokenizer."""
-    return tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
+    """Text, or the ids themselves without a tokenizer or where it lacks one of them."""
+    has_all = tokenizer is not None and max(ids, default=0) < tokenizer.vocab_size
+    return tokenizer.decode(ids) if has_all else " ".join(map(str, ids))
 
 
 def print_results(prompts: list[list[int]], results: list[Generation], tokenizer: Tokenizer | None) -> None:

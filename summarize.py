@@ -16,6 +16,7 @@ from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
 from baichuan.engine.folder import Engine, check_world, read_engine
 from baichuan.engine.runtime import open_session
 from baichuan.engine.self_check import float32_bytes
+from baichuan.engine.text import open_text, require_text
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.evaluation.datasets import load_samples
 from baichuan.evaluation.journal import run_all
@@ -26,7 +27,7 @@ from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
 from baichuan.executors.memory import require_host_memory
 from baichuan.parallel.comm import Communicator
-from baichuan.text.tokenizer import Tokenizer
+from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
 from baichuan.weights.hub.config_json import read_model_config
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
     sides.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
     sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
-    sides.add_argument("--tokenizer_dir", help="folder with tokenizer.model, if it is not that of --hf_model_dir")
+    sides.add_argument("--tokenizer_dir", help="tokenizer.model or its folder, where engine and checkpoint have none")
     sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
     add_weight_copies(sides)
     sides.add_argument("--hf_device", choices=("auto", "cpu", "cuda"), default="auto", help="of the transformers model")
@@ -82,7 +83,7 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
         engine = read_engine(Path(args.engine_dir))
         check_world(engine, comm, args.model_version)
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
-    tokenizer = only_rank_zero(comm, lambda: Tokenizer(tokenizer_folder(args)))
+    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engine))
     loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engine))
     tasks, data_settings = comm.broadcast_object(loaded)
     sides = open_sides(args, comm, engine)
@@ -106,8 +107,6 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
     if args.test_hf and not args.hf_model_dir:
         raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
-    if not (args.tokenizer_dir or args.hf_model_dir):
-        raise ConfigError("texts need a tokenizer; give --hf_model_dir or --tokenizer_dir")
     if args.check_accuracy and not args.test_trt_llm:
         raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
     if comm.world_size > 1 and not args.test_trt_llm:
@@ -152,8 +151,16 @@ def prepared_folder(output_dir: str | None) -> Path | None:
     return folder
 
 
-def tokenizer_folder(args: argparse.Namespace) -> Path:
-    return resolve_tokenizer(args.tokenizer_dir or args.hf_model_dir)
+def open_tokenizer(args: argparse.Namespace, engine: Engine | None) -> Tokenizer:
+    """The engine's own, which another one that is given must equal; or else --tokenizer_dir's or the checkpoint's."""
+    own = engine is not None and MODEL_NAME in engine.text_files
+    given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not own else None)
+    folder = resolve_tokenizer(given) if given else None
+    if own and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
+        folder = None
+    if engine is None:
+        return Tokenizer(folder)
+    return require_text(engine, open_text(engine, folder))
 
 
 def load_tasks(
@@ -218,7 +225,7 @@ def run_settings(args: argparse.Namespace, request: Request, comm: Communicator)
         "eval_ppl": request.eval_ppl,
         "rouge_tokenizer": TOKENIZER,
         "world_size": comm.world_size,
-        "tokenizer_dir": args.tokenizer_dir or args.hf_model_dir,
+        "tokenizer_dir": args.tokenizer_dir or args.hf_model_dir or args.engine_dir,
     }
 
 

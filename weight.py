@@ -47,8 +47,9 @@ class WeightSource:
             )
 
     @property
-    def dummy(self) -> bool:
-        return not (self.hub_folder or self.binary_folder)
+    def folder(self) -> Path | None:
+        """None: the weights are made up."""
+        return self.hub_folder or self.binary_folder
 
     def checkpoint(self, model: ModelConfig, tp_size: int) -> Checkpoint:
         """The whole model's matrices by the hub's names."""
@@ -64,6 +65,8 @@ def read_model(source: WeightSource, model_version: str | None, dtype: str) -> M
 
     Raises ConfigError where the folder contradicts model_version or leaves it open, CheckpointError where it is none.
     """
+    if source.folder is None:
+        raise ConfigError("dummy weights have no checkpoint to read; take a ModelConfig from config.PRESETS")
     if source.binary_folder:
         return read_binary_model(source.binary_folder, model_version, dtype)
     return read_model_config(source.hub_folder, model_version, dtype)

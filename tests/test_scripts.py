@@ -302,7 +302,6 @@ RUN_ERRORS = [
     (["--output_npy", ""], "output_npy"),
     (["--output_logits_npy", "/nowhere/x.npy"], "/nowhere"),
     (["--output_logits_npy", ""], "output_logits_npy"),
-    (["--streaming"], "--streaming prints text and needs a tokenizer"),
     (["--chat"], "--chat builds the prompt from text"),
     (["--system", "x"], "--system belongs to a chat"),
     (["--num_beams", "0"], "num_beams 0 is out of range"),
@@ -310,7 +309,7 @@ RUN_ERRORS = [
     (["--num_beams", "2", "--top_k", "3"], "leave --top_k out"),
     (["--num_beams", "2", "--top_p", "0.5"], "leave --top_p out"),
     (["--num_beams", "2", "--random_seed", "1"], "leave --random_seed out"),
-    (["--num_beams", "2", "--streaming"], "needs a tokenizer"),
+    (["--num_beams", "2", "--streaming"], "beams are known at the end"),
     (["--length_penalty", "1"], "belongs to beam search"),
     (["--num_beams", "2", "--length_penalty", "nan"], "length_penalty nan is out of range"),
     (["--top_k", "-1"], "top_k -1 is out of range"),
@@ -337,7 +336,6 @@ def test_wrong_flags_of_run(engine, prompts, tmp_path, capsys, more, sentence):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--max_output_len", "4"], "text needs a tokenizer"),
         (["--max_output_len", "4", "--tokenizer_dir", __file__], "is not a SentencePiece model"),
         (["--input_text", "a"], "required: --max_output_len"),
         (text_flags(Path(), "--input_text", *"abcde"), "5 prompts do not fit an engine of max_batch_size 4"),
@@ -346,7 +344,7 @@ def test_wrong_flags_of_run(engine, prompts, tmp_path, capsys, more, sentence):
         (text_flags(Path(), "--input_text", "a\udcff"), "not valid UTF-8"),
         (text_flags(Path(), "--chat", "--output_csv", "x"), "a conversation writes no files"),
     ],
-    ids=range(8),
+    ids=range(7),
 )
 def test_wrong_text(engine, capsys, more, sentence):
     refused(run.main, [*more, "--engine_dir", str(engine)], sentence, capsys)

@@ -102,7 +102,6 @@ def test_wrong_flags_give_one_sentence(articles, capsys, change, sentence):
     ("given", "sentence"),
     [
         (["--test_hf"], "--test_hf needs a checkpoint"),
-        (["--test_trt_llm"], "texts need a tokenizer"),
         (["--test_hf", "--hf_model_dir", "x", "--check_accuracy"], "--check_accuracy judges the engine"),
         (["--test_hf", "--hf_model_dir", "x", "--data_type", "int8"], "invalid choice"),
     ],

@@ -19,6 +19,7 @@ from baichuan.engine.folder import staging
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import scale_for
+from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
 from baichuan.weights.binary.config_ini import SIZES, write_binary_config
@@ -46,6 +47,7 @@ class ConvertRequest:
     processes: int = 4
     alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
     storage_type: str = "fp32"
+    text_folder: Path | None = None  # whose tokenizer and generation settings come along
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
@@ -82,6 +84,8 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             "weight_data_type": request.storage_type,
             "multi_query_mode": False,
         }
+        if request.text_folder:
+            copy_text_files(request.text_folder, staged)
         write_binary_config(staged, model | dict(settings) | fixed)
         _publish(staged, request.folder)
     return request.folder
@@ -139,8 +143,8 @@ def _publish(staged: Path, folder: Path) -> None:
     """Move the files into place, each at once and config.ini last; arrays of an older conversion go."""
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     names = sorted((path.name for path in staged.iterdir()), key=lambda name: name == CONFIG_NAME)
-    for stale in {path.name for path in folder.glob("model.layers.*.bin")} - set(names):
-        (folder / stale).unlink()
+    for stale in {*(path.name for path in folder.glob("model.layers.*.bin")), *TEXT_FILES} - set(names):
+        (folder / stale).unlink(missing_ok=True)
     for name in names:
         with open(staged / name, "rb") as file:
             os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from baichuan.errors import UnsupportedError
 from baichuan.executors.backend import RankToWrite
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
 from baichuan.executors.registry import BACKENDS
+from baichuan.text.settings import copy_text_files
 from baichuan.util import manifest
 from baichuan.util.processes import CONTEXT, run_tasks
 from baichuan.util.progress import Progress
@@ -45,6 +46,8 @@ class BuildRequest:
     plan_rank: PlanRank
     parallel: bool = False
     options: Any = None  # of the backend, by its build_options
+    text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
+    dummy: bool = False  # the weights are made up
 
 
 def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:
@@ -58,7 +61,9 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
         files, contract = _write_ranks(request, paths, plans, sum(sizes))
-        engine = Engine(staged, request.model, request.quant, request.build, files, contract)
+        texts = copy_text_files(request.text_folder, staged) if request.text_folder else []
+        text_files = {path.name: manifest.describe(path) for path in texts}
+        engine = Engine(staged, request.model, request.quant, request.build, files, contract, text_files, request.dummy)
         write_config(engine)
         if check:
             check(engine)

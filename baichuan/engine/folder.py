@@ -1,4 +1,4 @@
-"""The engine folder: one file a rank, and config.json, which says what they are and is written last."""
+"""The engine folder: a file per rank, the tokenizer, and config.json, which describes them and is written last."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from baichuan.errors import BaichuanError, ConfigError, EngineError
 from baichuan.executors.backend import Backend
 from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
+from baichuan.text.settings import TEXT_FILES
 from baichuan.util import manifest
 from baichuan.util.processes import ctrl_c_ignored
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
 _STAGING_PREFIX = ".building-"
@@ -39,6 +40,8 @@ class Engine:
     build: BuildConfig
     files: dict[str, dict]  # by name: bytes and sha256, see manifest.py
     contract: dict  # what the backend's runtime needs to know of its build; empty for torch
+    text_files: dict[str, dict]  # those of TEXT_FILES that the checkpoint had, described as `files` are
+    dummy: bool  # the weights were made up
 
     @property
     def spec(self) -> EngineSpec:
@@ -97,6 +100,8 @@ def write_config(engine: Engine) -> None:
             "build": to_json(build),
             "files": engine.files,
             "contract": engine.contract,
+            "text_files": engine.text_files,
+            "dummy": engine.dummy,
         },
     }
     (engine.folder / CONFIG_NAME).write_text(json.dumps(manifest.seal(values), indent=2) + "\n")
@@ -137,11 +142,14 @@ def read_engine(folder: Path) -> Engine:
     try:
         model, quant = from_json(ModelConfig, ours["model"]), from_json(QuantConfig, ours["quant"])
         build, files, contract = from_json(BuildConfig, ours["build"]), ours["files"], ours["contract"]
+        text_files, dummy = ours["text_files"], ours["dummy"]
     except (ConfigError, KeyError) as error:
         raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
     if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
         raise EngineError(f"{path} does not list one file a rank; build the engine again")
-    return Engine(folder, model, quant, build, files, contract)
+    if not set(text_files) <= set(TEXT_FILES):
+        raise EngineError(f"{path} lists text files that no engine has; build the engine again")
+    return Engine(folder, model, quant, build, files, contract, text_files, dummy)
 
 
 def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
@@ -172,7 +180,8 @@ def verify_rank_file(engine: Engine, comm: Communicator) -> None:
 def _files_of(folder: Path) -> set[str]:
     """The files of the engine in this folder, none if there is no readable one."""
     try:
-        return set(read_engine(folder).files)
+        engine = read_engine(folder)
+        return {*engine.files, *engine.text_files}
     except EngineError:
         return set()
 

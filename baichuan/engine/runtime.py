@@ -22,6 +22,8 @@ def open_session(
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
     verify_rank_file(engine, comm)
+    if engine.dummy and comm.rank == 0:
+        logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
     return Session(open_executor(engine, comm, keep_copies), engine.model, engine.build)
 
 

@@ -194,6 +194,8 @@ def engine_label(engine: Engine) -> str:
         parts.append(f"{engine.quant.kv_cache.upper()} KV cache")
     if engine.build.world_size > 1:
         parts.append(f"{engine.build.world_size} ranks")
+    if engine.dummy:
+        parts.append("dummy weights")
     return ", ".join(part for part in parts if part)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import NamedTuple
 
 from baichuan.config import require_choice, require_range
 from baichuan.errors import CheckpointError, ConfigError
+from baichuan.text.settings import CONFIG_NAME, read_settings
 from baichuan.text.tokenizer import Tokenizer
-
-CONFIG_NAME = "generation_config.json"
-MAX_CONFIG_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -30,28 +27,15 @@ def role_ids(folder: str | Path) -> ChatRoles:
 
     Raises CheckpointError for a file that is not such JSON, or for ids that are no ids or are the same.
     """
-    file = Path(folder) / CONFIG_NAME
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
-        return ChatRoles()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from None
-    try:
-        values = json.loads(content) if len(content) <= MAX_CONFIG_BYTES else None
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} is not a JSON object; copy the checkpoint's {CONFIG_NAME} again")
+    values = read_settings(Path(folder))
     default = ChatRoles()
     roles = ChatRoles(
         values.get("user_token_id", default.user_id), values.get("assistant_token_id", default.assistant_id)
     )
     if not all(type(role) is int and role >= 0 for role in roles) or roles.user_id == roles.assistant_id:
         raise CheckpointError(
-            f"{file} gives user_token_id {roles.user_id!r} and assistant_token_id {roles.assistant_id!r}; "
-            "they must be two different ids"
+            f"{Path(folder) / CONFIG_NAME} gives user_token_id {roles.user_id!r} and assistant_token_id "
+            f"{roles.assistant_id!r}; they must be two different ids"
         )
     return roles
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from baichuan.config import PRESETS, VERSIONS
+from baichuan.config import PRESETS, VERSIONS, ModelConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 
@@ -44,9 +44,24 @@ def tokenizer_evidence(folder: Path) -> dict[str, list[str]]:
     lengths of lm_head's rows: a NormHead's are stored as they were trained.
     """
     try:
-        tokenizer = Tokenizer(folder)
+        return _evidence_of(Tokenizer(folder))
     except BaichuanError:
         return {}
+
+
+def require_tokenizer(tokenizer: Tokenizer, where: str, model: ModelConfig) -> None:
+    """Raise ConfigError for a tokenizer that cannot be the model's: another version's, or of another size."""
+    remedy = f"give the {MODEL_NAME} of the model's own checkpoint"
+    for what, fitting in _evidence_of(tokenizer).items():
+        if model.model_version not in fitting:
+            raise ConfigError(f"{where} is not of a {model.model_version} model: {_fact((what, fitting))}; {remedy}")
+    if not 0 <= model.vocab_size - tokenizer.vocab_size <= MAX_GROWTH:
+        raise ConfigError(
+            f"{where} has {tokenizer.vocab_size} pieces and the model's vocabulary {model.vocab_size}; {remedy}"
+        )
+
+
+def _evidence_of(tokenizer: Tokenizer) -> dict[str, list[str]]:
     prefix = "a space" if tokenizer.adds_space else "no space"
     fitting = [name for name, version in VERSIONS.items() if version.norm_head != tokenizer.adds_space]
     evidence = {f"{MODEL_NAME} with {prefix} before the text": fitting}
