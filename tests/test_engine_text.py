@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import goldens
@@ -16,7 +17,7 @@ import run
 import summarize
 from baichuan.config import SAMPLING_DEFAULTS
 from baichuan.engine.folder import read_engine
-from baichuan.engine.text import open_text
+from baichuan.engine.text import open_text, require_text
 from baichuan.errors import CheckpointError, ConfigError, EngineError
 from baichuan.text.settings import TEXT_FILES, sampling_defaults
 
@@ -62,8 +63,6 @@ def test_an_engine_runs_without_a_tokenizer_dir_and_with_its_own(engine, capsys)
 
 
 def test_the_chat_needs_no_tokenizer_dir(engine):
-    import subprocess
-
     command = scripts.script("run.py", ["--engine_dir", str(engine), "--chat", *scripts.GREEDY])
     done = subprocess.run(command, input=b"Hello\n", env=scripts.ENVIRONMENT, capture_output=True, timeout=60)
     assert done.returncode == 0 and len(done.stdout.decode().split("> ")[1].strip()) > 0, done.stderr.decode()
@@ -202,8 +201,6 @@ def test_dummy_engines_say_so_everywhere(tmp_path, capsys):
     assert "the engine gets dummy weights and its text means nothing" in err and "100" not in err
     assert "self-check skipped: dummy weights" in err
     with pytest.raises(ConfigError, match="for it has dummy weights; give --tokenizer_dir"):
-        from baichuan.engine.text import require_text
-
         require_text(read_engine(folder), open_text(read_engine(folder), None))
     (tmp_path / "ids.csv").write_text("5,6,7\n")
     ids = ["--input_tokens", str(tmp_path / "ids.csv"), "--max_output_len", "3", "--log_level", "warning"]

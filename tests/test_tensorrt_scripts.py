@@ -171,7 +171,7 @@ def test_the_engine_folder(workflow):
     assert engine.contract["kv_mode"] == "in_place" and engine.contract["debug"]
     names = {path.name for path in engine.folder.iterdir()}
     plan = "baichuan_float16_tp1_rank0.engine"
-    assert names == {"config.json", plan, plan.replace(".engine", ".svg")}
+    assert names == {"config.json", plan, plan.replace(".engine", ".svg"), *TEXT_FILES}
     assert engine.files[plan]["bytes"] == (engine.folder / plan).stat().st_size
 
 
