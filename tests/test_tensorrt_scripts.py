@@ -20,6 +20,7 @@ from baichuan.engine.folder import read_engine
 from baichuan.executors.tensorrt import execute, plan_writer
 from baichuan.executors.tensorrt.plan import Plan, check_interface
 from baichuan.parallel.comm import run_ranks
+from baichuan.text.settings import TEXT_FILES
 
 SIZES = ["--max_input_len", "64", "--max_output_len", "24", "--max_batch_size", "2", "--max_beam_width", "3"]
 QUESTIONS = ["世界上第二高的山峰是哪座？", "今天天气怎么样？"]

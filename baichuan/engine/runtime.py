@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from baichuan.engine.folder import Engine, check_world, read_engine, verify_rank_file
@@ -9,6 +10,8 @@ from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator
+
+logger = logging.getLogger(__name__)
 
 
 def open_session(
