@@ -26,6 +26,7 @@ FLOORS = {
     "baichuan.calibration": 7,
     "baichuan.evaluation": 7,
     "baichuan.cli": 8,
+    "baichuan.doctor": 8,
     "weight": 8,
     "build": 9,
     "run": 9,
