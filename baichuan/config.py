@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from baichuan.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
+WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # weights/types.py has what belongs to each
 BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # executors/registry.py has what they do
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -105,7 +106,7 @@ PRESETS = {
 class QuantConfig:
     """How weights, activations and the KV cache are quantised.  The default is not at all."""
 
-    weights: str = "none"  # none | int8 | int4 | smooth_quant | fp8
+    weights: str = "none"  # one of WEIGHT_TYPES
     group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
     quantize_lm_head: bool = False  # int8 and int4 only; the embedding always stays in the dtype
     per_token: bool = False  # smooth_quant: one activation scale per token, else one per tensor
@@ -113,7 +114,7 @@ class QuantConfig:
     kv_cache: str = "none"  # none | int8 | fp8
 
     def __post_init__(self):
-        require_choice("weights", self.weights, ("none", "int8", "int4", "smooth_quant", "fp8"))
+        require_choice("weights", self.weights, WEIGHT_TYPES)
         require_choice("kv_cache", self.kv_cache, ("none", "int8", "fp8"))
         require_choice("group_size", self.group_size, (0, 32, 64, 128))
         if self.group_size and self.weights != "int4":

@@ -60,8 +60,10 @@ class SmoothQuantWeight(_Matrix):
 
     weight: Tensor  # [out_features, in_features] int8
     scale: Tensor  # [out_features] float32, smoothed weight ≈ weight * scale
-    input_scale: Tensor | None  # [1] float32, smoothed input ≈ int8 * input_scale; None = absmax / 127 of each token
-    smoother: Tensor | None  # [in_features] float32; None where the norm before has absorbed it
+    input_scale: Tensor | None = (
+        None  # [1] float32, smoothed input ≈ int8 * input_scale; None = absmax / 127 of each token
+    )
+    smoother: Tensor | None = None  # [in_features] float32; None where the norm before has absorbed it
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from baichuan.engine.folder import Engine
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.sampling import Sampler
 from baichuan.generation.session import Generation, Session
+from baichuan.weights.types import TYPES
 
 
 class Side(Protocol):
@@ -178,18 +179,9 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> Generation:
     return Generation(ids, "length")
 
 
-WEIGHT_LABELS = {
-    "none": "",
-    "int8": "INT8 weight-only",
-    "int4": "INT4 weight-only",
-    "smooth_quant": "SmoothQuant",
-    "fp8": "FP8",
-}
-
-
 def engine_label(engine: Engine) -> str:
     """For people: dtype, quantisation and ranks of an engine."""
-    parts = ["engine", engine.model.dtype, WEIGHT_LABELS[engine.quant.weights]]
+    parts = ["engine", engine.model.dtype, TYPES[engine.quant.weights].label]
     if engine.quant.kv_cache != "none":
         parts.append(f"{engine.quant.kv_cache.upper()} KV cache")
     if engine.build.world_size > 1:

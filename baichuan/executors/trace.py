@@ -13,7 +13,7 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.model.ops import ComposedOps
-from baichuan.records import AttentionSpec, DenseWeight, Int4Weight, Step, Weight
+from baichuan.records import AttentionSpec, Step, Weight
 from baichuan.weights.assemble import assemble
 from baichuan.weights.rank_tensors import PlannedTensors
 
@@ -33,7 +33,7 @@ class TraceOps(ComposedOps):
         return result, result
 
     def linear(self, x, weight: Weight):
-        out_features, in_features = _matrix_shape(weight)
+        out_features, in_features = weight.shape
         if x.shape[1] != in_features:
             raise ValueError(f"linear takes {in_features} features and got {x.shape[1]}")
         kind = type(weight).__name__.removesuffix("Weight")
@@ -54,7 +54,7 @@ class TraceOps(ComposedOps):
         return self._call("select_rows", (rows.shape[0], x.shape[1]), x.dtype)
 
     def head(self, x, weight: Weight, vocab_size: int):
-        out_features, in_features = _matrix_shape(weight)
+        out_features, in_features = weight.shape
         name = f"head {type(weight).__name__.removesuffix('Weight')} {out_features}x{in_features}"
         return self._call(name, (x.shape[0], vocab_size), torch.float32)
 
@@ -72,13 +72,3 @@ def trace(
     ops, spec = TraceOps(tp_size), attention_spec(config, rank, tp_size)
     forward(ops, config, assemble(tensors, config, quant), [None] * config.num_layers, spec, step)
     return ops.calls
-
-
-def _matrix_shape(weight: Weight) -> tuple[int, int]:
-    match weight:
-        case DenseWeight(matrix):
-            return tuple(matrix.shape)
-        case Int4Weight(packed, _):
-            return packed.shape[0], 2 * packed.shape[1]
-        case _:
-            return tuple(weight.weight.shape)

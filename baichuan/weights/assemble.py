@@ -9,25 +9,9 @@ from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import EngineError
-from baichuan.records import (
-    DenseWeight,
-    Fp8Weight,
-    Int4Weight,
-    Int8Weight,
-    LayerWeights,
-    ModelWeights,
-    SmoothQuantWeight,
-    Weight,
-)
+from baichuan.records import LayerWeights, ModelWeights, Weight
 from baichuan.weights.shard import LINEARS
-
-WEIGHT_TYPES = {
-    "none": DenseWeight,
-    "int8": Int8Weight,
-    "int4": Int4Weight,
-    "smooth_quant": SmoothQuantWeight,
-    "fp8": Fp8Weight,
-}
+from baichuan.weights.types import TYPES
 
 
 def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, quant: QuantConfig) -> ModelWeights:
@@ -43,9 +27,11 @@ def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, quant: QuantCon
         return left.pop(name)
 
     def weight(name: str, kind: type) -> Weight:
-        optional = {field.name for field in dataclasses.fields(kind) if "None" in field.type}
-        names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{n: left.pop(f"{name}.{n}", None) if n in optional else take(f"{name}.{n}") for n in names})
+        fields = {}
+        for field in dataclasses.fields(kind):
+            key, optional = f"{name}.{field.name}", field.default is not dataclasses.MISSING
+            fields[field.name] = left.pop(key, field.default) if optional else take(key)
+        return kind(**fields)
 
     def layer(prefix: str) -> LayerWeights:
         return LayerWeights(
@@ -53,14 +39,14 @@ def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, quant: QuantCon
             post_norm=take(f"{prefix}.post_norm"),
             k_scale=None if quant.kv_cache == "none" else take(f"{prefix}.k_scale"),
             v_scale=None if quant.kv_cache == "none" else take(f"{prefix}.v_scale"),
-            **{name: weight(f"{prefix}.{name}", WEIGHT_TYPES[quant.weights]) for name in LINEARS},
+            **{name: weight(f"{prefix}.{name}", TYPES[quant.weights].record) for name in LINEARS},
         )
 
     weights = ModelWeights(
         embedding=take("embedding"),
         layers=tuple(layer(f"layers.{index}") for index in range(config.num_layers)),
         norm=take("norm"),
-        lm_head=weight("lm_head", WEIGHT_TYPES[quant.weights if quant.quantize_lm_head else "none"]),
+        lm_head=weight("lm_head", TYPES[quant.weights if quant.quantize_lm_head else "none"].record),
     )
     if left:
         raise EngineError(f"the engine has a tensor {min(left)} that this model does not use; build it again")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baichuan.errors import UnsupportedError
 from baichuan.parallel.comm import Communicator
 from baichuan.quant.scaled import quantise
 from baichuan.quant.smoothquant import int8_matmul, quantise_input
 from baichuan.quant.weight_only import dequantise
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
+from baichuan.weights.types import product_of
 
 BLOCK_ELEMENTS = 1 << 18  # a thread's part of a weight in float32, which stays in the second-level cache
 FLOAT16_ROWS = 8  # more rows than this are faster, and exact, in float32
@@ -28,28 +28,36 @@ def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator
 
     x: [num_tokens, in_features] -> [num_tokens, out_features]
     """
-    match weight:
-        case DenseWeight(w):
-            slow_float16 = w.dtype == torch.float16 and x.shape[0] > FLOAT16_ROWS
-            if out_dtype == w.dtype == torch.float32:
-                return _product(x, w)
-            if out_dtype == w.dtype and not slow_float16:
-                return _own_gemv(x, w) if x.shape[0] == 1 else F.linear(x, w)
-            return _by_blocks(x, w.shape, _copy_of(w), out_dtype)
-        case Int8Weight(q, _):
-            return _by_blocks(x, q.shape, partial(dequantise, weight), out_dtype)
-        case Int4Weight(packed, _):
-            shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
-            return _by_blocks(x, shape, partial(dequantise, weight), out_dtype)
-        case SmoothQuantWeight(q, scale):
-            x8, input_scale = quantise_input(x, weight, comm)
-            return (int8_matmul(x8, q).float() * input_scale * scale).to(out_dtype)
-        case Fp8Weight(q, scale, input_scale):
-            x8 = quantise(x.float(), input_scale, q.dtype)
-            y = _by_blocks(x8, q.shape, _copy_of(q), torch.float32)
-            return (y * input_scale * scale).to(out_dtype)
-        case _:
-            raise UnsupportedError(f"the reference executor has no linear for {type(weight).__name__}")
+    return product_of(weight, "reference")(x, weight, out_dtype, comm)
+
+
+def dense(x: Tensor, weight: DenseWeight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
+    w = weight.weight
+    slow_float16 = w.dtype == torch.float16 and x.shape[0] > FLOAT16_ROWS
+    if out_dtype == w.dtype == torch.float32:
+        return _product(x, w)
+    if out_dtype == w.dtype and not slow_float16:
+        return _own_gemv(x, w) if x.shape[0] == 1 else F.linear(x, w)
+    return _by_blocks(x, weight.shape, _copy_of(w), out_dtype)
+
+
+def int8(x: Tensor, weight: Int8Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
+    return _by_blocks(x, weight.shape, partial(dequantise, weight), out_dtype)
+
+
+def int4(x: Tensor, weight: Int4Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
+    return _by_blocks(x, weight.shape, partial(dequantise, weight), out_dtype)
+
+
+def smooth_quant(x: Tensor, weight: SmoothQuantWeight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
+    x8, input_scale = quantise_input(x, weight, comm)
+    return (int8_matmul(x8, weight.weight).float() * input_scale * weight.scale).to(out_dtype)
+
+
+def fp8(x: Tensor, weight: Fp8Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
+    x8 = quantise(x.float(), weight.input_scale, weight.weight.dtype)
+    y = _by_blocks(x8, weight.shape, _copy_of(weight.weight), torch.float32)
+    return (y * weight.input_scale * weight.scale).to(out_dtype)
 
 
 def _own_gemv(x: Tensor, w: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ def _copy_of(w: Tensor) -> Callable[[slice, Tensor], Tensor]:
 
 
 def _by_blocks(
-    x: Tensor, shape: torch.Size, write_rows: Callable[[slice, Tensor], Tensor], out_dtype: torch.dtype
+    x: Tensor, shape: tuple[int, int], write_rows: Callable[[slice, Tensor], Tensor], out_dtype: torch.dtype
 ) -> Tensor:
     """x @ Wᵀ where write_rows(rows, out) makes rows of W in float32; W is never in memory as a whole."""
     out_features, in_features = shape

@@ -6,6 +6,9 @@ import torch
 
 from baichuan.config import QuantConfig
 from baichuan.errors import UnsupportedError
+from baichuan.weights.types import FP8, TYPES, Numbers
+
+BFLOAT16 = Numbers("bfloat16", (8, 0), "build with --dtype float16")
 
 
 def require_numbers(quant: QuantConfig, dtype: str, device: torch.device) -> None:
@@ -14,12 +17,12 @@ def require_numbers(quant: QuantConfig, dtype: str, device: torch.device) -> Non
     dtype: of the model, by its name
     """
     have, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    for needed, what, wanted, instead in (
-        ((8, 9), "FP8", "fp8" in (quant.weights, quant.kv_cache), "build with --use_smooth_quant or --int8_kv_cache"),
-        ((8, 0), "INT8", quant.weights in ("int8", "smooth_quant"), "build with --weight_only_precision int4"),
-        ((8, 0), "bfloat16", dtype == "bfloat16", "build with --dtype float16"),
-    ):
-        if wanted and have < needed:
+    needed = [TYPES[quant.weights].numbers]
+    needed += [FP8] if quant.kv_cache == "fp8" else []
+    needed += [BFLOAT16] if dtype == "bfloat16" else []
+    for numbers in needed:
+        if numbers is not None and have < numbers.compute_capability:
             raise UnsupportedError(
-                f"{name} has compute capability {have[0]}.{have[1]} and {what} needs {needed[0]}.{needed[1]}; {instead}"
+                f"{name} has compute capability {have[0]}.{have[1]} and {numbers.name} needs "
+                f"{numbers.compute_capability[0]}.{numbers.compute_capability[1]}; {numbers.instead}"
             )

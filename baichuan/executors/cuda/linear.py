@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baichuan.errors import UnsupportedError
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.products import fp8_product, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
@@ -22,6 +21,7 @@ from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, O
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
+from baichuan.weights.types import product_of
 
 # With more tokens than this a weight is dequantised at each product, unless a copy is kept (dense_copies.py).
 GEMM_ROWS = 256
@@ -61,19 +61,7 @@ class Choice:
 
 
 def choose_kernel(weight: Weight, choice: Choice) -> LinearKernel:
-    """Raises UnsupportedError for an unknown type of weight."""
-    match weight:
-        case DenseWeight():
-            return dense(weight, choice)
-        case Int8Weight():
-            return int8(weight, choice)
-        case Int4Weight():
-            return int4(weight, choice)
-        case SmoothQuantWeight():
-            return smooth_quant(weight, choice)
-        case Fp8Weight():
-            return fp8(weight, choice)
-    raise UnsupportedError(f"the CUDA executor has no linear for {type(weight).__name__}")
+    return product_of(weight, "cuda")(weight, choice)
 
 
 def dense(weight: DenseWeight, choice: Choice) -> LinearKernel:

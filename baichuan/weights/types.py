@@ -1,0 +1,77 @@
+"""Every type of weight, and where everything that belongs to it is found.
+
+A new type takes a record in records.py, the functions that its entry here names, and its name in
+config.WEIGHT_TYPES.  A product is named as `module:function` and imported when it is first used: Triton and TensorRT
+are not installed everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pkgutil import resolve_name
+
+from baichuan.errors import UnsupportedError
+from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a GPU must be able to multiply."""
+
+    name: str  # in messages
+    compute_capability: tuple[int, int]  # the lowest that can
+    instead: str  # what to build for an older GPU
+
+
+INT8 = Numbers("INT8", (8, 0), "build with --weight_only_precision int4")
+FP8 = Numbers("FP8", (8, 9), "build with --use_smooth_quant or --int8_kv_cache")
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """The products' signatures, for y = x @ Wᵀ as the record says:
+
+    reference(x, weight, out_dtype, comm) -> y
+    cuda(weight, choice) -> executors.cuda.linear.LinearKernel
+    tensorrt(graph, x, weight, ranks) -> y
+    """
+
+    record: type  # records.py
+    label: str  # in reports
+    products: Mapping[str, str]  # by executor
+    numbers: Numbers | None = None  # that the CUDA products multiply; None = the model's dtype
+
+
+def _products(function: str) -> dict[str, str]:
+    return {
+        "reference": f"baichuan.executors.cpu.reference_linear:{function}",
+        "cuda": f"baichuan.executors.cuda.linear:{function}",
+        "tensorrt": f"baichuan.executors.tensorrt.linear:{function}",
+    }
+
+
+TYPES = {  # by config.QuantConfig.weights
+    "none": WeightType(DenseWeight, "", _products("dense")),
+    "int8": WeightType(Int8Weight, "INT8 weight-only", _products("int8"), INT8),
+    "int4": WeightType(Int4Weight, "INT4 weight-only", _products("int4")),
+    "smooth_quant": WeightType(SmoothQuantWeight, "SmoothQuant", _products("smooth_quant"), INT8),
+    "fp8": WeightType(Fp8Weight, "FP8", _products("fp8"), FP8),
+}
+_BY_RECORD = {each.record: each for each in TYPES.values()}
+
+
+def product_of(weight: Weight, executor: str) -> Callable:
+    """The function that an executor multiplies with.  Raises UnsupportedError where it has none."""
+    found = _BY_RECORD.get(type(weight))
+    if found is None or executor not in found.products:
+        raise UnsupportedError(
+            f"the {executor} executor has no linear for {type(weight).__name__}; take another --backend"
+        )
+    return _imported(found.products[executor])
+
+
+@cache
+def _imported(name: str) -> Callable:
+    return resolve_name(name)
