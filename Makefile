@@ -5,19 +5,50 @@ BIN := .venv/bin
 READY := .venv/ready
 OUT ?= demo_output
 JOBS ?= 2
+FLAGS ?=  # more flags for pytest
 
-.PHONY: demo test check test-cuda bench walk clean
+.PHONY: demo test check lock test-newest test-oldest test-cuda bench walk clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo --output_dir $(OUT)
 
 test: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	$(call pytest,$(BIN))
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_layers.py
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# pytest in the environment whose programs are in the folder $1, on the tests $2 or all
+pytest = PATH="$(CURDIR)/$1:$$PATH" OMP_NUM_THREADS=1 $1/python -m pytest -n $(JOBS) $(FLAGS) $2
+
+# requirements.txt: the newest of every package that pyproject.toml's ranges allow, for all Pythons of its range.
+# PyTorch names its own CUDA packages exactly; without them here, PyTorch for the CPU downloads none.
+UV ?= $(BIN)/uv
+lock: $(if $(filter $(BIN)/%,$(UV)),$(READY))
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.10 \
+	    --extra dev --annotation-style line pyproject.toml --output-file requirements.new
+	sed -E '/^(nvidia|cuda)-/d' requirements.new > requirements.txt
+	rm requirements.new
+
+# The ends of the ranges, each in an environment of its own: the newest of every package, and the oldest transformers.
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable '.[dev]'
+	$(call pytest,.venv-newest/bin)
+
+OLDEST = $(shell sed -nE 's/.*"(transformers)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
+test-oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
+	$(call pytest,.venv-oldest/bin,tests/test_hf.py tests/test_beam.py tests/test_summarize.py)
 
 # On a GPU machine; PYTEST="python3 -m pytest" uses an environment that has torch with CUDA already.
 PYTEST ?= $(BIN)/python -m pytest
@@ -35,11 +66,5 @@ bench: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
 walk: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BENCH) benchmarks/walk.py $(WALK)
 
-$(READY): requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	touch $@
-
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv .venv-newest .venv-oldest $(OUT)

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda import linear as cuda_linear

@@ -1,8 +1,9 @@
-"""Before any test is imported: kernels run in Triton's interpreter where there is no GPU, and tests of libraries that a
-GPU machine may lack are left out there."""
+"""Before any test is imported: kernels run in Triton's interpreter where there is no GPU, programs that tests start
+find the project where it is not installed, and tests of libraries that a GPU machine may lack are left out there."""
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import kernel_device  # noqa: F401
 import pytest
@@ -16,6 +17,7 @@ from named_skips import (  # noqa: F401
     pytest_terminal_summary,
 )
 
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 collect_ignore = [] if find_spec("datasets") and find_spec("rouge_score") else ["test_rouge.py"]
 collect_ignore += [] if find_spec("pexpect") and find_spec("pyte") else ["test_chat_terminal.py"]
 

@@ -9,8 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import run
 from baichuan.errors import EngineError
 from baichuan.executors.cpu.reference import ReferenceExecutor

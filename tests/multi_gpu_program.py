@@ -1,11 +1,8 @@
 """Run under mpirun by test_multi_gpu.py: sums over the ranks' GPUs, eagerly and in a replayed graph."""
 
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.executors.cuda.comm import ONE_SHOT_BYTES, Nccl, gpu_of_rank
 from baichuan.parallel.comm import world_of_this_process

@@ -7,10 +7,10 @@ import random
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tokenizer_files import MODELS, RELEASED, SMALL, TINY, each, original, reference, tokenizer
 
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.tokenizer import MAX_MODEL_BYTES, REPLACEMENT, Tokenizer, check_ids
-from tests.tokenizer_files import MODELS, RELEASED, SMALL, TINY, each, original, reference, tokenizer
 
 # <SEP>, <CLS> and every <reserved_N> of the released models
 CONTROL_NAMES = {"small_v1": 302, "released_v1": 302, "small_v2": 990, "released_v2": 990}
