@@ -46,7 +46,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     build_flags.check_sizes(args, model)
     limits = build_flags.build_config(args, backend)
     quant = build_flags.quant_config(args, model)
-    plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=limits.world_size)
+    rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size)
     options = build_flags.backend_options(args, backend)
     check_text_files(source, model)
     request = BuildRequest(
@@ -54,7 +54,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
         model,
         quant,
         limits,
-        plan_rank,
+        rank_tensors,
         args.parallel_build,
         options,
         text_folder=source.folder,

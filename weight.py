@@ -1,9 +1,9 @@
 """The module that the scripts share: one rank's weights from a hub folder, a binary folder, or made up.
 
-read_model(source, model_version, dtype)          the model that a folder holds
-plan_rank(source, model, quant, rank, tp_size)    the tensors, still unread, for an engine file
-load_rank(source, model, quant, rank, tp_size)    the tensors in memory, as records.ModelWeights
-float_model(source, model, tp_size)               the whole model in transformers, not quantised, to compare with
+read_model(source, model_version, dtype)            the model that a folder holds
+rank_tensors(source, model, quant, rank, tp_size)   what goes into the rank's engine file, still unread
+load_rank(source, model, quant, rank, tp_size)      the same in memory, as records.ModelWeights
+float_model(source, model, tp_size)                 the whole model in transformers, not quantised, to compare with
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from baichuan.weights.assemble import assemble
 from baichuan.weights.binary.config_ini import read_binary_model
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
-from baichuan.weights.calibrated import plan_binary, plan_fp8
+from baichuan.weights.calibrated import from_binary, from_fp8_scales
 from baichuan.weights.dummy import dummy_checkpoint
 from baichuan.weights.hub.checkpoint import open_checkpoint
 from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
-from baichuan.weights.rank_tensors import PlannedTensors, materialise, plan_hub
+from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, in_memory
 from baichuan.weights.source import Checkpoint
 
 logger = logging.getLogger("baichuan.weight")
@@ -72,34 +72,34 @@ def read_model(source: WeightSource, model_version: str | None, dtype: str) -> M
     return read_model_config(source.hub_folder, model_version, dtype)
 
 
-def plan_rank(
+def rank_tensors(
     source: WeightSource, model: ModelConfig, quant: QuantConfig, rank: int, tp_size: int
-) -> list[PlannedTensors]:
+) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors.
 
     Raises CheckpointError for a source that is damaged or is not `model`, ConfigError for a quantisation that needs
     another source or does not divide by tp_size.
     """
     if source.binary_folder:
-        return plan_binary(open_binary(source.binary_folder, model, tp_size), quant, rank)
+        return from_binary(open_binary(source.binary_folder, model, tp_size), quant, rank)
     checkpoint = source.checkpoint(model, tp_size)
     if source.fp8_scales:
         scales = read_fp8_scales(source.fp8_scales, model.num_layers)
-        return plan_fp8(checkpoint, model, quant, scales, rank, tp_size)
+        return from_fp8_scales(checkpoint, model, quant, scales, rank, tp_size)
     calibrated = {"smooth_quant": "SmoothQuant", "fp8": "FP8"}.get(quant.weights)
     if calibrated or quant.kv_cache != "none":
         raise ConfigError(
             f"{calibrated or 'an 8-bit KV cache'} needs calibrated scales and a checkpoint alone has none; "
             "run hf_baichuan_convert.py and build with --bin_model_dir"
         )
-    return plan_hub(checkpoint, model, quant, rank, tp_size)
+    return from_checkpoint(checkpoint, model, quant, rank, tp_size)
 
 
 def load_rank(
     source: WeightSource, model: ModelConfig, quant: QuantConfig, rank: int = 0, tp_size: int = 1
 ) -> ModelWeights:
     """Rank `rank`'s weights in host memory."""
-    return assemble(materialise(plan_rank(source, model, quant, rank, tp_size)), model, quant)
+    return assemble(in_memory(rank_tensors(source, model, quant, rank, tp_size)), model, quant)
 
 
 def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1):

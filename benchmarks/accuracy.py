@@ -32,7 +32,7 @@ from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.progress import Progress
 from baichuan.weights.hub.checkpoint import open_checkpoint
 from baichuan.weights.hub.config_json import read_model_config
-from baichuan.weights.tensor_file import planned_bytes
+from baichuan.weights.rank_tensors import total_bytes
 
 ALPHAS = (0.5, 0.8)
 HEADER = "| precision | mean KL (nats) | top-1 | perplexity | engine |\n| --- | ---: | ---: | ---: | ---: |\n"
@@ -173,8 +173,8 @@ def measure(case: Case, model: ModelConfig, evaluation: list, reference: list) -
         top1 += len(ids) * agreement.top1
         nll += negative_log_likelihood(logits[:-1], ids[1:])
         targets += len(ids) - 1
-    plan = weight.plan_rank(case.source, replace(model, dtype=case.dtype), case.quant, 0, 1)
-    return Figures(kl / positions, top1 / positions, math.exp(nll / targets), planned_bytes(plan))
+    tensors = weight.rank_tensors(case.source, replace(model, dtype=case.dtype), case.quant, 0, 1)
+    return Figures(kl / positions, top1 / positions, math.exp(nll / targets), total_bytes(tensors))
 
 
 def row_of(label: str, figures: Figures) -> str:

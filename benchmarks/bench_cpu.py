@@ -31,7 +31,7 @@ from baichuan.hf_model.config import BaichuanConfig
 from baichuan.hf_model.modeling import BaichuanForCausalLM
 from baichuan.parallel.comm import Solo
 from baichuan.util.processes import CONTEXT
-from baichuan.weights.tensor_file import planned_bytes
+from baichuan.weights.rank_tensors import total_bytes
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 PROMPT = list(range(5, 69))
@@ -114,7 +114,7 @@ def opening(args: argparse.Namespace) -> None:
 def building(args: argparse.Namespace) -> None:
     model = PRESETS[args.build_version]
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        size = planned_bytes(weight.plan_rank(weight.WeightSource(), model, QuantConfig(), 0, 1))
+        size = total_bytes(weight.rank_tensors(weight.WeightSource(), model, QuantConfig(), 0, 1))
         dd_seconds(folder, size)  # a virtual machine may first have to get the memory of the page cache from its host
         peak = PeakAnonymous()
         start = time.perf_counter()
@@ -141,8 +141,8 @@ def dd_seconds(folder: str, size: int) -> float:
 
 
 def build(folder: Path, model: ModelConfig):
-    plan = partial(weight.plan_rank, weight.WeightSource(), model, QuantConfig(), tp_size=1)
-    return build_engine(BuildRequest(folder, model, QuantConfig(), BuildConfig(), plan))
+    tensors = partial(weight.rank_tensors, weight.WeightSource(), model, QuantConfig(), tp_size=1)
+    return build_engine(BuildRequest(folder, model, QuantConfig(), BuildConfig(), tensors))
 
 
 def read(path: Path) -> None:

@@ -45,8 +45,8 @@ def bench(args: argparse.Namespace, comm: Communicator) -> int:
     model = PRESETS[args.model_version]
     model = replace(model, num_layers=args.num_layers or model.num_layers)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        plan = partial(weight.plan_rank, weight.WeightSource(), model, QuantConfig(), tp_size=1)
-        engine = build_engine(BuildRequest(Path(folder), model, QuantConfig(), BuildConfig(), plan))
+        tensors = partial(weight.rank_tensors, weight.WeightSource(), model, QuantConfig(), tp_size=1)
+        engine = build_engine(BuildRequest(Path(folder), model, QuantConfig(), BuildConfig(), tensors))
         path = engine.rank_file(0)
         size = path.stat().st_size
         read(path)

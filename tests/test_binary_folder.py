@@ -21,8 +21,8 @@ from baichuan.records import Step
 from baichuan.weights.assemble import assemble
 from baichuan.weights.binary.config_ini import read_binary_model
 from baichuan.weights.binary.folder import open_binary
-from baichuan.weights.calibrated import plan_binary, plan_fp8
-from baichuan.weights.rank_tensors import materialise, plan_hub
+from baichuan.weights.calibrated import from_binary, from_fp8_scales
+from baichuan.weights.rank_tensors import from_checkpoint, in_memory
 
 SMOOTH_MODES = [(token, channel) for token in (False, True) for channel in (False, True)]
 
@@ -85,7 +85,7 @@ def logits(folder_of, quant, tp_size, model=ROTARY, ids=tuple(range(3, 20))):
 
     def run(comm):
         folder = open_binary(folder_of(tp_size), model, tp_size)
-        weights = assemble(materialise(plan_binary(folder, quant, comm.rank)), model, quant)
+        weights = assemble(in_memory(from_binary(folder, quant, comm.rank)), model, quant)
         executor = ReferenceExecutor(model, quant, weights, comm)
         executor.reset(1, len(ids))
         return executor.forward(Step.of([ids], all_outputs=True))
@@ -96,7 +96,9 @@ def logits(folder_of, quant, tp_size, model=ROTARY, ids=tuple(range(3, 20))):
 
 
 def float_logits(model=ROTARY, ids=tuple(range(3, 20))):
-    weights = assemble(materialise(plan_hub(make_checkpoint(model), model, QuantConfig(), 0, 1)), model, QuantConfig())
+    weights = assemble(
+        in_memory(from_checkpoint(make_checkpoint(model), model, QuantConfig(), 0, 1)), model, QuantConfig()
+    )
     executor = ReferenceExecutor(model, QuantConfig(), weights)
     executor.reset(1, len(ids))
     return executor.forward(Step.of([ids], all_outputs=True))
@@ -146,11 +148,11 @@ def test_a_plain_engine_from_the_folder_computes_the_checkpoint(folders, alpha, 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weight_only_integers_do_not_depend_on_the_folders_ranks(folders, weights, tp_size):
     quant = QuantConfig(weights=weights)
-    whole = materialise(plan_hub(make_checkpoint(ROTARY), ROTARY, quant, 0, 1))
+    whole = in_memory(from_checkpoint(make_checkpoint(ROTARY), ROTARY, quant, 0, 1))
     for rank in range(tp_size):
         folder = open_binary(folders(None, tp_size), ROTARY, tp_size)
-        from_hub = materialise(plan_hub(make_checkpoint(ROTARY), ROTARY, quant, rank, tp_size))
-        tensors = materialise(plan_binary(folder, quant, rank))
+        from_hub = in_memory(from_checkpoint(make_checkpoint(ROTARY), ROTARY, quant, rank, tp_size))
+        tensors = in_memory(from_binary(folder, quant, rank))
         assert set(tensors) == set(from_hub) == set(whole)
         for name, tensor in tensors.items():
             assert torch.equal(tensor, from_hub[name]), name
@@ -220,25 +222,25 @@ def test_fp8_weights_and_cache(folders):
     scales = [
         replace(layer, activation={key: value / 8 for key, value in layer.activation.items()}) for layer in scales
     ]
-    tensors = materialise(plan_fp8(make_checkpoint(ROTARY), ROTARY, quant, scales, 0, 1))
+    tensors = in_memory(from_fp8_scales(make_checkpoint(ROTARY), ROTARY, quant, scales, 0, 1))
     executor = ReferenceExecutor(ROTARY, quant, assemble(tensors, ROTARY, quant))
     executor.reset(1, 17)
     clipped = executor.forward(Step.of([range(3, 20)], all_outputs=True))
     assert kl(float_logits(), clipped) > 5 * kl(float_logits(), one), "the negative control: activations are clipped"
     with pytest.raises(CheckpointError, match="smoothed"):
-        plan_binary(open_binary(folders(0.5, 1), ROTARY, 1), quant, 0)
+        from_binary(open_binary(folders(0.5, 1), ROTARY, 1), quant, 0)
 
 
 def test_a_folder_of_the_old_script_loads(copy):
     """Without our additions: the seal, the version, the k and v scales, the FP8 scales."""
     folder = copy(None)
     quant = QuantConfig(kv_cache="int8")
-    ours = materialise(plan_binary(open_binary(folder, ROTARY, 1), quant, 0))
+    ours = in_memory(from_binary(open_binary(folder, ROTARY, 1), quant, 0))
     assert ours["layers.0.k_scale"] != ours["layers.0.v_scale"]
     edit_config(folder)
     for path in [*folder.glob("*.scale_[kv]_quant_orig.bin"), folder / "fp8_scales.npz"]:
         path.unlink()
-    old = materialise(plan_binary(open_binary(folder, ROTARY, 1), quant, 0))
+    old = in_memory(from_binary(open_binary(folder, ROTARY, 1), quant, 0))
     stored = np.fromfile(folder / "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin", "<f4")
     assert old["layers.0.k_scale"].item() == old["layers.0.v_scale"].item() == pytest.approx(stored.item())
     assert kl(float_logits(), logits(lambda _: folder, quant, 1)) < 0.02
@@ -250,9 +252,9 @@ def test_a_rank_reads_its_own_files_alone(copy):
     for path in folder.glob("*.1.bin"):
         path.unlink()
     for quant in (QuantConfig(), QuantConfig("smooth_quant", per_channel=True, kv_cache="int8")):
-        materialise(plan_binary(open_binary(folder, ROTARY, 2), quant, 0))
+        in_memory(from_binary(open_binary(folder, ROTARY, 2), quant, 0))
         with pytest.raises(CheckpointError, match="lacks"):
-            plan_binary(open_binary(folder, ROTARY, 2), quant, 1)
+            from_binary(open_binary(folder, ROTARY, 2), quant, 1)
 
 
 def cut(folder, name, keep):
@@ -305,10 +307,10 @@ SMOOTH = QuantConfig("smooth_quant", per_channel=True)
 )
 def test_damage_is_one_sentence(copy, damage, quant, message):
     folder = copy(0.5)
-    materialise(plan_binary(open_binary(folder, ROTARY, 1), quant, 0))
+    in_memory(from_binary(open_binary(folder, ROTARY, 1), quant, 0))
     damage(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
-        materialise(plan_binary(open_binary(folder, ROTARY, 1), quant, 0))
+        in_memory(from_binary(open_binary(folder, ROTARY, 1), quant, 0))
     assert "\n" not in str(caught.value)
 
 

@@ -29,8 +29,8 @@ from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Solo
 from baichuan.util import manifest
 from baichuan.weights.hub.config_json import read_model_config
-from baichuan.weights.rank_tensors import PlannedTensors
-from baichuan.weights.tensor_file import planned_bytes, write_tensors
+from baichuan.weights.rank_tensors import TensorBlocks, total_bytes
+from baichuan.weights.tensor_file import write_tensors
 
 VERSION = "v1_7b"
 
@@ -45,9 +45,9 @@ def request(folder, version=VERSION, weights="none", tp_size=1, change=None, **m
     """A request for the golden checkpoint's engine; change(rank, plan) may spoil it."""
     source, quant = weight.WeightSource(goldens.checkpoint(version)), QuantConfig(weights)
     model = read_model_config(source.hub_folder, version, "float32")
-    plan_rank = partial(weight.plan_rank, source, model, quant, tp_size=tp_size)
+    rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=tp_size)
     limits = BuildConfig(tp_size, **tiny_engine.LIMITS)
-    return BuildRequest(folder, model, quant, limits, change or plan_rank, **more), source
+    return BuildRequest(folder, model, quant, limits, change or rank_tensors, **more), source
 
 
 def test_every_backend_that_a_config_can_name_is_registered():
@@ -86,7 +86,7 @@ def test_a_process_that_is_killed_leaves_the_old_engine(folder):
 def plan_or_die(rank):
     """A plan whose second rank's process is killed when it writes."""
     asked, _ = request(None, tp_size=2)
-    return [replace(item, blocks=die) for item in asked.plan_rank(rank)] if rank == 1 else asked.plan_rank(rank)
+    return [replace(item, blocks=die) for item in asked.rank_tensors(rank)] if rank == 1 else asked.rank_tensors(rank)
 
 
 def die():
@@ -151,7 +151,7 @@ def test_an_engine_that_no_gpu_here_can_run_is_refused_or_warned_of(tmp_path, mo
 
 def test_what_is_planned_is_what_is_written_and_reported(tmp_path):
     asked, _ = request(tmp_path, weights="int8")
-    plan, sizes, spans, path = asked.plan_rank(0), [], [], tmp_path / "file"
+    plan, sizes, spans, path = asked.rank_tensors(0), [], [], tmp_path / "file"
 
     def wrote(start, size):
         assert path.stat().st_size >= start + size
@@ -159,7 +159,7 @@ def test_what_is_planned_is_what_is_written_and_reported(tmp_path):
 
     write_tensors(path, plan, sizes.append, wrote)
     header = int.from_bytes(path.read_bytes()[:8], "little")
-    assert sum(sizes) == planned_bytes(plan) == path.stat().st_size - 8 - header
+    assert sum(sizes) == total_bytes(plan) == path.stat().st_size - 8 - header
     starts, ends = zip(*sorted(spans), strict=True)
     assert starts == (0, *ends[:-1]) and ends[-1] == path.stat().st_size
 
@@ -234,22 +234,22 @@ def test_the_divergence_is_pytorchs():
 
 def spoilt(spoil, tp_size, rank):
     asked, _ = request(None, tp_size=tp_size)
-    return spoil(asked.plan_rank, rank, tp_size)
+    return spoil(asked.rank_tensors, rank, tp_size)
 
 
-def rolled_head(plan_rank, rank, _):
+def rolled_head(rank_tensors, rank, _):
     """lm_head's rows one off, so that each token gets its neighbour's logit."""
-    *rest, head = plan_rank(rank)
+    *rest, head = rank_tensors(rank)
 
     def blocks():
         rows = torch.cat([block["lm_head.weight"] for block in head.blocks()])
         yield {"lm_head.weight": rows.roll(1, 0)}
 
-    return [*rest, PlannedTensors(head.specs, blocks)]
+    return [*rest, TensorBlocks(head.specs, blocks)]
 
 
-def not_a_number(plan_rank, rank, _):
-    *rest, norm, head = plan_rank(rank)
+def not_a_number(rank_tensors, rank, _):
+    *rest, norm, head = rank_tensors(rank)
     [block] = norm.blocks()
     return [*rest, replace(norm, blocks=lambda: [{"norm": block["norm"] * torch.nan}]), head]
 
@@ -258,14 +258,14 @@ def test_an_engine_of_another_version_is_refused(tmp_path):
     """The check reads the checkpoint as what it is, whatever the build took it for."""
     asked, source = request(tmp_path, "v2_13b")
     taken_for = replace(asked.model, model_version="v1_13b")
-    plan_rank = partial(weight.plan_rank, source, taken_for, asked.quant, tp_size=1)
+    rank_tensors = partial(weight.rank_tensors, source, taken_for, asked.quant, tp_size=1)
     with pytest.raises(EngineError, match=r"mean KL of 1\d nats"):
-        build_engine(replace(asked, model=taken_for, plan_rank=plan_rank), build.self_checker(source, taken_for))
+        build_engine(replace(asked, model=taken_for, rank_tensors=rank_tensors), build.self_checker(source, taken_for))
     assert not list(tmp_path.iterdir())
 
 
-def swapped_ranks(plan_rank, rank, tp_size):
-    return plan_rank((rank + 1) % tp_size)
+def swapped_ranks(rank_tensors, rank, tp_size):
+    return rank_tensors((rank + 1) % tp_size)
 
 
 @pytest.mark.parametrize(("spoil", "tp_size"), [(rolled_head, 1), (not_a_number, 1), (swapped_ranks, 2)])

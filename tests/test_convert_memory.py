@@ -13,7 +13,7 @@ from process_memory import peak_anonymous_bytes
 
 from baichuan.config import PRESETS
 from baichuan.weights.dummy import dummy_checkpoint
-from baichuan.weights.rank_tensors import as_stored, plan_rows, whole
+from baichuan.weights.rank_tensors import as_stored
 from baichuan.weights.tensor_file import write_tensors
 
 MODEL = replace(PRESETS["v2_7b"], num_layers=4, vocab_size=1000, dtype="float16")
@@ -41,10 +41,7 @@ def checkpoint(tmp_path):
         "model_max_length": 4096,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    plan = [
-        plan_rows(name, [whole(source)], as_stored(source.dtype, ""))
-        for name, source in dummy_checkpoint(MODEL).items()
-    ]
+    plan = [as_stored(name, source) for name, source in dummy_checkpoint(MODEL).items()]
     write_tensors(folder / "model.safetensors", plan, lambda size: None)
     yield folder
     for name in ("checkpoint", "out"):  # gigabytes, which pytest would keep

@@ -8,8 +8,8 @@ from binary_models import ROTARY, make_checkpoint, make_tensors
 from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError
 from baichuan.weights.binary.fp8_scales import LayerScales, read_fp8_scales, write_fp8_scales
-from baichuan.weights.calibrated import plan_fp8
-from baichuan.weights.rank_tensors import materialise
+from baichuan.weights.calibrated import from_fp8_scales
+from baichuan.weights.rank_tensors import in_memory
 
 MODULES = ["attention:qkv:q", "attention:qkv:k", "attention:qkv:v", "attention:dense", "mlp:fc", "mlp:gate", "mlp:proj"]
 
@@ -73,7 +73,7 @@ def test_each_module_keeps_its_own_weight_scale_at_every_tp_size(tmp_path, tp_si
     np.savez(tmp_path / "old.npz", **old_file())
     scales = read_fp8_scales(tmp_path / "old.npz", 2)
     ranks = [
-        materialise(plan_fp8(make_checkpoint(ROTARY), ROTARY, QuantConfig("fp8"), scales, rank, tp_size))
+        in_memory(from_fp8_scales(make_checkpoint(ROTARY), ROTARY, QuantConfig("fp8"), scales, rank, tp_size))
         for rank in range(tp_size)
     ]
     tensors, hidden, inter = make_tensors(ROTARY), ROTARY.hidden_size, ROTARY.intermediate_size

@@ -13,8 +13,8 @@ KINDS = {"none": "Dense", "int8": "Int8", "int4": "Int4"}
 
 def ops_of(version, weights, rank, tp_size, step):
     config, quant = small_config(version), QuantConfig(weights)
-    plan = weight.plan_rank(weight.WeightSource(), config, quant, rank, tp_size)
-    return trace(config, quant, plan, rank, tp_size, step)
+    tensors = weight.rank_tensors(weight.WeightSource(), config, quant, rank, tp_size)
+    return trace(config, quant, tensors, rank, tp_size, step)
 
 
 def expected(version, weights, rank, tp_size, tokens, outputs):

@@ -16,7 +16,7 @@ from baichuan.quant.weight_only import quantise_int4, quantise_int8
 from baichuan.records import Step
 from baichuan.weights.assemble import assemble
 from baichuan.weights.dummy import dummy_checkpoint
-from baichuan.weights.rank_tensors import materialise, plan_hub
+from baichuan.weights.rank_tensors import from_checkpoint, in_memory
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
 
@@ -38,7 +38,7 @@ def checkpoint(model) -> Checkpoint:
 
 
 def rank_tensors(model, quant, rank, tp_size) -> dict[str, Tensor]:
-    return materialise(plan_hub(checkpoint(model), model, quant, rank, tp_size))
+    return in_memory(from_checkpoint(checkpoint(model), model, quant, rank, tp_size))
 
 
 def reassembled(ranks: list[dict[str, Tensor]], name: str, field: str, grouped: bool) -> Tensor:
@@ -49,7 +49,7 @@ def reassembled(ranks: list[dict[str, Tensor]], name: str, field: str, grouped: 
         return torch.cat(shares)  # lm_head's rows
     if linear.axis == 1:
         return shares[0] if field == "scale" and not grouped else torch.cat(shares, 1)
-    parts = linear.parts * len(linear.sources)
+    parts = linear.projections * len(linear.modules)
     return torch.cat([share.unflatten(0, (parts, -1)) for share in shares], 1).flatten(0, 1)
 
 

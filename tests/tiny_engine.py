@@ -15,7 +15,7 @@ from baichuan.evaluation.datasets import Sample
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.util import manifest
 from baichuan.weights.hub.config_json import read_model_config
-from baichuan.weights.rank_tensors import plan_hub
+from baichuan.weights.rank_tensors import from_checkpoint
 from baichuan.weights.source import known
 
 SAMPLES = [
@@ -32,12 +32,12 @@ def build(folder: Path, version: str, quant: QuantConfig | None = None, tp_size:
     quant, checkpoint = quant or QuantConfig(), goldens.checkpoint(version)
     model = read_model_config(checkpoint, version, "float32")
     tensors = {name: known(tensor) for name, tensor in load_hf_model(checkpoint, version).state_dict().items()}
-    plan_rank = partial(_plan_rank, tensors, model, quant, tp_size)
-    return build_engine(BuildRequest(folder, model, quant, BuildConfig(tp_size, **{**LIMITS, **limits}), plan_rank))
+    rank_tensors = partial(_rank_tensors, tensors, model, quant, tp_size)
+    return build_engine(BuildRequest(folder, model, quant, BuildConfig(tp_size, **{**LIMITS, **limits}), rank_tensors))
 
 
-def _plan_rank(tensors, model, quant, tp_size, rank):
-    return plan_hub(tensors, model, quant, rank, tp_size)
+def _rank_tensors(tensors, model, quant, tp_size, rank):
+    return from_checkpoint(tensors, model, quant, rank, tp_size)
 
 
 def snapshot(folder: Path) -> dict[str, dict]:

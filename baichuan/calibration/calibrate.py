@@ -94,13 +94,11 @@ def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterato
 
 def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
     """hidden[i] = embedding[tokens[i]], reading the embedding once, block by block."""
-    step = max(1, READ_BYTES // (4 * source.shape[1]))
-    for start in range(0, source.shape[0], step):
-        stop = min(start + step, source.shape[0])
+    for start, stop in source.blocks(READ_BYTES):
         wanted = torch.nonzero((tokens >= start) & (tokens < stop), as_tuple=True)[0]
         if len(wanted):
             rows = source.read(start, stop)
-            for some in wanted.split(step):
+            for some in wanted.split(stop - start):
                 hidden[some] = rows[tokens[some] - start].float()
 
 
@@ -155,9 +153,9 @@ class _Buffers:
 
     def load(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
-        norms = {name: self._read(name, [f"{prefix}.{source}.weight"]) for name, source in NORMS.items()}
+        norms = {name: self._read(name, [f"{prefix}.{norm}.weight"]) for name, norm in NORMS.items()}
         linears = {
-            name: DenseWeight(self._read(name, [f"{prefix}.{source}.weight" for source in linear.sources]))
+            name: DenseWeight(self._read(name, [f"{prefix}.{module}.weight" for module in linear.modules]))
             for name, linear in LINEARS.items()
         }
         return LayerWeights(**norms, **linears)
@@ -168,10 +166,8 @@ class _Buffers:
             shape = sum(source.shape[0] for source in sources), *sources[0].shape[1:]
             self.memory[name] = torch.empty(shape, device=self.device)
         buffer, first = self.memory[name], 0
-        step = max(1, READ_BYTES // (4 * buffer[0].numel()))
         for source in sources:
-            for start in range(0, source.shape[0], step):
-                stop = min(start + step, source.shape[0])
+            for start, stop in source.blocks(READ_BYTES):
                 buffer[first + start : first + stop] = source.read(start, stop).to(self.device)
             first += source.shape[0]
         return buffer

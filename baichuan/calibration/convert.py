@@ -118,7 +118,7 @@ def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[s
     for seen, absmax in zip(ranges, weight_absmax, strict=True):
         activation, weights = {}, {}
         for name, linear in LINEARS.items():
-            of_modules = [each for source in linear.sources for each in absmax[source]]
+            of_modules = [each for module in linear.modules for each in absmax[module]]
             for module, weight in zip(MODULES[name], of_modules, strict=True):
                 activation[module] = scale(seen.linears[name].x.max().item())
                 weights[module] = scale(weight)

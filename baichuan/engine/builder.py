@@ -24,26 +24,25 @@ from baichuan.text.settings import copy_text_files
 from baichuan.util import manifest
 from baichuan.util.processes import CONTEXT, run_tasks
 from baichuan.util.progress import Progress
-from baichuan.weights.rank_tensors import PlannedTensors
-from baichuan.weights.tensor_file import planned_bytes
+from baichuan.weights.rank_tensors import TensorBlocks, total_bytes
 
 logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 1 << 30  # one writing process: the interpreter, PyTorch and a few blocks of weights
 DISK_SLACK_BYTES = 16 << 20  # config.json and the file system's own
 
-PlanRank = Callable[[int], list[PlannedTensors]]  # picklable: with --parallel_build each process calls its own
+RankTensors = Callable[[int], list[TensorBlocks]]  # picklable: with --parallel_build each process calls its own
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """An engine to be built.  plan_rank(rank) gives the tensors of one rank."""
+    """An engine to be built."""
 
     output_dir: Path
     model: ModelConfig
     quant: QuantConfig
     build: BuildConfig
-    plan_rank: PlanRank
+    rank_tensors: RankTensors  # of each rank, not yet read
     parallel: bool = False
     options: Any = None  # of the backend, by its build_options
     text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
@@ -55,12 +54,12 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
 
     check(engine) is called with the finished engine before it replaces an older one; it raises to refuse it.
     """
-    plans = [request.plan_rank(rank) for rank in range(request.build.world_size)]
-    sizes = [planned_bytes(plan) for plan in plans]
+    tensors = [request.rank_tensors(rank) for rank in range(request.build.world_size)]
+    sizes = [total_bytes(each) for each in tensors]
     with staging(request.output_dir) as staged:
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
-        files, contract = _write_ranks(request, paths, plans, sum(sizes))
+        files, contract = _write_ranks(request, paths, tensors, sum(sizes))
         texts = copy_text_files(request.text_folder, staged) if request.text_folder else []
         text_files = {path.name: manifest.describe(path) for path in texts}
         engine = Engine(staged, request.model, request.quant, request.build, files, contract, text_files, request.dummy)
@@ -105,11 +104,11 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
 
 
 def _write_ranks(
-    request: BuildRequest, paths: Sequence[Path], plans: Sequence[list[PlannedTensors]], size: int
+    request: BuildRequest, paths: Sequence[Path], tensors: Sequence[list[TensorBlocks]], size: int
 ) -> tuple[dict[str, dict], dict]:
     """The files' entries in config.json by name, and the contract, which is the same for all.
 
-    size: of the plans' tensors in bytes.  Processes make the plans again, because open files do not travel to them.
+    size: of the tensors in bytes.  Processes open the source again, because open files do not travel to them.
     """
     with Progress("writing the engine", size, "B") as progress:
         if request.parallel and len(paths) > 1:
@@ -117,8 +116,8 @@ def _write_ranks(
             written = _in_processes(tasks, progress)
         else:
             written = {
-                rank: _write_rank(request, rank, path, plan, progress.advance)
-                for rank, (path, plan) in enumerate(zip(paths, plans, strict=True))
+                rank: _write_rank(request, rank, path, each, progress.advance)
+                for rank, (path, each) in enumerate(zip(paths, tensors, strict=True))
             }
     entries, contracts = zip(*(written[rank] for rank in range(len(paths))), strict=True)
     return {path.name: entry for path, entry in zip(paths, entries, strict=True)}, contracts[0]
@@ -128,14 +127,17 @@ def _write_rank(
     request: BuildRequest,
     rank: int,
     path: Path,
-    plan: list[PlannedTensors] | None = None,
+    tensors: list[TensorBlocks] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[dict, dict]:
-    """The file's entry in config.json, and the contract.  A process of its own makes its plan and counts by _count."""
+    """The file's entry in config.json, and the contract.
+
+    A process of its own opens the source again and counts by _count.
+    """
     backend, spec = BACKENDS[request.build.backend], EngineSpec(request.model, request.quant, request.build)
-    plan = plan or request.plan_rank(rank)
+    tensors = tensors or request.rank_tensors(rank)
     with manifest.Describer(path) as describer:
-        job = RankToWrite(path, rank, plan, spec, request.options, advance or _count, describer.wrote)
+        job = RankToWrite(path, rank, tensors, spec, request.options, advance or _count, describer.wrote)
         contract = backend.write_rank(job)
         return describer.entry(), contract
 

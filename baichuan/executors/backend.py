@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from baichuan.config import EngineSpec, QuantConfig
 from baichuan.executors.base import Executor
 from baichuan.parallel.comm import Communicator
-from baichuan.weights.rank_tensors import PlannedTensors
+from baichuan.weights.rank_tensors import TensorBlocks
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RankToWrite:
 
     path: Path
     rank: int
-    tensors: list[PlannedTensors]
+    tensors: list[TensorBlocks]
     spec: EngineSpec
     options: Any  # what the backend's build_options gave; None: its defaults
     advance: Callable[[int], None]  # is told how many more bytes of weights are done

@@ -15,7 +15,7 @@ from baichuan.model.decoder import attention_spec, forward
 from baichuan.model.ops import ComposedOps
 from baichuan.records import AttentionSpec, Step, Weight
 from baichuan.weights.assemble import assemble
-from baichuan.weights.rank_tensors import PlannedTensors
+from baichuan.weights.rank_tensors import TensorBlocks
 
 
 @dataclass
@@ -64,10 +64,10 @@ class TraceOps(ComposedOps):
 
 
 def trace(
-    config: ModelConfig, quant: QuantConfig, plan: list[PlannedTensors], rank: int, tp_size: int, step: Step
+    config: ModelConfig, quant: QuantConfig, rank_tensors: list[TensorBlocks], rank: int, tp_size: int, step: Step
 ) -> list[str]:
     """The ops of one step on rank `rank`, in order."""
-    specs = {name: spec for item in plan for name, spec in item.specs.items()}
+    specs = {name: spec for item in rank_tensors for name, spec in item.specs.items()}
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in specs.items()}
     ops, spec = TraceOps(tp_size), attention_spec(config, rank, tp_size)
     forward(ops, config, assemble(tensors, config, quant), [None] * config.num_layers, spec, step)

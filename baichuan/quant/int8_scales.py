@@ -10,19 +10,20 @@ from torch import Tensor
 SMALLEST = 1e-20  # of a range; a matrix or an input of zeros has a scale all the same
 
 
-def int8_scales(x_absmax: Tensor, y_absmax: Tensor, weight_absmax: Tensor, parts: int) -> Mapping[str, Tensor]:
+def int8_scales(x_absmax: Tensor, y_absmax: Tensor, weight_absmax: Tensor, projections: int) -> Mapping[str, Tensor]:
     """Every scale of one linear, in float32.
 
     x_absmax: the largest |input|; y_absmax: the largest |output|; weight_absmax: [out_features], each row's largest;
-    parts: 3 for QKV, whose per-tensor scales are one for each of q, k and v, else 1.
+    projections: 3 for QKV, whose per-tensor scales are one for each of q, k and v, else 1.
 
-    scale_w_orig_quant = 127 / max|W|  (T: [parts, out_features / parts] repeated within a part, C: of each row)
+    scale_w_orig_quant = 127 / max|W|  (T: the same within a projection, C: of each row)
     scale_w_quant_orig = 1 / scale_w_orig_quant
     scale_x_orig_quant = 127 / max|x|,  scale_y_quant_orig = max|y| / 127
     scale_y_accum_quant = (127 / max|y|) / (scale_x_orig_quant * scale_w_orig_quant)
     """
     channels = weight_absmax.double().clamp(min=SMALLEST)
-    tensors = channels.view(parts, -1).amax(1, keepdim=True).expand(parts, len(channels) // parts).flatten()
+    of_projection = channels.view(projections, -1)  # [projections, channels of each]
+    tensors = of_projection.amax(1, keepdim=True).expand_as(of_projection).flatten()
     x_scale = 127 / x_absmax.double().clamp(min=SMALLEST)
     y_scale = 127 / y_absmax.double().clamp(min=SMALLEST)
     scales = {"scale_x_orig_quant": x_scale, "scale_y_quant_orig": 1 / y_scale}

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.quant.scaled import LIMITS, quantise
+from baichuan.quant.scaled import LIMITS
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.binary.fp8_scales import MODULES, LayerScales
-from baichuan.weights.rank_tensors import PlannedTensors, as_stored, plan_hub, plan_model, plan_rows, whole
-from baichuan.weights.shard import LINEARS
-from baichuan.weights.source import Checkpoint, TensorSource, known, part
+from baichuan.weights.converters import cast, fp8
+from baichuan.weights.rank_tensors import (
+    LinearConverters,
+    LinearTensors,
+    Piece,
+    TensorBlocks,
+    as_stored,
+    from_checkpoint,
+    from_pieces,
+    whole_model,
+)
+from baichuan.weights.source import Checkpoint, TensorSource, known
 
-E4M3 = torch.float8_e4m3fn
 
-
-def plan_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[PlannedTensors]:
+def from_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors from a binary folder.
 
     Weight-only and FP8 quantisation read whole rows, from every rank's files, so that nothing depends on tp_size;
@@ -29,82 +34,54 @@ def plan_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[Pla
     rank_alone = quant.weights in ("none", "smooth_quant")
     folder.check(quant, range(rank, rank + 1) if rank_alone else range(tp_size))
     if quant.weights == "fp8":
-        return plan_fp8(folder.checkpoint(), config, quant, folder.fp8_scales(), rank, tp_size)
+        return from_fp8_scales(folder.checkpoint(), config, quant, folder.fp8_scales(), rank, tp_size)
     if not rank_alone:
-        plan = plan_hub(folder.checkpoint(), config, quant, rank, tp_size)
+        tensors = from_checkpoint(folder.checkpoint(), config, quant, rank, tp_size)
     else:
-        plan = plan_model(folder.checkpoint(), config, quant, rank, tp_size, _rank_linears(folder, quant, rank))
+        tensors = whole_model(folder.checkpoint(), config, quant, rank, tp_size, _rank_linears(folder, quant, rank))
     if quant.kv_cache == "none":
-        return plan
-    return [*plan, *_plan_kv_scales(config, lambda layer: folder.kv_scales(layer, quant.kv_cache))]
+        return tensors
+    return [*tensors, *_kv_scales(config, lambda layer: folder.kv_scales(layer, quant.kv_cache))]
 
 
-def plan_fp8(
+def from_fp8_scales(
     checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig, scales: list[LayerScales], rank: int, tp_size: int
-) -> list[PlannedTensors]:
+) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors with e4m3 weights and activations, or only an FP8 KV cache.
 
-    scales: one entry a layer.  Each module (q, k, v, gate, up, ...) has one scale for its weights.
+    scales: one entry a layer.  Each projection (q, k, v, gate, up, ...) has one scale for its weights.
     """
 
-    def plan_linear(layer: int, name: str) -> list[PlannedTensors]:
-        linear, modules = LINEARS[name], MODULES[name]
-        sources = [checkpoint[f"model.layers.{layer}.{source}.weight"] for source in linear.sources]
-        rows = sources[0].shape[0] // linear.parts
-        blocks = [part(source, index * rows, rows) for source in sources for index in range(linear.parts)]
-        pieces, channel_scales = [], []
-        for block, module in zip(blocks, modules, strict=True):
-            scale = scales[layer].weights[module]
-            ranges, columns = replace(linear, parts=1).cut(block.shape, rank, tp_size)
-            pieces.append((_as_e4m3(block, scale), ranges))
-            channel_scales.append(torch.full((sum(stop - start for start, stop in ranges),), scale))
-        prefix = f"layers.{layer}.{name}"
-        return [
-            plan_rows(prefix, pieces, as_stored(E4M3, "weight"), columns),
-            _plan_known(f"{prefix}.scale", torch.cat(channel_scales)),
-            _plan_known(f"{prefix}.input_scale", torch.tensor([scales[layer].input_scale(name)])),
-        ]
+    def converters(layer: int, name: str) -> LinearConverters:
+        projections = [fp8(scales[layer].weights[module]) for module in MODULES[name]]
+        return LinearConverters(projections, {"input_scale": torch.tensor([scales[layer].input_scale(name)])})
 
-    if quant.weights == "fp8":
-        plan = plan_model(checkpoint, config, quant, rank, tp_size, plan_linear)
-    else:
-        plan = plan_hub(checkpoint, config, quant, rank, tp_size)
+    tensors = from_checkpoint(checkpoint, config, quant, rank, tp_size, converters if quant.weights == "fp8" else None)
     if quant.kv_cache == "none":
-        return plan
-    ratio = LIMITS[E4M3] / LIMITS[torch.int8] if quant.kv_cache == "int8" else 1.0
+        return tensors
+    ratio = LIMITS[torch.float8_e4m3fn] / LIMITS[torch.int8] if quant.kv_cache == "int8" else 1.0
     kv = [{name: known(torch.tensor([scale * ratio])) for name, scale in layer.kv.items()} for layer in scales]
-    return [*plan, *_plan_kv_scales(config, kv.__getitem__)]
+    return [*tensors, *_kv_scales(config, kv.__getitem__)]
 
 
-def _rank_linears(folder: BinaryFolder, quant: QuantConfig, rank: int) -> Callable[[int, str], list[PlannedTensors]]:
-    dtype = getattr(torch, folder.model.dtype)
+def _rank_linears(folder: BinaryFolder, quant: QuantConfig, rank: int) -> LinearTensors:
+    """A rank's linears from the rank's own files."""
+    plain = cast(getattr(torch, folder.model.dtype))
 
-    def plan_linear(layer: int, name: str) -> list[PlannedTensors]:
+    def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
         prefix = f"layers.{layer}.{name}"
         if quant.weights == "none":
-            return [plan_rows(prefix, [whole(folder.dense(layer, name, rank))], as_stored(dtype, "weight"))]
+            source = folder.dense(layer, name, rank)
+            return [from_pieces(prefix, [Piece(source, (0, source.shape[0]), plain)])]
         fields = folder.smooth_quant(layer, name, rank, quant.per_token, quant.per_channel)
-        return [_plan_source(f"{prefix}.{field}", source) for field, source in fields.items()]
+        return [as_stored(f"{prefix}.{field}", source) for field, source in fields.items()]
 
-    return plan_linear
+    return linear_tensors
 
 
-def _plan_kv_scales(config: ModelConfig, scales: Callable[[int], dict[str, TensorSource]]) -> list[PlannedTensors]:
+def _kv_scales(config: ModelConfig, scales: Callable[[int], Mapping[str, TensorSource]]) -> list[TensorBlocks]:
     return [
-        _plan_source(f"layers.{layer}.{name}", source)
+        as_stored(f"layers.{layer}.{name}", source)
         for layer in range(config.num_layers)
         for name, source in scales(layer).items()
     ]
-
-
-def _as_e4m3(source: TensorSource, scale: float) -> TensorSource:
-    factor = torch.tensor(scale)
-    return replace(source, dtype=E4M3, read=lambda start, stop: quantise(source.read(start, stop), factor, E4M3))
-
-
-def _plan_source(name: str, source: TensorSource) -> PlannedTensors:
-    return plan_rows(name, [whole(source)], as_stored(source.dtype, ""))
-
-
-def _plan_known(name: str, values: Tensor) -> PlannedTensors:
-    return _plan_source(name, known(values))

@@ -1,4 +1,4 @@
-"""One rank's engine tensors as a plan: their names, types and shapes now, their rows when they are written.
+"""One rank's engine tensors, before any weight is read: their names, types and shapes now, their rows when written.
 
 The whole row is quantised first and the rank's columns are cut afterwards, so that every tensor-parallel size holds
 the same integers and scales.
@@ -6,154 +6,173 @@ the same integers and scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.quant.weight_only import check_group_size, quantise_int4, quantise_int8
-from baichuan.weights.shard import LINEARS, NORMS, Range, padded_vocab_size, rank_range
-from baichuan.weights.source import Checkpoint, TensorSource
+from baichuan.quant.weight_only import check_group_size
+from baichuan.weights.converters import Converter, cast, converter
+from baichuan.weights.shard import LINEARS, NORMS, Range, padded_vocab_size, rank_ranges
+from baichuan.weights.source import Checkpoint, TensorSource, known
 
 BLOCK_BYTES = 32 << 20  # of a weight's rows in float32: a build holds a few such blocks at a time
 NORM_HEAD_EPS = 1e-12  # torch.nn.functional.normalize's default, as in the original NormHead
 
-Converter = Callable[[Tensor], dict[str, Tensor]]  # whole rows [n, in_features] -> fields of a weight record
-
 
 @dataclass(frozen=True)
-class PlannedTensors:
+class TensorBlocks:
     """Tensors that are made together, block of rows by block of rows."""
 
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by engine name
     blocks: Callable[[], Iterator[dict[str, Tensor]]]  # each tensor's next rows, until all are complete
 
 
-def plan_hub(
-    checkpoint: Checkpoint, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int
-) -> list[PlannedTensors]:
-    """Rank `rank`'s engine tensors from a checkpoint in the hub's format, quantised weight-only or not at all.
+@dataclass(frozen=True)
+class LinearConverters:
+    """How one of shard.LINEARS becomes a weight record."""
 
-    Raises ConfigError when the model, or int4's groups of input channels, do not divide by tp_size.
-    """
-    dtype = getattr(torch, config.dtype)
-
-    def plan_linear(index: int, name: str) -> list[PlannedTensors]:
-        linear = LINEARS[name]
-        sources = [checkpoint[f"model.layers.{index}.{source}.weight"] for source in linear.sources]
-        rows, columns = linear.cut(sources[0].shape, rank, tp_size)
-        if quant.weights == "int4":
-            check_group_size(quant.group_size, columns[1] - columns[0], name)
-        pieces = [(source, rows) for source in sources]
-        return [plan_rows(f"layers.{index}.{name}", pieces, _converter(quant.weights, quant, dtype), columns)]
-
-    return plan_model(checkpoint, config, quant, rank, tp_size, plan_linear)
+    projections: Sequence[Converter]  # of the rows of each projection of each of the hub's matrices, in their order
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # fields that no row has a part in
 
 
-def plan_model(
+LinearTensors = Callable[[int, str], list[TensorBlocks]]  # (layer, one of shard.LINEARS) -> its tensors
+
+
+def from_checkpoint(
     checkpoint: Checkpoint,
     config: ModelConfig,
     quant: QuantConfig,
     rank: int,
     tp_size: int,
-    plan_linear: Callable[[int, str], list[PlannedTensors]],
-) -> list[PlannedTensors]:
-    """The whole model, of which plan_linear(layer, name) plans the layers' linears (shard.LINEARS)."""
+    converters: Callable[[int, str], LinearConverters] | None = None,
+) -> list[TensorBlocks]:
+    """Rank `rank`'s engine tensors from whole matrices by the hub's names.
+
+    converters(layer, one of shard.LINEARS): None = as `quant` says, which then needs nothing but the weights.
+    Raises ConfigError when the model, or int4's groups of input channels, do not divide by tp_size.
+    """
+
+    def weights_alone(_: int, name: str) -> LinearConverters:
+        linear, convert = LINEARS[name], converter(quant.weights, quant, getattr(torch, config.dtype))
+        return LinearConverters([convert] * (len(linear.modules) * linear.projections))
+
+    def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
+        linear, of_this = LINEARS[name], (converters or weights_alone)(layer, name)
+        sources = [checkpoint[f"model.layers.{layer}.{module}.weight"] for module in linear.modules]
+        cuts = [linear.cut(source.shape, rank, tp_size) for source in sources]
+        columns = cuts[0][1]
+        if quant.weights == "int4":
+            check_group_size(quant.group_size, columns[1] - columns[0], name)
+        held = [(source, rows) for source, (ranges, _) in zip(sources, cuts, strict=True) for rows in ranges]
+        pieces = [Piece(*each, convert) for each, convert in zip(held, of_this.projections, strict=True)]
+        prefix = f"layers.{layer}.{name}"
+        return [
+            from_pieces(prefix, pieces, columns),
+            *(as_stored(f"{prefix}.{field}", known(values)) for field, values in of_this.constants.items()),
+        ]
+
+    return whole_model(checkpoint, config, quant, rank, tp_size, linear_tensors)
+
+
+def whole_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    quant: QuantConfig,
+    rank: int,
+    tp_size: int,
+    linear_tensors: LinearTensors,
+) -> list[TensorBlocks]:
+    """The embedding, the norms and lm_head from the checkpoint, the layers' linears from linear_tensors."""
     config.check_tensor_parallel(tp_size)
-    plain = as_stored(getattr(torch, config.dtype), "")
-    plan = [plan_rows("embedding", [whole(checkpoint["model.embed_tokens.weight"])], plain)]
-    for index in range(config.num_layers):
-        hub, layer = f"model.layers.{index}", f"layers.{index}"
-        for name, source in NORMS.items():
-            plan.append(plan_rows(f"{layer}.{name}", [whole(checkpoint[f"{hub}.{source}.weight"])], plain))
+    plain = cast(getattr(torch, config.dtype), "")
+
+    def same(name: str, hub_name: str) -> TensorBlocks:
+        source = checkpoint[f"{hub_name}.weight"]
+        return from_pieces(name, [Piece(source, (0, source.shape[0]), plain)])
+
+    tensors = [same("embedding", "model.embed_tokens")]
+    for layer in range(config.num_layers):
+        tensors += [same(f"layers.{layer}.{name}", f"model.layers.{layer}.{norm}") for name, norm in NORMS.items()]
         for name in LINEARS:
-            plan.extend(plan_linear(index, name))
-    plan.append(plan_rows("norm", [whole(checkpoint["model.norm.weight"])], plain))
-    return [*plan, plan_head(checkpoint["lm_head.weight"], config, quant, rank, tp_size)]
+            tensors += linear_tensors(layer, name)
+    return [*tensors, same("norm", "model.norm"), _head(checkpoint["lm_head.weight"], config, quant, rank, tp_size)]
 
 
-def plan_head(source: TensorSource, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> PlannedTensors:
+def _head(source: TensorSource, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> TensorBlocks:
     """Rank `rank`'s rows of lm_head, normalised where the version says so, padded with rows of zeros."""
-    convert = _converter(quant.weights if quant.quantize_lm_head else "none", quant, getattr(torch, config.dtype))
+    convert = converter(quant.weights if quant.quantize_lm_head else "none", quant, getattr(torch, config.dtype))
     if config.version.norm_head:
         plain_convert = convert
 
-        def convert(rows):
+        def convert(rows: Tensor) -> dict[str, Tensor]:
             return plain_convert(F.normalize(rows.float(), dim=-1, eps=NORM_HEAD_EPS))
 
     padded = padded_vocab_size(config.vocab_size, tp_size)
-    ranges = rank_range(padded, 1, rank, tp_size)
-    return plan_rows("lm_head", [(_zero_padded(source, padded), ranges)], convert)
+    [rows] = rank_ranges(padded, 1, rank, tp_size)
+    return from_pieces("lm_head", [Piece(_zero_padded(source, padded), rows, convert)])
 
 
-def plan_rows(
-    name: str, pieces: list[tuple[TensorSource, list[Range]]], convert: Converter, columns: Range | None = None
-) -> PlannedTensors:
-    """The given row ranges of the sources one after another, converted whole, then cut to `columns`."""
-    width = pieces[0][0].shape[1:]
-    example = _cut_columns(convert(torch.zeros(1, *width, dtype=pieces[0][0].dtype)), columns, width)
-    count = sum(stop - start for _, ranges in pieces for start, stop in ranges)
+@dataclass(frozen=True)
+class Piece:
+    """Some of a tensor's rows, whole, and what becomes of them."""
+
+    source: TensorSource
+    rows: Range
+    convert: Converter
+
+
+def from_pieces(name: str, pieces: Sequence[Piece], columns: Range | None = None) -> TensorBlocks:
+    """The pieces' rows one after another, converted whole, then cut to `columns`."""
+    width = pieces[0].source.shape[1:]
+    example = pieces[0].convert(torch.zeros(1, *width, dtype=pieces[0].source.dtype))
+    count = sum(stop - start for start, stop in (piece.rows for piece in pieces))
+
+    def named(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            f"{name}.{field}" if field else name: _cut_columns(values, columns, width)
+            for field, values in fields.items()
+        }
 
     def blocks() -> Iterator[dict[str, Tensor]]:
-        step = max(1, BLOCK_BYTES // (4 * torch.Size(width).numel()))
-        for source, ranges in pieces:
-            for start, stop in ranges:
-                for first in range(start, stop, step):
-                    rows = source.read(first, min(first + step, stop))
-                    fields = _cut_columns(convert(rows), columns, width)
-                    yield {_join(name, field): tensor for field, tensor in fields.items()}
+        for piece in pieces:
+            for start, stop in piece.source.blocks(BLOCK_BYTES, [piece.rows]):
+                yield named(piece.convert(piece.source.read(start, stop)))
 
-    specs = {_join(name, field): (tensor.dtype, (count, *tensor.shape[1:])) for field, tensor in example.items()}
-    return PlannedTensors(specs, blocks)
+    specs = {key: (values.dtype, (count, *values.shape[1:])) for key, values in named(example).items()}
+    return TensorBlocks(specs, blocks)
 
 
-def whole(source: TensorSource) -> tuple[TensorSource, list[Range]]:
-    """All rows of the source, as a piece for plan_rows."""
-    return source, [(0, source.shape[0])]
+def as_stored(name: str, source: TensorSource) -> TensorBlocks:
+    """The whole source as it is."""
+    return from_pieces(name, [Piece(source, (0, source.shape[0]), cast(source.dtype, ""))])
 
 
-def materialise(plan: list[PlannedTensors]) -> dict[str, Tensor]:
-    """The plan's tensors in memory, by engine name."""
-    parts: dict[str, list[Tensor]] = {}
-    for item in plan:
+def in_memory(tensors: Sequence[TensorBlocks]) -> dict[str, Tensor]:
+    """The tensors by engine name, read."""
+    found: dict[str, list[Tensor]] = {}
+    for item in tensors:
         for block in item.blocks():
             for name, rows in block.items():
-                parts.setdefault(name, []).append(rows)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+                found.setdefault(name, []).append(rows)
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-def as_stored(dtype: torch.dtype, field: str) -> Converter:
-    """The converter that only casts; field "" stands for the tensor's own name."""
-    return lambda rows: {field: rows.to(dtype)}
+def total_bytes(tensors: Sequence[TensorBlocks]) -> int:
+    """Size of the tensors' data."""
+    specs = [spec for item in tensors for spec in item.specs.values()]
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs)
 
 
-def _converter(weights: str, quant: QuantConfig, dtype: torch.dtype) -> Converter:
-    return {
-        "none": as_stored(dtype, "weight"),
-        "int8": lambda rows: dict(zip(("weight", "scale"), quantise_int8(rows), strict=True)),
-        "int4": lambda rows: dict(zip(("packed", "scale"), quantise_int4(rows, quant.group_size, dtype), strict=True)),
-    }[weights]
-
-
-def _join(name: str, field: str) -> str:
-    return f"{name}.{field}" if field else name
-
-
-def _cut_columns(fields: dict[str, Tensor], columns: Range | None, width: tuple[int, ...]) -> dict[str, Tensor]:
-    """The rank's columns of each field; a field with fewer columns than inputs (packed, grouped) in proportion."""
-    if columns is None or columns == (0, *width):
-        return fields
-
-    def cut(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 1 or tensor.shape[1] == 1:
-            return tensor  # one value per output channel
-        start, stop = (column * tensor.shape[1] // width[0] for column in columns)
-        return tensor[:, start:stop]
-
-    return {field: cut(tensor) for field, tensor in fields.items()}
+def _cut_columns(values: Tensor, columns: Range | None, width: tuple[int, ...]) -> Tensor:
+    """The rank's columns of a field; where it has fewer columns than inputs (packed, grouped), in proportion."""
+    if columns is None or columns == (0, *width) or values.ndim == 1 or values.shape[1] == 1:
+        return values  # with one value per output channel, every rank has it
+    start, stop = (column * values.shape[1] // width[0] for column in columns)
+    return values[:, start:stop]
 
 
 def _zero_padded(source: TensorSource, rows: int) -> TensorSource:

@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baichuan.config import ModelConfig
-
-Range = tuple[int, int]  # [start, stop)
+from baichuan.weights.source import Range
 
 
 @dataclass(frozen=True)
 class Linear:
     """One linear layer of a decoder layer: which of the hub's matrices it merges and where a rank cuts them."""
 
-    sources: tuple[str, ...]  # the hub's names within the layer, without .weight; their rows are concatenated
-    parts: int  # equal row blocks of each source that are cut separately: q, k and v of W_pack
+    modules: tuple[str, ...]  # the hub's names within the layer, without .weight; their rows are concatenated
+    projections: int  # equal row blocks of each matrix that are cut separately: q, k and v of W_pack
     axis: int  # 0: the ranks share out the rows (output channels); 1: the columns (input channels)
 
     def cut(self, shape: tuple[int, ...], rank: int, tp_size: int) -> tuple[list[Range], Range]:
-        """The row ranges and the column range of a source of this shape that rank `rank` holds."""
+        """The row ranges, one a projection, and the column range of a matrix of this shape that rank `rank` holds."""
         if self.axis == 0:
-            return rank_range(shape[0], self.parts, rank, tp_size), (0, shape[1])
-        return [(0, shape[0])], rank_range(shape[1], 1, rank, tp_size)[0]
+            return rank_ranges(shape[0], self.projections, rank, tp_size), (0, shape[1])
+        return [(0, shape[0])], rank_ranges(shape[1], 1, rank, tp_size)[0]
 
 
 LINEARS = {
@@ -51,11 +50,11 @@ def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def rank_range(size: int, parts: int, rank: int, tp_size: int) -> list[Range]:
-    """The ranges of `size` rows or columns that a rank holds when each of `parts` is cut equally."""
-    part = size // parts
-    share = part // tp_size
-    return [(p * part + rank * share, p * part + (rank + 1) * share) for p in range(parts)]
+def rank_ranges(size: int, projections: int, rank: int, tp_size: int) -> list[Range]:
+    """The ranges of `size` rows or columns that a rank holds when each of the projections is cut equally."""
+    each = size // projections
+    share = each // tp_size
+    return [(p * each + rank * share, p * each + (rank + 1) * share) for p in range(projections)]
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

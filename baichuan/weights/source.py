@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+Range = tuple[int, int]  # [start, stop)
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,20 @@ class TensorSource:
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]  # rows start to stop, [stop - start, ...] in dtype
 
+    def blocks(self, block_bytes: int, ranges: Sequence[Range] | None = None) -> Iterator[Range]:
+        """The row ranges (None = all rows) in blocks whose rows take at most block_bytes in float32, one row at least.
+
+        This is how every reader walks a tensor: for start, stop in source.blocks(...): source.read(start, stop)
+        """
+        step = max(1, block_bytes // (4 * torch.Size(self.shape[1:]).numel()))
+        for start, stop in ranges if ranges is not None else [(0, self.shape[0])]:
+            for first in range(start, stop, step):
+                yield first, min(first + step, stop)
+
+    def rows(self, start: int, stop: int) -> TensorSource:
+        """Rows start to stop as a tensor of their own."""
+        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda a, b: self.read(start + a, start + b))
+
 
 Checkpoint = Mapping[str, TensorSource]  # by the hub's names: model.layers.0.self_attn.W_pack.weight, ...
 
@@ -24,11 +40,6 @@ Checkpoint = Mapping[str, TensorSource]  # by the hub's names: model.layers.0.se
 def known(values: Tensor) -> TensorSource:
     """A tensor that is in memory already."""
     return TensorSource(tuple(values.shape), values.dtype, lambda start, stop: values[start:stop])
-
-
-def part(source: TensorSource, first: int, rows: int) -> TensorSource:
-    """Rows first to first + rows."""
-    return replace(source, shape=(rows, *source.shape[1:]), read=lambda a, b: source.read(first + a, first + b))
 
 
 def stacked(sources: list[TensorSource]) -> TensorSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from baichuan.errors import EngineError
-from baichuan.weights.rank_tensors import PlannedTensors
+from baichuan.weights.rank_tensors import TensorBlocks
 
 _TYPE_NAMES = {
     torch.float32: "F32",
@@ -24,24 +24,18 @@ _TYPE_NAMES = {
 }
 
 
-def planned_bytes(plan: list[PlannedTensors]) -> int:
-    """Size of the tensors' data."""
-    specs = [spec for item in plan for spec in item.specs.values()]
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs)
-
-
 def write_tensors(
     path: Path,
-    plan: list[PlannedTensors],
+    tensors: Sequence[TensorBlocks],
     advance: Callable[[int], None],
     wrote: Callable[[int, int], None] = lambda start, size: None,
 ) -> None:
-    """Write the plan's tensors; holds one block in memory.
+    """Write the tensors; holds one block in memory.
 
     advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
     Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
     """
-    specs = {name: spec for item in plan for name, spec in item.specs.items()}
+    specs = {name: spec for item in tensors for name, spec in item.specs.items()}
     header, offsets, end = {}, {}, 0
     for name in sorted(specs, key=lambda name: -specs[name][0].itemsize):
         dtype, shape = specs[name]
@@ -59,7 +53,7 @@ def write_tensors(
             return size
 
         data = write(0, struct.pack("<Q", len(encoded)) + encoded)
-        for item in plan:
+        for item in tensors:
             for block in item.blocks():
                 for name, rows in block.items():
                     size = write(data + offsets[name], rows.contiguous().view(-1).view(torch.uint8).numpy())
@@ -67,7 +61,7 @@ def write_tensors(
                     advance(size)
         for name, entry in header.items():
             if offsets[name] != entry["data_offsets"][1]:
-                raise AssertionError(f"{name} was planned with {entry['shape']} and written with another size")
+                raise AssertionError(f"{name} has another size than its shape {entry['shape']}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -208,7 +208,7 @@ def plan_memory(size: int, quant: QuantConfig) -> int:
 
 
 def write_plan(job: RankToWrite) -> dict:
-    """build_plan from planned tensors, which are written beside the plan and memory-mapped while it is built."""
+    """build_plan from tensors not yet read, which are written beside the plan and memory-mapped while it is built."""
     spec, file = job.spec, job.path.with_suffix(".weights")
     try:
         write_tensors(file, job.tensors, job.advance)

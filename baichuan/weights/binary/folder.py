@@ -20,9 +20,9 @@ from baichuan.weights.binary.fp8_scales import FILE_NAME, LayerScales, read_fp8_
 from baichuan.weights.binary.layout import (
     CONFIG_NAME,
     GLOBAL_NAMES,
+    MODULE_NAMES,
     NORM_NAMES,
     QKV,
-    SOURCE_NAMES,
     STORAGE_TYPES,
     Array,
     Layout,
@@ -30,7 +30,7 @@ from baichuan.weights.binary.layout import (
     int8_kind,
 )
 from baichuan.weights.shard import LINEARS
-from baichuan.weights.source import Checkpoint, TensorSource, known, part, stacked
+from baichuan.weights.source import Checkpoint, TensorSource, known, stacked
 
 CACHE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LISTED = 5  # missing files that a message names
@@ -70,8 +70,8 @@ class BinaryFolder:
         for layer in range(self.model.num_layers):
             for norm in NORM_NAMES:
                 tensors[f"model.layers.{layer}.{norm}.weight"] = self.norm(layer, norm)
-            for source in SOURCE_NAMES:
-                tensors[f"model.layers.{layer}.{source}.weight"] = self._whole_matrix(layer, source)
+            for module in MODULE_NAMES:
+                tensors[f"model.layers.{layer}.{module}.weight"] = self._whole_matrix(layer, module)
         return tensors
 
     def norm(self, layer: int, hub_norm: str) -> TensorSource:
@@ -80,23 +80,23 @@ class BinaryFolder:
 
     def dense(self, layer: int, linear: str, rank: int) -> TensorSource:
         """A rank's share of one of shard.LINEARS as one matrix; reads the rank's files alone."""
-        return stacked([self._rank_matrix(layer, source, rank) for source in LINEARS[linear].sources])
+        return stacked([self._rank_matrix(layer, module, rank) for module in LINEARS[linear].modules])
 
     def smooth_quant(
         self, layer: int, linear: str, rank: int, per_token: bool, per_channel: bool
     ) -> dict[str, TensorSource]:
         """The fields of records.SmoothQuantWeight for a rank's share of one of shard.LINEARS."""
-        sources = LINEARS[linear].sources
+        modules = LINEARS[linear].modules
         kind = int8_kind(per_channel)
-        files = [self.layout.weight(layer, source, rank, kind) for source in sources]
+        files = [self.layout.weight(layer, module, rank, kind) for module in modules]
         fields = {
             "weight": stacked([self._transposed(file) for file in files]),
-            "scale": known(torch.cat([self._channel_scales(layer, each, rank, per_channel) for each in sources])),
+            "scale": known(torch.cat([self._channel_scales(layer, each, rank, per_channel) for each in modules])),
         }
         if not per_token:
-            fields["input_scale"] = known(self._input_scale(layer, sources))
-        if has_smoother(sources[0]):
-            fields["smoother"] = known(self._positive(self.layout.smoother(layer, sources[0], rank)))
+            fields["input_scale"] = known(self._input_scale(layer, modules))
+        if has_smoother(modules[0]):
+            fields["smoother"] = known(self._positive(self.layout.smoother(layer, modules[0], rank)))
         return fields
 
     def kv_scales(self, layer: int, kv_cache: str) -> dict[str, TensorSource]:
@@ -161,38 +161,38 @@ class BinaryFolder:
 
         return TensorSource(array.shape[::-1], _torch_dtype(array), read)
 
-    def _rank_matrix(self, layer: int, source: str, rank: int) -> TensorSource:
-        matrix = self._transposed(self.layout.weight(layer, source, rank))
-        if not (self.smoothed and has_smoother(source)):
+    def _rank_matrix(self, layer: int, module: str, rank: int) -> TensorSource:
+        matrix = self._transposed(self.layout.weight(layer, module, rank))
+        if not (self.smoothed and has_smoother(module)):
             return matrix
 
         def read(start: int, stop: int) -> Tensor:
-            return matrix.read(start, stop).float() / self._positive(self.layout.smoother(layer, source, rank))
+            return matrix.read(start, stop).float() / self._positive(self.layout.smoother(layer, module, rank))
 
         return replace(matrix, dtype=torch.float32, read=read)
 
-    def _whole_matrix(self, layer: int, source: str) -> TensorSource:
+    def _whole_matrix(self, layer: int, module: str) -> TensorSource:
         """All ranks' shares as the hub's [out_features, in_features]."""
         ranks = range(self.layout.tp_size)
-        matrices = [self._rank_matrix(layer, source, rank) for rank in ranks]
-        shape = self.layout.hub_shape(source)
-        if has_smoother(source):
+        matrices = [self._rank_matrix(layer, module, rank) for rank in ranks]
+        shape = self.layout.hub_shape(module)
+        if has_smoother(module):
             return replace(matrices[0], shape=shape, read=lambda a, b: torch.cat([m.read(a, b) for m in matrices], 1))
         pieces = []  # each rank's ranges of the hub's rows, in the hub's order
         for rank, matrix in zip(ranks, matrices, strict=True):
             first = 0
-            for start, stop in self.layout.cut(source, rank)[0]:
-                pieces.append((start, part(matrix, first, stop - start)))
+            for start, stop in self.layout.cut(module, rank)[0]:
+                pieces.append((start, matrix.rows(first, first + stop - start)))
                 first += stop - start
         return stacked([piece for _, piece in sorted(pieces, key=lambda each: each[0])])
 
-    def _channel_scales(self, layer: int, source: str, rank: int, per_channel: bool) -> Tensor:
-        scale = self._positive(self.layout.channel_scale(layer, source, rank, "scale_w_quant_orig", per_channel))
-        return scale.expand(self.layout.weight(layer, source, rank).shape[1])
+    def _channel_scales(self, layer: int, module: str, rank: int, per_channel: bool) -> Tensor:
+        scale = self._positive(self.layout.channel_scale(layer, module, rank, "scale_w_quant_orig", per_channel))
+        return scale.expand(self.layout.weight(layer, module, rank).shape[1])
 
-    def _input_scale(self, layer: int, sources: tuple[str, ...]) -> Tensor:
+    def _input_scale(self, layer: int, modules: tuple[str, ...]) -> Tensor:
         """One scale for linears that share their input; the largest, should their files differ."""
-        return torch.stack([1 / self._positive(self.layout.input_scale(layer, source)) for source in sources]).amax(0)
+        return torch.stack([1 / self._positive(self.layout.input_scale(layer, module)) for module in modules]).amax(0)
 
     def _positive(self, array: Array) -> Tensor:
         values = torch.from_numpy(self._map(array).copy())

@@ -24,7 +24,7 @@ GLOBAL_NAMES = {
     "lm_head.weight": "lm_head.weight.bin",
 }
 NORM_NAMES = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_layernorm"}
-SOURCE_NAMES = {  # in TensorRT-LLM's words "fc" is the gate projection and "gate" the up projection
+MODULE_NAMES = {  # in TensorRT-LLM's words "fc" is the gate projection and "gate" the up projection
     "self_attn.W_pack": "attention.query_key_value",
     "self_attn.o_proj": "attention.dense",
     "mlp.gate_proj": "mlp.fc",
@@ -33,7 +33,7 @@ SOURCE_NAMES = {  # in TensorRT-LLM's words "fc" is the gate projection and "gat
 }
 CHANNEL_SCALES = ("scale_w_quant_orig", "scale_y_accum_quant")
 QKV = "self_attn.W_pack"
-LINEAR_OF = {source: linear for linear in LINEARS.values() for source in linear.sources}
+LINEAR_OF = {module: linear for linear in LINEARS.values() for module in linear.modules}
 
 
 @dataclass(frozen=True)
@@ -67,48 +67,48 @@ class Layout:
         name = f"model.layers.{layer}.{NORM_NAMES[hub_norm]}.weight.bin"
         return Array(name, self.storage, (self.model.hidden_size,))
 
-    def weight(self, layer: int, source: str, rank: int, kind: str = "") -> Array:
+    def weight(self, layer: int, module: str, rank: int, kind: str = "") -> Array:
         """A rank's matrix: kind "" as stored, "int8" per tensor, "int8.col" per output channel."""
-        rows, columns = self.cut(source, rank)
+        rows, columns = self.cut(module, rank)
         shape = (columns[1] - columns[0], sum(stop - start for start, stop in rows))
         suffix = f"{kind}.{rank}" if kind else f"{rank}"
-        return Array(self._name(layer, source, f"weight.{suffix}"), INT8 if kind else self.storage, shape)
+        return Array(self._name(layer, module, f"weight.{suffix}"), INT8 if kind else self.storage, shape)
 
-    def input_scale(self, layer: int, source: str) -> Array:
-        return Array(self._name(layer, source, "scale_x_orig_quant"), FLOAT32, (1,))
+    def input_scale(self, layer: int, module: str) -> Array:
+        return Array(self._name(layer, module, "scale_x_orig_quant"), FLOAT32, (1,))
 
-    def output_scale(self, layer: int, source: str) -> Array:
-        return Array(self._name(layer, source, "scale_y_quant_orig"), FLOAT32, (1,))
+    def output_scale(self, layer: int, module: str) -> Array:
+        return Array(self._name(layer, module, "scale_y_quant_orig"), FLOAT32, (1,))
 
-    def channel_scale(self, layer: int, source: str, rank: int, kind: str, per_channel: bool) -> Array:
+    def channel_scale(self, layer: int, module: str, rank: int, kind: str, per_channel: bool) -> Array:
         """kind: one of CHANNEL_SCALES, of a rank's output channels.
 
         Per tensor it is one number, but for QKV, where q, k and v each have one, spread over their channels.
         Where the input channels are cut, all ranks share one file.
         """
-        linear, out_features = LINEAR_OF[source], self.weight(layer, source, rank).shape[1]
-        spread = per_channel or linear.parts > 1
+        linear, out_features = LINEAR_OF[module], self.weight(layer, module, rank).shape[1]
+        spread = per_channel or linear.projections > 1
         own = spread and linear.axis == 0
         suffix = kind + (".col" if per_channel else "") + (f".{rank}" if own else "")
-        return Array(self._name(layer, source, suffix), FLOAT32, (out_features,) if spread else (1,))
+        return Array(self._name(layer, module, suffix), FLOAT32, (out_features,) if spread else (1,))
 
-    def smoother(self, layer: int, source: str, rank: int) -> Array:
-        start, stop = self.cut(source, rank)[1]
-        return Array(self._name(layer, source, f"smoother.{rank}"), FLOAT32, (stop - start,))
+    def smoother(self, layer: int, module: str, rank: int) -> Array:
+        start, stop = self.cut(module, rank)[1]
+        return Array(self._name(layer, module, f"smoother.{rank}"), FLOAT32, (stop - start,))
 
     def kv_scale(self, layer: int, which: str) -> Array:
         """which: "k" or "v".  Our addition to the format: the old script has output_scale(QKV) for both."""
         return Array(self._name(layer, QKV, f"scale_{which}_quant_orig"), FLOAT32, (1,))
 
-    def cut(self, source: str, rank: int):
+    def cut(self, module: str, rank: int):
         """The row ranges and the column range of the hub's matrix that the rank's file holds."""
-        return LINEAR_OF[source].cut(self.hub_shape(source), rank, self.tp_size)
+        return LINEAR_OF[module].cut(self.hub_shape(module), rank, self.tp_size)
 
-    def hub_shape(self, source: str) -> tuple[int, int]:
+    def hub_shape(self, module: str) -> tuple[int, int]:
         """[out_features, in_features] of the hub's matrix."""
         hidden, inter = self.model.hidden_size, self.model.intermediate_size
         shapes = {"self_attn.W_pack": (3 * hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
-        return shapes.get(source) or ((hidden, inter) if source == "mlp.down_proj" else (inter, hidden))
+        return shapes.get(module) or ((hidden, inter) if module == "mlp.down_proj" else (inter, hidden))
 
     def written(self, smoothed: bool) -> Iterator[Array]:
         """Every array of a conversion, with -sq (smoothed) or with -kv alone."""
@@ -119,23 +119,23 @@ class Layout:
                 yield self.norm(layer, hub_norm)
             for which in ("k", "v"):
                 yield self.kv_scale(layer, which)
-            for source in SOURCE_NAMES:
-                int8 = smoothed or source == QKV
+            for module in MODULE_NAMES:
+                int8 = smoothed or module == QKV
                 if int8:
-                    yield self.input_scale(layer, source)
-                    yield self.output_scale(layer, source)
+                    yield self.input_scale(layer, module)
+                    yield self.output_scale(layer, module)
                 for rank in range(self.tp_size):
-                    yield self.weight(layer, source, rank)
+                    yield self.weight(layer, module, rank)
                     if int8:
-                        yield from self._int8_arrays(layer, source, rank)
-                    if smoothed and has_smoother(source):
-                        yield self.smoother(layer, source, rank)
+                        yield from self._int8_arrays(layer, module, rank)
+                    if smoothed and has_smoother(module):
+                        yield self.smoother(layer, module, rank)
 
-    def _int8_arrays(self, layer: int, source: str, rank: int) -> Iterator[Array]:
+    def _int8_arrays(self, layer: int, module: str, rank: int) -> Iterator[Array]:
         for per_channel in (False, True):
-            yield self.weight(layer, source, rank, int8_kind(per_channel))
+            yield self.weight(layer, module, rank, int8_kind(per_channel))
             for kind in CHANNEL_SCALES:
-                yield self.channel_scale(layer, source, rank, kind, per_channel)
+                yield self.channel_scale(layer, module, rank, kind, per_channel)
 
     def required(self, quant: QuantConfig, ranks: range, smoothed: bool) -> Iterator[Array]:
         """The arrays that engines for `ranks` are built from.  smoothed: the folder was written with -sq."""
@@ -144,31 +144,31 @@ class Layout:
         for layer in range(self.model.num_layers):
             for hub_norm in NORM_NAMES:
                 yield self.norm(layer, hub_norm)
-            for source in SOURCE_NAMES:
+            for module in MODULE_NAMES:
                 for rank in ranks:
-                    yield from self._required_linear(layer, source, rank, quant, smoothed)
+                    yield from self._required_linear(layer, module, rank, quant, smoothed)
             if quant.kv_cache != "none":
                 yield self.output_scale(layer, QKV)
 
-    def _required_linear(self, layer: int, source: str, rank: int, quant: QuantConfig, smoothed: bool):
+    def _required_linear(self, layer: int, module: str, rank: int, quant: QuantConfig, smoothed: bool):
         if quant.weights == "smooth_quant":
-            yield self.weight(layer, source, rank, int8_kind(quant.per_channel))
-            yield self.channel_scale(layer, source, rank, "scale_w_quant_orig", quant.per_channel)
+            yield self.weight(layer, module, rank, int8_kind(quant.per_channel))
+            yield self.channel_scale(layer, module, rank, "scale_w_quant_orig", quant.per_channel)
             if not quant.per_token:
-                yield self.input_scale(layer, source)
+                yield self.input_scale(layer, module)
         else:
-            yield self.weight(layer, source, rank)
-        if smoothed and has_smoother(source):
-            yield self.smoother(layer, source, rank)
+            yield self.weight(layer, module, rank)
+        if smoothed and has_smoother(module):
+            yield self.smoother(layer, module, rank)
 
-    def _name(self, layer: int, source: str, suffix: str) -> str:
-        return f"model.layers.{layer}.{SOURCE_NAMES[source]}.{suffix}.bin"
+    def _name(self, layer: int, module: str, suffix: str) -> str:
+        return f"model.layers.{layer}.{MODULE_NAMES[module]}.{suffix}.bin"
 
 
 def int8_kind(per_channel: bool) -> str:
     return "int8.col" if per_channel else "int8"
 
 
-def has_smoother(source: str) -> bool:
+def has_smoother(module: str) -> bool:
     """Whether the input has no norm before it that absorbs the smoother: the input channels that are cut."""
-    return LINEAR_OF[source].axis == 1
+    return LINEAR_OF[module].axis == 1

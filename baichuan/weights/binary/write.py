@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from baichuan.quant.int8_scales import int8_scales, to_int8
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import require_finite, scale_for
 from baichuan.quant.smoothquant import smoother
-from baichuan.weights.binary.layout import CHANNEL_SCALES, NORM_NAMES, QKV, Array, Layout, has_smoother
+from baichuan.weights.binary.layout import CHANNEL_SCALES, LINEAR_OF, NORM_NAMES, QKV, Array, Layout, has_smoother
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource
 
@@ -38,17 +38,17 @@ class BinaryWriter:
         """The embedding, the last norm or lm_head, as they are."""
         source = self.open_checkpoint()[hub_name]
         mapped = self._create(self.layout.global_array(hub_name))
-        for start, stop in _blocks(source):
+        for start, stop in source.blocks(BLOCK_BYTES):
             mapped[start:stop] = self._stored(source.read(start, stop).float(), hub_name)
 
     def write_linear(self, layer: int, name: str, ranges: LayerRanges) -> dict[str, list[float]]:
         """One of shard.LINEARS with its scales, its smoother, and the norm before it.
 
-        Returns max|W| of each part (q, k and v of W_pack) of each of its matrices before smoothing, by hub name.
+        Returns max|W| of each projection (q, k and v of W_pack) of each of its matrices before smoothing, by hub name.
         """
         linear, seen = LINEARS[name], ranges.linears[name]
         checkpoint = self.open_checkpoint()
-        sources = {each: checkpoint[f"model.layers.{layer}.{each}.weight"] for each in linear.sources}
+        sources = {each: checkpoint[f"model.layers.{layer}.{each}.weight"] for each in linear.modules}
         columns, rows = zip(*(_absmax(source) for source in sources.values()), strict=True)
         factor = torch.ones(seen.x.shape)
         if self.alpha is not None:
@@ -58,7 +58,7 @@ class BinaryWriter:
         elif self.alpha is not None:
             for rank in range(self.layout.tp_size):
                 start, stop = linear.cut(next(iter(sources.values())).shape, rank, self.layout.tp_size)[1]
-                self._write(self.layout.smoother(layer, linear.sources[0], rank), factor[start:stop])
+                self._write(self.layout.smoother(layer, linear.modules[0], rank), factor[start:stop])
         if name == "qkv":
             for which, absmax in (("k", ranges.k), ("v", ranges.v)):
                 self._write(self.layout.kv_scale(layer, which), scale_for(torch.tensor([absmax]), torch.int8))
@@ -66,7 +66,8 @@ class BinaryWriter:
         for (each, source), y in zip(sources.items(), outputs, strict=True):
             self._write_matrix(layer, each, source, factor, (seen.x / factor).amax(), y)
         return {
-            each: absmax.view(linear.parts, -1).amax(1).tolist() for each, absmax in zip(sources, rows, strict=True)
+            each: absmax.view(linear.projections, -1).amax(1).tolist()
+            for each, absmax in zip(sources, rows, strict=True)
         }
 
     def _write_norm(self, checkpoint: Checkpoint, layer: int, hub_norm: str, factor: Tensor) -> None:
@@ -77,16 +78,16 @@ class BinaryWriter:
 
     def _write_matrix(self, layer: int, name: str, source: TensorSource, factor, x_absmax: Tensor, y: Tensor) -> None:
         """One hub matrix: as it is stored, and where it is 8-bit, its integers and scales."""
-        parts = 3 if name == QKV else 1
+        projections = LINEAR_OF[name].projections
         ranks, scales = range(self.layout.tp_size), None
         files = {"": [self._create(self.layout.weight(layer, name, rank)) for rank in ranks]}
         if self.alpha is not None or name == QKV:
-            y_absmax = y.view(parts, -1)[-2:].amax()  # of QKV k and v alone: q is never cached
-            scales = int8_scales(x_absmax, y_absmax, _absmax(source, factor)[1], parts)
+            y_absmax = y.view(projections, -1)[-2:].amax()  # of QKV k and v alone: q is never cached
+            scales = int8_scales(x_absmax, y_absmax, _absmax(source, factor)[1], projections)
             self._write_scales(layer, name, scales)
             for kind in ("int8", "int8.col"):
                 files[kind] = [self._create(self.layout.weight(layer, name, rank, kind)) for rank in ranks]
-        for start, stop in _blocks(source):
+        for start, stop in source.blocks(BLOCK_BYTES):
             rows = source.read(start, stop).float() * factor
             self._place(files[""], name, start, self._stored(rows, f"layer {layer}'s {name}"))
             if scales is not None:
@@ -136,16 +137,10 @@ class BinaryWriter:
         return values.numpy().astype(self.layout.storage)
 
 
-def _blocks(source: TensorSource) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_BYTES // (4 * torch.Size(source.shape[1:]).numel()))
-    for start in range(0, source.shape[0], step):
-        yield start, min(start + step, source.shape[0])
-
-
 def _absmax(source: TensorSource, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """max|W * factor| of each column and of each row.  Raises CheckpointError for a NaN or an infinity."""
     columns, rows = torch.zeros(source.shape[1]), torch.empty(source.shape[0])
-    for start, stop in _blocks(source):
+    for start, stop in source.blocks(BLOCK_BYTES):
         magnitudes = (source.read(start, stop).float() * factor).abs_()
         columns = torch.maximum(columns, magnitudes.amax(0))
         rows[start:stop] = magnitudes.amax(1)
