@@ -27,13 +27,15 @@ def weights(version: str, dtype: str = "float32", rank: int = 0, tp_size: int = 
     return weight.load_rank(source, model(version, dtype), QuantConfig(), rank, tp_size)
 
 
-def session(version: str, dtype: str = "float32", comm: Communicator | None = None, **limits) -> Session:
+def session(
+    version: str, dtype: str = "float32", comm: Communicator | None = None, kind=ReferenceExecutor, **limits
+) -> Session:
     comm = comm or Solo()
     loaded = weights(version, dtype, comm.rank, comm.world_size)
-    executor = ReferenceExecutor(model(version, dtype), QuantConfig(), loaded, comm)
+    executor = kind(model(version, dtype), QuantConfig(), loaded, comm)
     return Session(executor, model(version, dtype), replace(LIMITS, **limits))
 
 
-def on_ranks(version: str, dtype: str, tp_size: int, body):
-    """body(session) of rank 0 when tp_size ranks run it together."""
-    return run_ranks(tp_size, lambda comm: body(session(version, dtype, comm)))[0]
+def on_ranks(version: str, dtype: str, tp_size: int, body, kind=ReferenceExecutor):
+    """body(session) of rank 0 when tp_size ranks run it together, on this kind of executor."""
+    return run_ranks(tp_size, lambda comm: body(session(version, dtype, comm, kind)))[0]

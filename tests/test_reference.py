@@ -1,4 +1,4 @@
-"""The model and the reference executor against the original code's numbers."""
+"""The model, the reference executor and the CPU's own against the original code's numbers."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from golden_sessions import GREEDY
 from goldens import FLOAT32_TOLERANCE, LENGTHS, VERSIONS_WITH_GOLDENS
 
 from baichuan.config import QuantConfig
+from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.executors.cpu.reference_linear import linear
 from baichuan.generation.session import Session
@@ -19,6 +20,7 @@ from baichuan.records import DenseWeight, Step
 from baichuan.weights.hub.checkpoint import open_checkpoint
 
 TP_SIZES = [("v1_7b", 1), ("v1_7b", 2), ("v1_7b", 4), ("v2_13b", 1), ("v2_13b", 2), ("v2_13b", 5)]
+KINDS = (ReferenceExecutor, CpuExecutor)
 # Largest and mean difference of logits whose standard deviation is about 3, from the goldens' README: rounding every
 # activation to 11 (float16) or 8 (bfloat16) bits.
 ROUNDED = {"float16": (0.07, 0.008), "bfloat16": (0.5, 0.07)}
@@ -28,15 +30,16 @@ def prompts(version):
     return [goldens.golden(version)[f"ids_{length}"].tolist() for length in LENGTHS]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("version", "tp_size"), TP_SIZES)
-def test_float32_equals_the_original(version, tp_size):
+def test_float32_equals_the_original(version, tp_size, kind):
     golden = goldens.golden(version)
 
     def run(session):
         scores = session.score(prompts(version))
         return scores, [session.generate([prompt], GREEDY, 24, keep_logits=True)[0] for prompt in prompts(version)]
 
-    scores, generations = golden_sessions.on_ranks(version, "float32", tp_size, run)
+    scores, generations = golden_sessions.on_ranks(version, "float32", tp_size, run, kind)
     for length, logits, generation in zip(LENGTHS, scores, generations, strict=True):
         assert (logits - golden[f"logits_{length}"]).abs().max() <= FLOAT32_TOLERANCE
         assert generation.ids == golden[f"gen_{length}"].tolist()
@@ -44,10 +47,11 @@ def test_float32_equals_the_original(version, tp_size):
         assert generation.finish_reason == "length"
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize(("version", "tp_size"), TP_SIZES[::2])
-def test_lower_precisions_are_near_the_original(version, tp_size, dtype):
-    scores = golden_sessions.on_ranks(version, dtype, tp_size, lambda session: session.score(prompts(version)))
+def test_lower_precisions_are_near_the_original(version, tp_size, dtype, kind):
+    scores = golden_sessions.on_ranks(version, dtype, tp_size, lambda session: session.score(prompts(version)), kind)
     largest, mean = ROUNDED[dtype]
     for length, logits in zip(LENGTHS, scores, strict=True):
         error = (logits - goldens.golden(version)[f"logits_{length}"]).abs()
@@ -55,11 +59,14 @@ def test_lower_precisions_are_near_the_original(version, tp_size, dtype):
         assert error.mean() <= mean
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", VERSIONS_WITH_GOLDENS)
 @pytest.mark.parametrize("max_num_tokens", [0, 300, 20, 4])
-def test_a_ragged_batch_in_chunks_equals_single_prompts(version, max_num_tokens):
+def test_a_ragged_batch_in_chunks_equals_single_prompts(version, max_num_tokens, kind):
     """Whose chunks may have no token of the short prompts."""
-    session = golden_sessions.session(version, max_batch_size=4, max_beam_width=1, max_num_tokens=max_num_tokens)
+    session = golden_sessions.session(
+        version, kind=kind, max_batch_size=4, max_beam_width=1, max_num_tokens=max_num_tokens
+    )
     steps, forward = [], session.executor.forward
     session.executor.forward = lambda step: steps.append(step) or forward(step)
     generations = session.generate(prompts(version), GREEDY, 24)

@@ -11,7 +11,7 @@ import torch
 from baichuan.config import QuantConfig
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
-from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
@@ -50,7 +50,7 @@ class TorchBackend:
         weights = assemble(read_tensors(job.path), spec.model, spec.quant)
         if not torch.cuda.is_available():
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
-            return ReferenceExecutor(spec.model, spec.quant, weights, comm)
+            return CpuExecutor(spec.model, spec.quant, weights, comm)
         from baichuan.executors.cuda.capability import require_numbers  # these import Triton, which CPUs do without
         from baichuan.executors.cuda.comm import join_gpus
         from baichuan.executors.cuda.executor import CudaExecutor, Switches

@@ -1,4 +1,4 @@
-"""The reference executor: the ops' plain meaning in PyTorch on the CPU, and the default where there is no GPU."""
+"""The reference executor: the ops' plain meaning in PyTorch on the CPU, which the others are tested against."""
 
 from __future__ import annotations
 
@@ -49,12 +49,19 @@ class ReferenceOps(ComposedOps):
         if step.max_new_tokens == 1:
             return self._attend_decode(q, k, v, cache, step)
         starts = step.cu_seqlens.tolist()
-        out = torch.empty_like(q)
         for row, context in enumerate(step.context_lengths.tolist()):
             new = slice(starts[row], starts[row + 1])
             past = context - (new.stop - new.start)
             cache.k[row, :, past:context] = quantise_kv(k[new], cache.k_scale, cache.k.dtype).transpose(0, 1)
             cache.v[row, :, past:context] = quantise_kv(v[new], cache.v_scale, cache.v.dtype).transpose(0, 1)
+        return self.attend_stored(q, cache, step)
+
+    def attend_stored(self, q: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """attention of turned queries, whose keys and values the cache has.  q: [num_tokens, heads, dim]"""
+        starts = step.cu_seqlens.tolist()
+        out = torch.empty_like(q)
+        for row, context in enumerate(step.context_lengths.tolist()):
+            new = slice(starts[row], starts[row + 1])
             keys = dequantise_kv(cache.k[row, :, :context], cache.k_scale)  # [heads, context, dim] float32
             values = dequantise_kv(cache.v[row, :, :context], cache.v_scale)
             mask = self._mask(step.positions[new, None], context)  # [heads or none, new, context]
@@ -113,7 +120,10 @@ class ReferenceExecutor:
     def reset(self, batch_size: int, capacity: int) -> None:
         self.cache = None  # the old one makes room before the new one is asked for
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
-        self.ops = ReferenceOps(self.spec, self.comm, capacity)
+        self.ops = self.make_ops(capacity)
+
+    def make_ops(self, capacity: int) -> ReferenceOps:
+        return ReferenceOps(self.spec, self.comm, capacity)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:

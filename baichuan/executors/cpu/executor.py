@@ -1,0 +1,18 @@
+"""The CPU executor, the default where there is no GPU."""
+
+from __future__ import annotations
+
+from baichuan.executors.cpu.library import library
+from baichuan.executors.cpu.native import Kernels
+from baichuan.executors.cpu.ops import CpuOps
+from baichuan.executors.cpu.reference import ReferenceExecutor, ReferenceOps
+
+
+class CpuExecutor(ReferenceExecutor):
+    """The reference executor with C kernels, and by itself where they cannot be compiled."""
+
+    def make_ops(self, capacity: int) -> ReferenceOps:
+        compiled = library()
+        if compiled is None:
+            return super().make_ops(capacity)
+        return CpuOps(self.spec, self.comm, capacity, Kernels(compiled))

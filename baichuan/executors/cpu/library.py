@@ -1,0 +1,75 @@
+"""The CPU kernels, compiled for this processor by the system's C compiler and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from baichuan.util.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-lm")
+COMPILE_TIMEOUT_S = 300
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a line in the log, where they cannot be had and PyTorch's have to do."""
+    try:
+        return ctypes.CDLL(str(compiled(cache_folder(), FLAGS)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.info("products run in PyTorch, several times slower: %s", reason.strip().splitlines()[0])
+        return None
+
+
+def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
+    """The library made with these flags, compiled now unless the folder has it.
+
+    Its name holds a digest of all that decides what is in it: sources, flags, compiler, processor.
+    Raises OSError or SubprocessError.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("there is no C compiler; install gcc")
+    command = [*compiler.split(), *flags, *map(str, sorted(SOURCES.glob("*.c")))]
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [version, processor(), *flags, *(path.read_text() for path in sorted(SOURCES.iterdir()))]
+    path = folder / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        logger.info("compiling the CPU kernels into %s, once", path)
+        with atomic_path(path) as temporary:
+            subprocess.run(
+                [*command, "-o", str(temporary)], capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S
+            )
+    return path
+
+
+def cache_folder() -> Path:
+    """Where this user's compiled kernels lie: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan"
+
+
+def processor() -> str:
+    """Name and instruction sets of the processor, as far as the system tells."""
+    return "\n".join((platform.machine(), *sorted(instruction_sets())))
+
+
+@functools.cache
+def instruction_sets() -> frozenset[str]:
+    """Linux's names for what the processor can do, such as avx512_bf16; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())

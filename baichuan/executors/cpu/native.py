@@ -1,0 +1,182 @@
+"""The C kernels on tensors.  Every function returns new tensors; native/*.c says what is computed."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baichuan.errors import UnsupportedError
+from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, LayerCache, SmoothQuantWeight, Weight
+
+TYPES = {  # enum type of native/vector.h
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.int8: 4,
+    torch.uint8: 5,  # two 4-bit integers
+}
+FEW_ROWS = 16  # up to which every weight is read once and used from registers; more are faster through panels
+GROUP_STEP = 32  # group sizes are multiples of this, or whole rows
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("input_scale", c_void_p),
+        ("smoother", c_void_p),
+        ("out", c_int64),
+        ("in", c_int64),
+        ("groups", c_int64),
+        ("type", c_int32),
+        ("scale_type", c_int32),
+        ("w8a8", c_int32),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("tokens", c_int64), ("type", c_int32))
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("slopes", c_void_p),
+        ("heads", c_int64),
+        ("capacity", c_int64),
+        ("dim", c_int64),
+        ("type", c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as the kernels see it, which keeps the weight's memory alive."""
+
+    weight: Weight
+    struct: _Matrix
+
+    @classmethod
+    def of(cls, weight: Weight) -> Matrix | None:
+        """None where the kernels cannot take it: groups of another size, memory with gaps."""
+        match weight:
+            case DenseWeight(w):
+                scale, groups = None, 1
+            case Int8Weight(w, scale) | SmoothQuantWeight(w, scale) | Fp8Weight(w, scale):
+                groups = 1
+            case Int4Weight(w, scale):
+                groups = scale.shape[1]
+            case _:
+                raise UnsupportedError(f"the CPU executor has no linear for {type(weight).__name__}")
+        in_features = w.shape[1] * (2 if w.dtype == torch.uint8 else 1)
+        tensors = [each for each in vars(weight).values() if each is not None]
+        aligned = groups == 1 or in_features // groups % GROUP_STEP == 0
+        if not aligned or not all(each.is_contiguous() and each.dtype in TYPES for each in tensors):
+            return None
+        pointers = (_pointer(each) for each in (w, scale, getattr(weight, "input_scale", None), smoother_of(weight)))
+        scale_type = 0 if scale is None else TYPES[scale.dtype]
+        w8a8 = isinstance(weight, SmoothQuantWeight)
+        return cls(weight, _Matrix(*pointers, w.shape[0], in_features, groups, TYPES[w.dtype], scale_type, w8a8))
+
+
+def smoother_of(weight: Weight) -> Tensor | None:
+    return weight.smoother if isinstance(weight, SmoothQuantWeight) else None
+
+
+class Kernels:
+    """The functions of the compiled library, run by as many threads as PyTorch uses."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library = library
+        library.add_rms_norm.restype = library.silu_mul.restype = library.store_tokens.restype = None
+        library.add_rms_norm.argtypes = (c_void_p, c_void_p, c_void_p, c_float, c_int64, c_void_p, c_void_p, c_int)
+
+    def product(self, x: Tensor, matrix: Matrix, out_dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+        """x @ Wᵀ.  x: [num_tokens, in_features]; scales: [num_tokens, 1] of SmoothQuant's inputs, if known already."""
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], matrix.struct.out, dtype=out_dtype)
+        function = self._library.few_rows_product if x.shape[0] <= FEW_ROWS else self._library.many_rows_product
+        done = function(
+            byref(matrix.struct), byref(_rows(x)), _argument(scales), byref(_rows(y)), torch.get_num_threads()
+        )
+        return _checked(done, y)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """ops.Ops.add_rms_norm"""
+        x = x.contiguous()
+        normed, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+        residual = None if residual is None else residual.contiguous()
+        self._library.add_rms_norm(
+            byref(_rows(x)),
+            _pointer(residual),
+            weight.data_ptr(),
+            eps,
+            x.shape[1],
+            normed.data_ptr(),
+            total.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return normed, total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """ops.Ops.silu_mul"""
+        gate_up = gate_up.contiguous()
+        width = gate_up.shape[1] // 2
+        y = torch.empty(gate_up.shape[0], width, dtype=gate_up.dtype)
+        self._library.silu_mul(byref(_rows(gate_up)), c_int64(width), _argument(y), torch.get_num_threads())
+        return y
+
+    def store_tokens(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Turn q and k in qkv itself, and store k and v.  rows, positions: [num_tokens] int64 of the cache."""
+        self._library.store_tokens(
+            byref(cache), byref(_rows(qkv)), _argument(rows), _argument(positions), torch.get_num_threads()
+        )
+
+    def attend(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Each token's attention over the stored keys up to its own position.  longest: no position is as large."""
+        y = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype)
+        done = self._library.attend(
+            byref(cache),
+            byref(_rows(qkv)),
+            _argument(rows),
+            _argument(positions),
+            c_int64(longest),
+            _argument(y),
+            torch.get_num_threads(),
+        )
+        return _checked(done, y)
+
+
+def cache_struct(cache: LayerCache, cos: Tensor | None, sin: Tensor | None, slopes: Tensor | None) -> _Cache:
+    """cos, sin: [positions, head_dim / 2] float32 with RoPE; slopes: [heads] float32 with ALiBi."""
+    _, heads, capacity, dim = cache.k.shape
+    pointers = map(_pointer, (cache.k, cache.v, cache.k_scale, cache.v_scale, cos, sin, slopes))
+    return _Cache(*pointers, heads, capacity, dim, TYPES[cache.k.dtype])
+
+
+def _rows(x: Tensor) -> _Rows:
+    return _Rows(x.data_ptr(), x.shape[0], TYPES[x.dtype])
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _argument(x: Tensor | None) -> c_void_p:
+    return c_void_p(_pointer(x))
+
+
+def _checked(done: int, y: Tensor) -> Tensor:
+    if not done:
+        raise UnsupportedError("the activations do not fit into host memory; use a smaller batch or max_num_tokens")
+    return y

@@ -1,0 +1,62 @@
+/* Activations in the form that a matrix asks for. */
+#include "products.h"
+
+#define LIMIT8    127.0f
+#define LIMIT_FP8 448.0f
+
+/* LANES channels from i on, divided by their smoothers or rounded to e4m3. */
+static vf transformed(const struct matrix *w, const struct rows *x, const void *row, size_t i) {
+    vf v = load_part(x->type, row, i, w->in);
+    if (w->smoother) {
+        vf smoother = load_part(F32, w->smoother, i, w->in);
+        return v / (vf)((vi)smoother | ((vi)splat(1) & (smoother == 0))); /* behind the last channel there is none */
+    }
+    return w->type == FP8 ? to_e4m3(clamp(v / *w->input_scale, LIMIT_FP8)) : v;
+}
+
+/* integers = round(x / scale), in place; returns the scale: the one given or max|x| / 127. */
+static float to_integers(float *x, size_t n, const float *given) {
+    vf found = {0};
+    for (size_t i = 0; i < n; i += LANES) found = larger(found, absolute(LOAD(vf, x + i)));
+    float scale = given ? *given : largest(found) / LIMIT8;
+    scale = scale > 0 ? scale : 1;
+    for (size_t i = 0; i < n; i += LANES) {
+        vf integers = nearest(clamp(LOAD(vf, x + i) / scale, LIMIT8));
+        memcpy(x + i, &integers, sizeof integers);
+    }
+    return scale;
+}
+
+static void split_even_odd(float *x, size_t n) {
+    for (size_t i = 0; i < n; i += STEP) {
+        float step[STEP];
+        memcpy(step, x + i, sizeof step);
+        for (size_t j = 0; j < LANES; j++) {
+            x[i + j] = step[2 * j];
+            x[i + LANES + j] = step[2 * j + 1];
+        }
+    }
+}
+
+void prepare_token(const struct matrix *w, const struct rows *x, const float *scales, struct operand *to,
+                   size_t token) {
+    const char *row = (const char *)x->data + token * bytes_of(x->type, w->in);
+    float *floats = to->floats + token * to->stride;
+    for (size_t i = 0; i < to->stride; i += LANES) {
+        vf v = i < (size_t)w->in ? transformed(w, x, row, i) : (vf){0};
+        memcpy(floats + i, &v, sizeof v);
+    }
+    if (w->w8a8) {
+        const float *given = w->input_scale ? w->input_scale : scales ? scales + token : NULL;
+        to->scales[token] = to_integers(floats, to->stride, given);
+    }
+    if (w->type == INT4) split_even_odd(floats, to->stride);
+}
+
+int make_operand(const struct matrix *w, size_t tokens, struct operand *to) {
+    to->stride = up_to(w->in, STEP);
+    to->memory = malloc((tokens * (to->stride + 1)) * sizeof(float) + 64);
+    to->floats = (float *)up_to((uintptr_t)to->memory, 64);
+    to->scales = to->floats + tokens * to->stride;
+    return to->memory != NULL;
+}

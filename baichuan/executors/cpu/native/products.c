@@ -1,0 +1,122 @@
+/* y = x @ Wᵀ for few tokens: a row of W is read once, as it is stored, and meets all tokens while it is in the cache.
+
+   Every number enters as the float that it stands for; sums are float32, SmoothQuant's are exact. */
+#include "products.h"
+
+#define ROWS 4 /* of W, and */
+#if LANES == 8
+#define TOKENS 2 /* these fit the registers */
+#else
+#define TOKENS 4
+#endif
+#define CHUNK                                                                                                          \
+    64 /* steps whose scales are read at once; integers stay below 2^24, up to which a float sums them exactly */
+
+/* Where the rows of W, or of its scales, begin; behind the last one stands the last one again. */
+INLINE void row_starts(const void *data, size_t bytes, size_t row, size_t rows, const char *starts[ROWS]) {
+    for (size_t r = 0; r < ROWS; r++) starts[r] = (const char *)data + (row + r < rows ? row + r : rows - 1) * bytes;
+}
+
+/* INT4: the scale of each of n steps of a row from step `first` on. */
+static void read_scales(const struct matrix *w, const char *row, size_t first, size_t n, float scales[CHUNK]) {
+    size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* of a group */
+    for (size_t i = 0; steps == 1 && i < n; i += LANES) {
+        vf v = load_part(w->scale_type, row, first + i, w->groups);
+        memcpy(scales + i, &v, sizeof v);
+    }
+    for (size_t i = 0, end; steps > 1 && i < n; group++) {
+        float scale = load_part(w->scale_type, row, group, w->groups)[0];
+        for (end = (group + 1) * steps - first; i < end && i < n; i++) scales[i] = scale;
+    }
+}
+
+/* total[r][k] += STEP channels from i on of W's rows by those of the tokens. */
+INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t left, const float *scales,
+                     const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        vf v[2];
+        if (left >= STEP) load_step(t, rows[r], i, v);
+        else load_step_part(t, rows[r], i, left, v);
+        if (t == INT4 && tokens > 1) v[0] *= scales[r * CHUNK], v[1] *= scales[r * CHUNK];
+        UNROLL for (int k = 0; k < tokens; k++) {
+            vf a = LOAD(vf, x + k * stride + i), b = LOAD(vf, x + k * stride + i + LANES);
+            if (t == INT4 && tokens == 1) total[r][k] += (v[0] * a + v[1] * b) * scales[r * CHUNK];
+            else {
+                total[r][k] += v[0] * a;
+                total[r][k] += v[1] * b;
+            }
+        }
+    }
+}
+
+/* y[r][k] = W's row `row + r` by token k. */
+INLINE void tile(const struct matrix *w, enum type t, int w8a8, size_t row, const float *x, size_t stride, int tokens,
+                 float y[ROWS][TOKENS]) {
+    const char *rows[ROWS], *scale_rows[ROWS];
+    row_starts(w->data, bytes_of(t, w->in), row, w->out, rows);
+    row_starts(w->scale, bytes_of(w->scale_type, w->groups), row, w->out, scale_rows);
+    size_t steps = w->in / STEP;
+    float scales[ROWS][CHUNK];
+    vf total[ROWS][TOKENS] = {0};
+    vi exact[ROWS][TOKENS] = {0};
+    for (size_t first = 0; first * STEP < (size_t)w->in; first += CHUNK) {
+        size_t n = steps - first < CHUNK ? steps - first : CHUNK, i = (first + n) * STEP, left = w->in - i;
+        for (int r = 0; t == INT4 && r < ROWS; r++)
+            read_scales(w, scale_rows[r], first, n < CHUNK ? n + 1 : n, scales[r]);
+        for (size_t s = 0; s < n; s++)
+            add_step(t, rows, (first + s) * STEP, STEP, scales[0] + s, x, stride, tokens, total);
+        if (n < CHUNK && left) add_step(t, rows, i, left, scales[0] + n, x, stride, tokens, total);
+        UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int k = 0; w8a8 && k < tokens; k++) {
+            exact[r][k] += __builtin_convertvector(total[r][k], vi);
+            total[r][k] = (vf){0};
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int k = 0; k < tokens; k++) y[r][k] =
+        w8a8 ? (float)sum_integers(exact[r][k]) : sum(total[r][k]);
+}
+
+INLINE void typed_tile(const struct matrix *w, size_t row, const float *x, size_t stride, int tokens,
+                       float y[ROWS][TOKENS]) {
+    switch (w->type) {
+    case F32: return tile(w, F32, 0, row, x, stride, tokens, y);
+    case F16: return tile(w, F16, 0, row, x, stride, tokens, y);
+    case BF16: return tile(w, BF16, 0, row, x, stride, tokens, y);
+    case FP8: return tile(w, FP8, 0, row, x, stride, tokens, y);
+    case INT4: return tile(w, INT4, 0, row, x, stride, tokens, y);
+    default: return w->w8a8 ? tile(w, INT8, 1, row, x, stride, tokens, y) : tile(w, INT8, 0, row, x, stride, tokens, y);
+    }
+}
+
+/* ROWS rows of W by all tokens, scaled and rounded once. */
+static void stripe(const struct matrix *w, size_t row, const struct operand *x, const struct rows *y) {
+    size_t n = w->out - row < ROWS ? w->out - row : ROWS, tokens = y->tokens;
+    for (size_t token = 0; token < tokens;) {
+        const float *floats = x->floats + token * x->stride;
+        size_t left = tokens - token, some = left >= TOKENS ? TOKENS : left >= 2 ? 2 : 1;
+        float sums[ROWS][TOKENS];
+        if (some == TOKENS) typed_tile(w, row, floats, x->stride, TOKENS, sums);
+        else if (some == 2) typed_tile(w, row, floats, x->stride, 2, sums);
+        else typed_tile(w, row, floats, x->stride, 1, sums);
+        for (size_t k = 0; k < some; k++, token++) {
+            float column[LANES > ROWS ? LANES : ROWS] = {0};
+            for (size_t r = 0; r < n; r++) column[r] = sums[r][k] * operand_scale(w, x, token) * row_scale(w, row + r);
+            store(y->type, (char *)y->data + token * bytes_of(y->type, w->out), row, LOAD(vf, column), n);
+        }
+    }
+}
+
+/* 0 where there is no memory, else 1.  scales: [tokens] of SmoothQuant's inputs, or NULL. */
+int few_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
+                     int threads) {
+    struct operand operand;
+    if (!make_operand(w, x->tokens, &operand)) return 0;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < x->tokens; token++) prepare_token(w, x, scales, &operand, token);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < w->out; row += ROWS) stripe(w, row, &operand, y);
+    }
+    free(operand.memory);
+    return 1;
+}

@@ -1,0 +1,204 @@
+"""The C kernels: every product against float64 within its error bound, and how the library comes to be."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import threading
+
+import golden_sessions
+import op_cases
+import pytest
+import torch
+from op_cases import CASES, normal
+
+from baichuan.executors.cpu.executor import CpuExecutor
+from baichuan.executors.cpu.library import FLAGS, compiled, instruction_sets, library
+from baichuan.executors.cpu.native import FEW_ROWS, Kernels, Matrix
+from baichuan.executors.cpu.ops import CpuOps
+from baichuan.executors.cpu.reference import ReferenceOps
+from baichuan.executors.cpu.reference_linear import linear as reference_linear
+from baichuan.parallel.comm import Solo, run_ranks
+from baichuan.quant.scaled import quantise
+from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
+from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
+
+UNIT = 2.0**-24  # of float32
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [(1, 2), (3, 30), (48, 64), (97, 100), (53, 1000), (13, 4128)]  # out, in: rows and channels left over
+TOKENS = (1, 2, 3, 5, 7, FEW_ROWS, FEW_ROWS + 1, 33, 70)
+
+
+def kernels(flags=FLAGS, folder=None):
+    return Kernels(library() if folder is None else ctypes.CDLL(str(compiled(folder, flags))))
+
+
+def bound(x, dense, exact, out_dtype):
+    """Of |y - exact|: a lane adds every fourth product at most, lanes are added, scales multiplied; then one rounding.
+
+    Each of these is off by at most UNIT of the sum of magnitudes.
+    """
+    sums = (dense.shape[1] / 4 + 24) * UNIT * (x.abs() @ dense.abs().T)
+    return sums + torch.finfo(out_dtype).eps / 2 * (exact.abs() + sums) + torch.finfo(out_dtype).smallest_normal
+
+
+def cases(shape):
+    """(name, weight, its float64 matrix)"""
+    matrix = normal(*shape, seed=3) / shape[1] ** 0.5
+    for dtype in FLOATS:
+        yield f"{dtype}", DenseWeight(matrix.to(dtype)), matrix.to(dtype).double()
+    q, scale = quantise_int8(matrix)
+    yield "int8", Int8Weight(q, scale), q.double() * scale.double()[:, None]
+    for group in (0, 32, 64, 128):
+        if shape[1] % (group or 1) == 0:
+            for dtype in FLOATS:
+                weight = Int4Weight(*quantise_int4(matrix, group, dtype))
+                groups = dequantise(Int4Weight(weight.packed, torch.ones_like(weight.scale))).double()
+                scales = weight.scale.double().repeat_interleave(shape[1] // weight.scale.shape[1], 1)
+                yield f"int4 in groups of {group}, {dtype}", weight, groups * scales
+    scale = torch.full((shape[0],), 0.001)
+    fp8 = quantise(matrix, scale[:, None], torch.float8_e4m3fn)
+    yield "fp8", Fp8Weight(fp8, scale, torch.tensor([0.02])), fp8.double() * 0.001
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_float64_within_their_bound(shape, tokens):
+    compare(kernels(), shape, tokens)
+
+
+def compare(functions, shape, tokens):
+    for name, weight, dense in cases(shape):
+        for x_dtype in FLOATS:
+            x = normal(tokens, shape[1], seed=5).to(x_dtype)
+            seen = x.double()
+            if isinstance(weight, Fp8Weight):
+                seen = quantise(x, weight.input_scale, torch.float8_e4m3fn).double() * weight.input_scale.double()
+            exact = seen @ dense.T
+            for out_dtype in {x_dtype, torch.float32}:
+                y = functions.product(x, Matrix.of(weight), out_dtype)
+                assert y.dtype == out_dtype
+                assert ((y.double() - exact).abs() <= bound(seen, dense, exact, out_dtype)).all(), (name, x_dtype)
+                if shape[0] > 1 and out_dtype == torch.float32:  # the bound notices the neighbour's row
+                    assert not ((y.double().roll(1, 1) - exact).abs() <= bound(seen, dense, exact, out_dtype)).all()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("smoothed", [True, False])
+def test_smoothquant_has_the_reference_s_integers(shape, tokens, static, smoothed):
+    q, scale = quantise_int8(normal(*shape, seed=3))
+    smoother = normal(shape[1], seed=4).abs() + 0.5 if smoothed else None
+    weight = SmoothQuantWeight(q, scale, torch.tensor([0.02]) if static else None, smoother)
+    x = normal(tokens, shape[1], seed=5)
+    x[0] = 0  # a token without a maximum
+    expected = reference_linear(x, weight, torch.float32, Solo())
+    assert torch.equal(kernels().product(x, Matrix.of(weight), torch.float32), expected)
+    ops = CpuOps(op_cases.rope(), Solo(), op_cases.CAPACITY, kernels())
+    assert torch.equal(ops.linear(x, weight), expected)
+
+
+def test_smoothquant_s_sums_are_exact_beyond_float32():
+    q = torch.full((5, 9000), 127, dtype=torch.int8)
+    q[:, 1::2] = 126
+    weight = SmoothQuantWeight(q, torch.ones(5), torch.ones(1), None)
+    for tokens in (1, 40):
+        x = torch.full((tokens, 9000), 127.0)
+        y = kernels().product(x, Matrix.of(weight), torch.float32)
+        assert torch.equal(y, torch.full((tokens, 5), float(4500 * 127 * (127 + 126))))
+
+
+def test_smoothquant_of_several_ranks_has_the_whole_row_s_scale():
+    q, scale = quantise_int8(normal(24, 64, seed=3))
+    smoother, x = normal(64, seed=4).abs() + 0.5, normal(3, 64, seed=5)
+
+    def body(comm):
+        part = slice(32 * comm.rank, 32 * comm.rank + 32)
+        weight = SmoothQuantWeight(q[:, part].contiguous(), scale, None, smoother[part])
+        ops = CpuOps(op_cases.rope(), comm, op_cases.CAPACITY, kernels())
+        mine = x[:, part].contiguous()
+        return torch.equal(ops.linear(mine, weight), reference_linear(mine, weight, torch.float32, comm))
+
+    assert run_ranks(2, body) == [True, True]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ops(case):
+    ops = CpuOps(case.spec, Solo(), op_cases.CAPACITY, kernels())
+    with torch.inference_mode():
+        assert op_cases.error(*case.run(ops, lambda result: result, "cpu")) <= case.tolerance
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [1, 15, 100, 5120])
+def test_norms_and_activations_round_as_the_reference(dtype, width):
+    spec, x, residual = op_cases.rope(), normal(7, width, dtype=dtype), normal(7, width, seed=1, dtype=dtype)
+    weight = normal(width, seed=2, dtype=dtype)
+    ours, reference = CpuOps(spec, Solo(), 8, kernels()), ReferenceOps(spec, Solo(), 8)
+    neighbour = 2 * torch.finfo(dtype).eps  # float32's last bit may decide where the type's falls
+    for given in (residual, None):
+        for y, expected in zip(
+            ours.add_rms_norm(x, given, weight, 1e-6), reference.add_rms_norm(x, given, weight, 1e-6), strict=True
+        ):
+            torch.testing.assert_close(y, expected, rtol=neighbour, atol=1e-7)
+    gate_up = torch.cat((4 * x, residual), 1)
+    torch.testing.assert_close(ours.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=neighbour, atol=1e-6)
+
+
+def test_the_exponential_ends_where_float32_does():
+    gate = torch.tensor([[-1e4, -200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, 1e4]])
+    y = kernels().silu_mul(torch.cat((gate, torch.ones_like(gate)), 1))
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate.double()).float(), rtol=3e-7, atol=1e-34)
+
+
+@pytest.mark.parametrize("flags", [("-march=haswell",), ("-march=skylake-avx512",)], ids=lambda flags: flags[0])
+def test_other_processors_of_this_family(tmp_path, flags):
+    """AVX2, and AVX-512 without later additions, which run where this processor has them."""
+    needed = {"-march=haswell": "avx2", "-march=skylake-avx512": "avx512bw"}[flags[0]]
+    if needed not in instruction_sets():
+        pytest.skip(f"needs a processor with {needed}")
+    other = kernels((*FLAGS, *flags), tmp_path)
+    for shape in SHAPES[1::2]:
+        for tokens in (1, 5, 40):
+            compare(other, shape, tokens)
+    for case in CASES:
+        ops = CpuOps(case.spec, Solo(), op_cases.CAPACITY, other)
+        assert op_cases.error(*case.run(ops, lambda result: result, "cpu")) <= case.tolerance, case.name
+
+
+def test_a_compiler_is_asked_once(tmp_path, monkeypatch):
+    """Threads that come at once have one library, and a later one compiles nothing."""
+    paths, runs, run = [], [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kw: runs.append(command) or run(command, **kw))
+    threads = [threading.Thread(target=lambda: paths.append(compiled(tmp_path, FLAGS))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1 and [path.name for path in tmp_path.iterdir()] == [paths[0].name]
+    ctypes.CDLL(str(paths[0]))
+    runs.clear()
+    assert compiled(tmp_path, FLAGS) == paths[0] and all("--version" in command for command in runs)
+    assert compiled(tmp_path, (*FLAGS, "-O1")) != paths[0]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", ""])
+def test_without_a_compiler_pytorch_computes(tmp_path, monkeypatch, caplog, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not compiler:
+        monkeypatch.setenv("PATH", "")
+    library.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, "baichuan"):
+            session = golden_sessions.session("v1_7b", kind=CpuExecutor)
+            session.generate([[5, 6]], golden_sessions.GREEDY, 2)
+        assert type(session.executor.ops) is ReferenceOps
+        assert len([r for r in caplog.messages if "products run in PyTorch" in r]) == 1
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        library.cache_clear()
