@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import weight
 from baichuan.cli import build_flags
 from baichuan.cli.common import DUMMY_VERSION, Parser, add_model_version, run_script
@@ -46,7 +48,8 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     build_flags.check_sizes(args, model)
     limits = build_flags.build_config(args, backend)
     quant = build_flags.quant_config(args, model)
-    rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
     options = build_flags.backend_options(args, backend)
     check_text_files(source, model)
     request = BuildRequest(

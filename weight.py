@@ -12,6 +12,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import ConfigError
 from baichuan.records import ModelWeights
@@ -25,7 +27,7 @@ from baichuan.weights.hub.checkpoint import open_checkpoint
 from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
 from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, in_memory
-from baichuan.weights.source import Checkpoint
+from baichuan.weights.source import Checkpoint, on_device
 
 logger = logging.getLogger("baichuan.weight")
 
@@ -73,16 +75,20 @@ def read_model(source: WeightSource, model_version: str | None, dtype: str) -> M
 
 
 def rank_tensors(
-    source: WeightSource, model: ModelConfig, quant: QuantConfig, rank: int, tp_size: int
+    source: WeightSource, model: ModelConfig, quant: QuantConfig, rank: int, tp_size: int, device: str = "cpu"
 ) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors.
 
+    device: "cuda" = what is quantised or transposed is so on a GPU, the ranks taking turns, and the blocks lie there.
     Raises CheckpointError for a source that is damaged or is not `model`, ConfigError for a quantisation that needs
     another source or does not divide by tp_size.
     """
+    where = torch.device("cpu" if device == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
     if source.binary_folder:
-        return from_binary(open_binary(source.binary_folder, model, tp_size), quant, rank)
+        return from_binary(open_binary(source.binary_folder, model, tp_size, where), quant, rank)
     checkpoint = source.checkpoint(model, tp_size)
+    if quant.weights != "none":
+        checkpoint = on_device(checkpoint, where)
     if source.fp8_scales:
         scales = read_fp8_scales(source.fp8_scales, model.num_layers)
         return from_fp8_scales(checkpoint, model, quant, scales, rank, tp_size)

@@ -19,10 +19,16 @@ from baichuan.records import Int4Weight, Int8Weight
 GROUP_SIZES = (32, 64, 128)
 INT4_MIN, INT4_MAX = -8, 7
 TINY = 1e-30  # a group below this is all zeros: the inverse of its scale would overflow
-CACHE_ELEMENTS = 1 << 17  # a CPU works on float32 blocks of this many elements, which stay in its cache
+CACHE_ELEMENTS = 1 << 17  # a CPU's thread works on float32 blocks of this many elements, which stay in its cache
 
-# The value of largest magnitude is mapped to -8 times these; beyond 1 it is clipped, which long rows profit from.
-CLIPPING = (0.9, 0.98, 1.05, 1.15, 1.3, 1.5, 1.8, 2.25, 3.0)
+# The value of largest magnitude is mapped to -8 times these, by the size of the group up to which they are tried:
+# beyond 1 it is clipped, which long rows profit from.  Others of these never won on normal or heavy-tailed weights.
+CLIPPING = (
+    (64, (0.9, 0.98, 1.05, 1.15)),
+    (128, (0.9, 0.98, 1.05, 1.15, 1.3)),
+    (None, (1.05, 1.15, 1.3, 1.5, 1.8, 2.25, 3.0)),
+)
+SHORT_GROUP = 128  # of so many products with integers of 4 bits, numbers of 11 significant bits have exact sums
 
 
 def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +56,8 @@ def quantise_int4(rows: Tensor, group_size: int, scale_dtype: torch.dtype) -> tu
     and it leaves |w|² - <w, q>² / <q, q>.  So each candidate (the group's largest value mapped to -8 times one of
     CLIPPING) gives integers, these give their best scale and error, and the best candidate is refined once more.
     The scale is rounded to scale_dtype before the final integers are taken.
+    A GPU finds the CPU's very integers: products of integers and numbers of 16 bits, as checkpoints have them, and
+    their sums over a short group are exact in float32; those over a longer one are taken in float64.
     Raises CheckpointError for a NaN or an infinity, ConfigError where in_features is odd.
     """
     n, in_features = rows.shape
@@ -113,29 +121,37 @@ def fitting_group_sizes(config: ModelConfig, tp_size: int) -> list[int]:
 
 def _cache_blocks(rows: Tensor) -> Iterator[slice]:
     n, in_features = rows.shape
-    step = n if rows.is_cuda else max(1, CACHE_ELEMENTS // in_features)
+    step = n if rows.is_cuda else max(1, torch.get_num_threads() * CACHE_ELEMENTS // in_features)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
 
 def _search_scale(groups: Tensor) -> Tensor:  # [g, group_size] float32 -> [g, 1] float32
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    require_finite(largest)
+    top, bottom = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    largest = require_finite(torch.where(top >= -bottom, top, bottom))
     unit = torch.where(largest.abs() < TINY, 0, INT4_MIN / largest)  # 1 / scale without clipping
-    best_gain, best_scale = torch.zeros_like(unit), torch.zeros_like(unit)
+    size = groups.shape[1]
+    factors = next(factors for limit, factors in CLIPPING if limit is None or size <= limit)
+    w_q, q_q = torch.empty(2, len(factors), groups.shape[0], device=groups.device)
+    q, products = torch.empty_like(groups), torch.empty_like(groups)
+    ones = groups.new_ones(size)
 
-    def consider(inverse_scale: Tensor) -> None:
-        q = (groups * inverse_scale).round_().clamp_(INT4_MIN, INT4_MAX)
-        w_q = torch.linalg.vecdot(groups, q)[:, None]
-        q_q = torch.linalg.vecdot(q, q)[:, None].clamp_(min=1)
-        better = w_q * w_q / q_q > best_gain
-        best_gain.copy_(torch.where(better, w_q * w_q / q_q, best_gain))
-        best_scale.copy_(torch.where(better, w_q / q_q, best_scale))
+    def consider(inverse_scale: Tensor, w_q: Tensor, q_q: Tensor) -> None:
+        torch.mul(groups, inverse_scale, out=q).round_().clamp_(INT4_MIN, INT4_MAX)
+        torch.mul(groups, q, out=products)
+        if size <= SHORT_GROUP:
+            torch.mv(products, ones, out=w_q)
+        else:
+            w_q.copy_(products.sum(-1, dtype=torch.float64))
+        torch.mv(torch.mul(q, q, out=products), ones, out=q_q).clamp_(min=1)
 
-    for factor in CLIPPING:
-        consider(unit * factor)
-    consider(torch.where(best_scale == 0, 0, 1 / best_scale))
-    return best_scale
+    for index, factor in enumerate(factors):
+        consider(unit * factor, w_q[index], q_q[index])
+    gains = w_q * w_q / q_q
+    best = gains.amax(0)
+    scale = (w_q / q_q).where(gains == best, -torch.inf).amax(0)
+    consider(torch.where(scale == 0, 0, 1 / scale)[:, None], w_q[0], q_q[0])
+    return torch.where(w_q[0] * w_q[0] / q_q[0] > best, w_q[0] / q_q[0], scale)[:, None]
 
 
 def _round_int4(groups: Tensor, scale: Tensor) -> Tensor:

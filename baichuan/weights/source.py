@@ -42,6 +42,17 @@ def known(values: Tensor) -> TensorSource:
     return TensorSource(tuple(values.shape), values.dtype, lambda start, stop: values[start:stop])
 
 
+def on_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The checkpoint whose rows are read to a device, where they are then converted."""
+    if device.type == "cpu":
+        return checkpoint
+
+    def moved(source: TensorSource) -> TensorSource:
+        return replace(source, read=lambda start, stop: source.read(start, stop).to(device))
+
+    return {name: moved(source) for name, source in checkpoint.items()}
+
+
 def stacked(sources: list[TensorSource]) -> TensorSource:
     """The sources' rows one after another."""
     if len(sources) == 1:

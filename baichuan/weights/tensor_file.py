@@ -56,7 +56,7 @@ def write_tensors(
         for item in tensors:
             for block in item.blocks():
                 for name, rows in block.items():
-                    size = write(data + offsets[name], rows.contiguous().view(-1).view(torch.uint8).numpy())
+                    size = write(data + offsets[name], rows.cpu().contiguous().view(-1).view(torch.uint8).numpy())
                     offsets[name] += size
                     advance(size)
         for name, entry in header.items():

@@ -43,6 +43,7 @@ class BinaryFolder:
     path: Path
     layout: Layout
     smoothed: bool  # weights and norms hold a smoother (-sq)
+    device: torch.device = torch.device("cpu")  # where rows and scales are read to
 
     @property
     def model(self) -> ModelConfig:
@@ -150,14 +151,17 @@ class BinaryFolder:
     def _rows(self, array: Array) -> TensorSource:
         """The array as it is stored."""
         return TensorSource(
-            array.shape, _torch_dtype(array), lambda a, b: torch.from_numpy(self._map(array)[a:b].copy())
+            array.shape,
+            _torch_dtype(array),
+            lambda a, b: torch.from_numpy(self._map(array)[a:b].copy()).to(self.device),
         )
 
     def _transposed(self, array: Array) -> TensorSource:
         """A stored [in, out] as rows [out, in]."""
 
         def read(start: int, stop: int) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(self._map(array)[:, start:stop].T))
+            columns = torch.from_numpy(np.ascontiguousarray(self._map(array)[:, start:stop]))
+            return columns.to(self.device).t().contiguous()
 
         return TensorSource(array.shape[::-1], _torch_dtype(array), read)
 
@@ -195,7 +199,7 @@ class BinaryFolder:
         return torch.stack([1 / self._positive(self.layout.input_scale(layer, module)) for module in modules]).amax(0)
 
     def _positive(self, array: Array) -> Tensor:
-        values = torch.from_numpy(self._map(array).copy())
+        values = torch.from_numpy(self._map(array).copy()).to(self.device)
         if not (torch.isfinite(values) & (values > 0)).all():
             raise CheckpointError(
                 f"{self.path / array.name} holds a scale that is not a positive number; convert the checkpoint again"
@@ -203,8 +207,10 @@ class BinaryFolder:
         return values
 
 
-def open_binary(path: Path, model: ModelConfig, tp_size: int) -> BinaryFolder:
-    """The folder for `tp_size` ranks.  Raises CheckpointError where config.ini does not say so."""
+def open_binary(
+    path: Path, model: ModelConfig, tp_size: int, device: torch.device = BinaryFolder.device
+) -> BinaryFolder:
+    """The folder for `tp_size` ranks, read to the device.  Raises CheckpointError where config.ini does not say so."""
     values = BinaryConfig(path)
     for field, key in SIZES.items():
         if values.integer(key) != getattr(model, field):
@@ -228,7 +234,9 @@ def open_binary(path: Path, model: ModelConfig, tp_size: int) -> BinaryFolder:
             f"{path} is in multi-query mode, which no Baichuan model has; convert the checkpoint again"
         )
     model.check_tensor_parallel(tp_size)
-    return BinaryFolder(path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.text("smoothquant") != "None")
+    return BinaryFolder(
+        path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.text("smoothquant") != "None", device
+    )
 
 
 def _torch_dtype(array: Array) -> torch.dtype:

@@ -103,7 +103,8 @@ class BinaryWriter:
             for start, stop in ranges:
                 a, b = max(start, first), min(stop, first + len(rows))
                 if a < b:
-                    mapped[:, column + a - start : column + b - start] = rows[a - first : b - first, left:right].T
+                    columns = torch.from_numpy(rows[a - first : b - first, left:right]).t()
+                    mapped[:, column + a - start : column + b - start] = columns.contiguous().numpy()  # by blocks: fast
                 column += stop - start
 
     def _write_scales(self, layer: int, name: str, scales: Mapping[str, Tensor]) -> None:
