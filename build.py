@@ -20,7 +20,7 @@ from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
-from baichuan.executors.memory import fits_host_memory
+from baichuan.executors.memory import fits_host_memory, free_device_memory
 from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import sampling_defaults
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
@@ -29,6 +29,7 @@ from baichuan.weights.hub.version import require_tokenizer
 
 logger = logging.getLogger("baichuan.build")
 
+GPU_SLACK = 1.05  # of the float32 weights: for a layer's activations beside them
 CHECK_TEXT = "世界上第二高的山峰是哪座？"
 
 
@@ -91,14 +92,16 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
             logger.info("self-check skipped: dummy weights mean nothing that the engine could be compared with")
             return
         size = self_check.float32_bytes(model)
-        if not fits_host_memory(size):
+        on_gpu = torch.cuda.is_available() and size * GPU_SLACK < free_device_memory(torch.device("cuda"))
+        if not (on_gpu or fits_host_memory(size)):
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
         try:
             engine.backend.require_runnable(engine.contract, engine.build.world_size)
-            float_model = weight.float_model(source, model, engine.build.world_size)
             ids = check_ids(source, model)[: engine.build.max_input_len]
-            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), float_model, ids)
+            where = "cuda" if on_gpu else "cpu"
+            expected = self_check.float_logits(weight.float_model(source, model, engine.build.world_size, where), ids)
+            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), expected, ids)
         except (CheckpointError, UnsupportedError) as error:
             logger.info("self-check skipped: %s", error)
             return

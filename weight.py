@@ -3,7 +3,7 @@
 read_model(source, model_version, dtype)            the model that a folder holds
 rank_tensors(source, model, quant, rank, tp_size)   what goes into the rank's engine file, still unread
 load_rank(source, model, quant, rank, tp_size)      the same in memory, as records.ModelWeights
-float_model(source, model, tp_size)                 the whole model in transformers, not quantised, to compare with
+float_model(source, model, tp_size, device)         the whole model in transformers, not quantised, to compare with
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def load_rank(
     return assemble(in_memory(rank_tensors(source, model, quant, rank, tp_size)), model, quant)
 
 
-def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1):
+def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, device: str = "cpu"):
     """The source in float32 as a hf_model.modeling.BaichuanForCausalLM: none of the engine's code has part in it.
 
     A checkpoint is read as what its own files prove; where they leave the version open, a warning says so and the
@@ -123,8 +123,11 @@ def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1):
                 "%s fits %s alike: nothing but --model_version says that it is %s, and the self-check takes its word",
                 *(source.hub_folder, " and ".join(fitting), model.model_version),
             )
-        return load_hf_model(source.hub_folder, model.model_version if len(fitting) > 1 else None)
+        return load_hf_model(source.hub_folder, model.model_version if len(fitting) > 1 else None, device=device)
     float32 = replace(model, dtype="float32")
+    checkpoint = source.checkpoint(float32, tp_size)
     if source.binary_folder:
-        open_binary(source.binary_folder, float32, tp_size).check(QuantConfig(), range(tp_size))
-    return model_of_tensors(float32, source.checkpoint(float32, tp_size))
+        folder = open_binary(source.binary_folder, float32, tp_size, torch.device(device))
+        folder.check(QuantConfig(), range(tp_size))
+        checkpoint = folder.checkpoint()
+    return model_of_tensors(float32, checkpoint)

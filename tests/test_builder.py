@@ -202,9 +202,9 @@ def test_a_build_streams(tmp_path, more, least, most):
 
 
 def agreement(engine, source):
-    floats = weight.float_model(source, engine.model)
     ids = self_check.default_ids(engine.model.vocab_size)
-    return self_check.check_engine(engine, lambda comm: open_executor(engine, comm), floats, ids)
+    expected = self_check.float_logits(weight.float_model(source, engine.model), ids)
+    return self_check.check_engine(engine, lambda comm: open_executor(engine, comm), expected, ids)
 
 
 @pytest.mark.parametrize("version", goldens.VERSIONS_WITH_GOLDENS)

@@ -1,6 +1,7 @@
 """The runtime's parts: padding, limits, what it says of machines and plans that do not fit, NCCL's capsule."""
 
 import ctypes
+import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,14 +13,17 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 import trt_cases as cases
 from trt_standin import Network, StandInEngine
 
-from baichuan.config import QuantConfig
+from baichuan.config import EngineSpec, QuantConfig
 from baichuan.errors import EngineError, UnsupportedError
+from baichuan.executors.backend import RankToOpen
+from baichuan.executors.registry import BACKENDS
 from baichuan.executors.tensorrt import nccl, plan
 from baichuan.executors.tensorrt.api import load
 from baichuan.executors.tensorrt.contract import FREE_SLOT, make_contract
 from baichuan.executors.tensorrt.padding import decode_run, prefill_runs
 from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.records import Step
+from baichuan.util import manifest
 
 
 def network(version="v2_7b", quant=None, **limits):
@@ -178,6 +182,11 @@ class FakeEngine:
 
 def opened(monkeypatch, tmp_path, made, engine):
     """open_plan on a machine that claims a GPU, over a runtime that gives `engine`."""
+    claim_gpu(monkeypatch, tmp_path, engine)
+    return plan.open_plan(tmp_path / "plan", made, Solo(), tmp_path / "cache" / "digest.kernels")
+
+
+def claim_gpu(monkeypatch, tmp_path, engine):
     fake_gpus(monkeypatch, 1, "NVIDIA L40", (8, 9))
     api = load("tensorrt_rtx")
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
@@ -192,7 +201,6 @@ def opened(monkeypatch, tmp_path, made, engine):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     (tmp_path / "plan").write_bytes(b"plan")
-    return plan.open_plan(tmp_path / "plan", made, Solo(), tmp_path / "cache" / "digest.kernels")
 
 
 def test_rtx_keeps_its_kernels_for_the_next_start(monkeypatch, tmp_path):
@@ -203,6 +211,23 @@ def test_rtx_keeps_its_kernels_for_the_next_start(monkeypatch, tmp_path):
     assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [b"new kernels"]
     opened(monkeypatch, tmp_path, contract(), FakeEngine(log))
     assert log[2:] == [b"new kernels", "cache set", True]
+
+
+@pytest.mark.parametrize("gigabytes", [0.1, 14.04], ids=["one chunk", "v1_7b"])
+def test_a_plan_of_any_size_keeps_its_kernels(monkeypatch, tmp_path, gigabytes):
+    """By the backend's own way to a plan: a file has a digest for every 64 MiB, and a file's name 255 bytes at most."""
+    claim_gpu(monkeypatch, tmp_path, FakeEngine([]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chunks = -(-int(gigabytes * 1e9) // manifest.CHUNK_BYTES)
+    digests = [hashlib.sha256(bytes([number % 256])).hexdigest() for number in range(chunks)]
+    spec = EngineSpec(cases.model("v1_7b"), QuantConfig(), cases.limits())
+    job = RankToOpen(tmp_path / "plan", digests, spec, contract().to_json(), Solo(), True)
+    executor = BACKENDS["tensorrt_rtx"].open_rank(job)
+    del executor  # as at the end of the process
+    kept = list((tmp_path / "baichuan" / "tensorrt_rtx").iterdir())
+    assert [path.read_bytes() for path in kept] == [b"new kernels"]
+    assert kept[0].name == f"{manifest.one_digest(digests)}.kernels" and len(kept[0].name) < 255
+    assert manifest.one_digest(digests) != manifest.one_digest([*digests[:-1], "0" * 64]), "other bytes, another file"
 
 
 @pytest.mark.parametrize("mode, graphs", [("in_place", "WHOLE_GRAPH_CAPTURE"), ("growing", "DISABLED")])

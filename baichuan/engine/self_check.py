@@ -39,8 +39,14 @@ def all_logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     return executor.forward(Step.of([ids], all_outputs=True, device=executor.device)).cpu().clone()
 
 
-def check_engine(engine: Engine, open_rank, float_model: nn.Module, ids: Sequence[int]) -> Agreement:
-    """Compare the engine's logits with those of the checkpoint's float32 model in transformers on one prompt.
+def float_logits(float_model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """What check_engine expects, from the checkpoint's float32 model in transformers, wherever it lies."""
+    with torch.inference_mode():
+        return float_model(torch.tensor([ids], device=float_model.device)).logits[0].float().cpu()
+
+
+def check_engine(engine: Engine, open_rank, expected: Tensor, ids: Sequence[int]) -> Agreement:
+    """Compare the engine's logits with float_logits on one prompt.
 
     open_rank(communicator) -> Executor gives one rank of the engine; the ranks run as threads.
     Raises EngineError when they have nothing to do with each other.
@@ -49,8 +55,6 @@ def check_engine(engine: Engine, open_rank, float_model: nn.Module, ids: Sequenc
     def run(comm: Communicator) -> Tensor:
         return all_logits(open_rank(comm), ids)
 
-    with torch.inference_mode():
-        expected = float_model(torch.tensor([ids])).logits[0]
     agreement = Agreement.of(expected, run_ranks(engine.build.world_size, run)[0])
     if not agreement.kl <= MAX_KL:  # NaN fails as well
         raise EngineError(

@@ -213,7 +213,7 @@ def model_of_tensors(model: ModelConfig, tensors: Mapping[str, TensorSource]) ->
     with torch.device("meta"):
         result = BaichuanForCausalLM(BaichuanConfig.of(model))
     dtype = getattr(torch, model.dtype)
-    weights = {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()}
+    weights = {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()}  # where it is read
     result.load_state_dict(weights, assign=True)
     return result.eval()
 
@@ -225,15 +225,22 @@ def load_hf_model(
 
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
-    config = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype))
+    config, device = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype)), torch.device(device)
+    loaded_as = getattr(torch, dtype)
+    if device.type == "cuda":  # which converts faster, and the host need not hold more than the files do
+        config.dtype, loaded_as = None, "auto"
     disable_progress_bar()  # transformers' own, which would break a script's lines
     try:
         model, found = BaichuanForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            folder, config=config, dtype=loaded_as, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({error}); is the download complete?") from None
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(found[kind]):
             raise CheckpointError(f"{folder} has {kind.replace('_', ' ')}: {', '.join(names[:3])}; download it again")
+    if device.type == "cuda":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device).to(getattr(torch, dtype))
+        model.config.dtype = getattr(torch, dtype)
     return model.to(device).eval()

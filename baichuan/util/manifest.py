@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def describe(path: Path) -> dict:
     """{"bytes": size, "sha256": [digest of each 64 MiB chunk]}"""
     with Describer(path) as describer:
         return describer.entry()
+
+
+def one_digest(digests: Sequence[str]) -> str:
+    """A name for a file with these digests, 64 hexadecimal digits however large it is."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def verify(path: Path, entry: dict) -> None:

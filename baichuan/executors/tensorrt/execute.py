@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +17,18 @@ from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_r
 from baichuan.executors.tensorrt.plan import Plan, open_plan
 from baichuan.parallel.comm import Communicator
 from baichuan.records import Step
+from baichuan.util.manifest import one_digest
 
 CONTEXT, GENERATION = 0, 1  # the contract's profiles
 
 
-def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digest: str) -> TensorRtExecutor:
-    """The executor of the plan in `path`, whose SHA-256 is `digest`.  Raises what open_plan raises."""
+def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: Sequence[str]) -> TensorRtExecutor:
+    """The executor of the plan in `path`, whose digests (util/manifest.py) name what is kept of its kernels.
+
+    Raises what open_plan raises.
+    """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan" / "tensorrt_rtx"
-    return TensorRtExecutor(open_plan(path, contract, comm, caches / f"{digest}.kernels"), contract)
+    return TensorRtExecutor(open_plan(path, contract, comm, caches / f"{one_digest(digests)}.kernels"), contract)
 
 
 class TensorRtExecutor:

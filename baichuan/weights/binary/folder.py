@@ -160,7 +160,7 @@ class BinaryFolder:
         """A stored [in, out] as rows [out, in]."""
 
         def read(start: int, stop: int) -> Tensor:
-            columns = torch.from_numpy(np.ascontiguousarray(self._map(array)[:, start:stop]))
+            columns = torch.from_numpy(self._map(array)[:, start:stop].copy())
             return columns.to(self.device).t().contiguous()
 
         return TensorSource(array.shape[::-1], _torch_dtype(array), read)
