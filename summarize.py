@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     sides = parser.add_argument_group("sides: either or both")
     sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
     sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
-    sides.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
+    sides.add_argument(
+        "--engine_dir", nargs="+", default=["baichuan_outputs"], help="folders that build.py wrote: one side each"
+    )
     sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
     sides.add_argument("--tokenizer_dir", help="tokenizer.model or its folder, where engine and checkpoint have none")
     sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
@@ -71,22 +74,19 @@ def main(argv: list[str] | None = None) -> int:
     judging.add_argument("--eval_ppl", action="store_true", help="perplexity of articles with their highlights")
     judging.add_argument("--check_accuracy", action="store_true", help="exit code 1 if the engine's ROUGE-1 is too low")
     judging.add_argument("--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="for --check_accuracy")
-    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and report.html")
+    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and the report")
     return run_script(parser, argv, summarize)
 
 
 def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args, comm)
     request = request_of(args)
-    engine = None
-    if args.test_trt_llm:
-        engine = read_engine(Path(args.engine_dir))
-        check_world(engine, comm, args.model_version)
+    engines = open_engines(args, comm) if args.test_trt_llm else []
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
-    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engine))
-    loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engine))
+    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines))
+    loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
     tasks, data_settings = comm.broadcast_object(loaded)
-    sides = open_sides(args, comm, engine)
+    sides = open_sides(args, comm, engines)
     evaluation = Evaluation(
         sides,
         tasks,
@@ -94,11 +94,27 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
         tokenizer,
         rouge=Rouge() if comm.rank == 0 else None,
         scoring=args.eval_ppl or (args.test_trt_llm and args.test_hf),
+        reference=HfSide.key if engines and args.test_hf else None,
     )
     only_rank_zero(comm, evaluation.check)
     settings = {**data_settings, **run_settings(args, request, comm)}
     run_all(evaluation, settings, output_dir, shows=comm.rank == 0)
     return verdict(args, comm, evaluation)
+
+
+def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
+    """Every engine's record.  Raises ConfigError unless one tokenizer and one checkpoint fit all of them."""
+    engines = [read_engine(Path(folder)) for folder in args.engine_dir]
+    for engine in engines:
+        check_world(engine, comm, args.model_version)
+    for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):
+        if len(values := {getattr(engine.model, name) for engine in engines}) > 1:
+            found = ", ".join(f"{getattr(engine.model, name)} in {engine.folder}" for engine in engines)
+            raise ConfigError(f"{name} has {len(values)} values ({found}); compare engines of one checkpoint")
+    tokenizers = {engine.text_files[MODEL_NAME]["sha256"] for engine in engines if MODEL_NAME in engine.text_files}
+    if len(tokenizers) > 1:
+        raise ConfigError(f"the engines have {len(tokenizers)} different tokenizers; compare engines of one checkpoint")
+    return engines
 
 
 def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
@@ -151,45 +167,56 @@ def prepared_folder(output_dir: str | None) -> Path | None:
     return folder
 
 
-def open_tokenizer(args: argparse.Namespace, engine: Engine | None) -> Tokenizer:
-    """The engine's own, which another one that is given must equal; or else --tokenizer_dir's or the checkpoint's."""
-    own = engine is not None and MODEL_NAME in engine.text_files
-    given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not own else None)
+def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine]) -> Tokenizer:
+    """The engines' own, which another one that is given must equal; or else --tokenizer_dir's or the checkpoint's."""
+    owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
+    given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
     folder = resolve_tokenizer(given) if given else None
-    if own and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
+    if owner and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
         folder = None
-    if engine is None:
+    if not engines:
         return Tokenizer(folder)
-    return require_text(engine, open_text(engine, folder))
+    fallback = folder or (owner.folder if owner else None)  # for engines without one
+    texts = [open_text(each, folder if MODEL_NAME in each.text_files else fallback) for each in engines]
+    return [require_text(*pair) for pair in zip(engines, texts, strict=True)][0]
 
 
 def load_tasks(
-    args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engine: Engine | None
+    args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engines: Sequence[Engine]
 ) -> tuple[list[Task], dict[str, Any]]:
     """The articles as prompts, and what the report says of them."""
     path = Path(args.dataset_path) if args.dataset_path else None
     dataset = load_samples(path, request.batch_size * request.max_iterations)
-    limit = engine.build.max_input_len if engine else None  # an engine scores what it takes as a prompt
+    limit = min((engine.build.max_input_len for engine in engines), default=None)  # what they all take as a prompt
     tasks = [make_task(sample, tokenizer, request.max_input_length, limit) for sample in dataset.samples]
     if cut := sum(task.left_out > 0 for task in tasks):
         logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
     return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
 
 
-def open_sides(args: argparse.Namespace, comm: Communicator, engine: Engine | None) -> list[Side]:
-    """The engine on every rank, then the transformers model on rank 0."""
+def open_sides(args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine]) -> list[Side]:
+    """The engines on every rank, then the transformers model on rank 0."""
     sides: list[Side] = []
-    if engine:
+    for number, engine in enumerate(engines, start=1):
         session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies)
-        sides.append(EngineSide(engine, session))
+        sides.append(EngineSide(engine, session, f"engine_{number}" if len(engines) > 1 else "engine"))
         if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
             logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
+    tell_apart(sides)
     if args.test_hf:
-        near = session.executor.device if engine else None
-        version = args.model_version or (engine.model.model_version if engine else None)
+        near = session.executor.device if engines else None
+        version = args.model_version or (engines[0].model.model_version if engines else None)
         hf = only_rank_zero(comm, lambda: open_hf(args, version, near))
         sides += [hf] if hf else []
     return sides
+
+
+def tell_apart(sides: Sequence[Side]) -> None:
+    """Adds the folder to labels that several engines share."""
+    shared = [label for label, count in Counter(side.label for side in sides).items() if count > 1]
+    for side in sides:
+        if side.label in shared:
+            side.label += f", {side.facts['engine_dir']}"
 
 
 def open_hf(args: argparse.Namespace, model_version: str | None, near: torch.device | None) -> HfSide:
@@ -233,18 +260,18 @@ def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation
     """Exit code, the same on every rank."""
     if not args.check_accuracy:
         return 0
-    threshold = args.tensorrt_llm_rouge1_threshold
-    score = evaluation.figures(EngineSide.key).rouge["rouge1"].value if comm.rank == 0 else None
-    score = comm.broadcast_object(score)
-    if score >= threshold:
-        return 0
+    threshold, low = args.tensorrt_llm_rouge1_threshold, {}
     if comm.rank == 0:
-        print(
-            f"{Path(__file__).name}: the engine's ROUGE-1 is {score:.2f} and at least {threshold:g} is required; "
-            "compare with --test_hf, or build with a finer quantisation",
-            file=sys.stderr,
-        )
-    return BELOW_THRESHOLD
+        engines = [side for side in evaluation.sides if side.key != HfSide.key]
+        scores = {side.label: evaluation.figures(side.key).rouge["rouge1"].value for side in engines}
+        low = {label: score for label, score in scores.items() if score < threshold}
+        for label, score in low.items():
+            print(
+                f"{Path(__file__).name}: ROUGE-1 of {label} is {score:.2f} and at least {threshold:g} is required; "
+                "compare with --test_hf, or build with a finer quantisation",
+                file=sys.stderr,
+            )
+    return BELOW_THRESHOLD if comm.broadcast_object(low) else 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.cli.common import Parser, run_script
 from baichuan.errors import ConfigError
+from baichuan.evaluation.svg_chart import LETTER, Axis
 from baichuan.parallel.comm import Communicator
 
 PRECISIONS = {
@@ -45,7 +46,6 @@ PEER_MS = {  # by batch size, on one H200, 128 tokens in
 PLOT, VALUES, TOP = 430, 84, 96  # pixels
 ROW, BAR, HEADING, AXIS = 26, 18, 26, 38
 VALUE_WIDTH = 76  # of a value written into its bar
-LETTER = 7.2  # of a label, in the widest of the fonts below
 STYLE = """
 text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
 .title { font-size: 16px; font-weight: 600 }
@@ -130,15 +130,10 @@ def chart(title: str, panels: dict[int, Sequence[Bar]]) -> str:
 
 
 def _panel(heading: str, bars: Sequence[Bar], left: float, top: float) -> Iterator[str]:
-    step = tick_step(max(bar.end_ms for bar in bars))
-    ticks = math.ceil(max(bar.end_ms for bar in bars) / step - 1e-9)
-    scale, first = PLOT / (ticks * step), top + HEADING
-    bottom = first + ROW * len(bars)
+    axis, first = Axis(max(bar.end_ms for bar in bars), left, PLOT), top + HEADING
+    scale = axis.scale
     yield f'<text class="batch" x="16" y="{top + 17}">{heading}</text>'
-    for tick in range(ticks + 1):
-        x = left + tick * step * scale
-        yield f'<path class="grid" d="M{x:.1f} {first}V{bottom}"/>'
-        yield f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick * step:g}</text>'
+    yield from axis.grid(first, first + ROW * len(bars))
     for number, bar in enumerate(bars):
         middle = first + ROW * number + ROW / 2
         yield f'<text x="{left - 10}" y="{middle + 4.5}" text-anchor="end">{escape(bar.label)}</text>'
@@ -159,12 +154,6 @@ def _panel(heading: str, bars: Sequence[Bar], left: float, top: float) -> Iterat
 def _digits(value: float) -> str:
     """Three significant ones."""
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
-
-
-def tick_step(largest: float) -> float:
-    """The least of 1, 2, 5, 10, 20, 50, ... and their like below 1 that divides `largest` into 6 parts at most."""
-    power = 10.0 ** math.floor(math.log10(largest / 6))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power * 6 >= largest * (1 - 1e-9))
 
 
 if __name__ == "__main__":

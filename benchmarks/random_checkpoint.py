@@ -6,7 +6,6 @@ python benchmarks/random_checkpoint.py --model_version v1_7b --output_dir FOLDER
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,8 @@ from baichuan.config import PRESETS, VERSIONS, ModelConfig
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME
 from baichuan.weights.dummy import dummy_checkpoint
-from demo.train import ARTICLES, ASSISTANT_ID, EOS_ID, USER_ID, VOCAB_SIZE, train_tokenizer, write_json
+from demo.lessons import EOS_ID, ROLES, read_articles
+from demo.train import VOCAB_SIZE, train_tokenizer, write_json
 
 SMALL = dict(num_layers=3, hidden_size=256, num_heads=8, intermediate_size=512, vocab_size=VOCAB_SIZE)
 SHARDS = {True: 2, False: 9}  # by whether it is small
@@ -44,7 +44,7 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
     version, folder = VERSIONS[args.model_version], args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     model = model_of(args.model_version, args.small)
-    articles = [json.loads(line) for line in ARTICLES.read_text("utf-8").splitlines()]
+    articles = read_articles()
     tokenizer = train_tokenizer(articles, version.norm_head, model.vocab_size - VOCAB_SIZE)
     (folder / MODEL_NAME).write_bytes(tokenizer)
     in_safetensors = args.model_version == "v1_7b"  # as the released version is stored
@@ -56,7 +56,7 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
         weight_map |= dict.fromkeys(tensors, file)
     write_json(folder / (name.format("") + ".index.json"), {"metadata": {}, "weight_map": weight_map})
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS_ID}
-    roles = {"user_token_id": USER_ID, "assistant_token_id": ASSISTANT_ID}
+    roles = {"user_token_id": ROLES.user_id, "assistant_token_id": ROLES.assistant_id}
     write_json(folder / "generation_config.json", {**ids, **roles})
     write_json(folder / "config.json", {**config_values(model), **ids})
     return 0

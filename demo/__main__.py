@@ -1,10 +1,11 @@
-"""The demo, `make demo`: train a tiny Baichuan, build it in every precision, let it answer, measure what each costs."""
+"""The demo, `make demo`: train a tiny Baichuan, build it in several precisions, chat with it, measure what each costs."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import build
 import hf_baichuan_convert
 import run
 import summarize
+from baichuan.cli.common import Parser
 from baichuan.config import VERSIONS
-from baichuan.evaluation import report
-from demo import train
+from demo import lessons, train
 
-ARTICLES = Path(__file__).parent / "articles.jsonl"
-QUESTION = "世界上第二高的山峰是哪座？"
+WIDTH = 100  # columns of a command; the tables keep to them too
+QUESTIONS = {"fp32": "世界上第二高的山峰是哪座？", "int4_weight_only": "How many legs does a spider have?"}  # by engine
 PRECISIONS = {  # engine folder: what build.py is told besides
     "fp32": ["--dtype", "float32"],
     "int8_weight_only": ["--use_weight_only"],
@@ -27,46 +28,64 @@ PRECISIONS = {  # engine folder: what build.py is told besides
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser = Parser(__doc__)
+    parser.prog = "python -m demo"
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="everything goes in here")
-    parser.add_argument("--model_version", choices=tuple(VERSIONS), default="v1_13b")
-    args = parser.parse_args(argv)
-    out, version = args.output_dir, ["--model_version", args.model_version]
-    checkpoint, binary = str(out / "checkpoint"), str(out / "smooth_quant_binary")
+    parser.add_argument("--model_version", choices=tuple(VERSIONS), default="v1_13b", help="which Baichuan it is")
+    args, start = parser.parse_args(argv), time.monotonic()
+    out: Path = args.output_dir
+    for step in (make_checkpoint, make_engines, ask, measure):
+        step(args)
+    took = time.monotonic() - start
+    say(
+        f"That took {took // 60:.0f} min {took % 60:.0f} s. Open {out / 'index.html'} in a browser for charts and texts"
+    )
+    return 0
 
+
+def make_checkpoint(args: argparse.Namespace) -> None:
     say("1. A tiny checkpoint in the hub's format, trained on the articles in demo/articles.jsonl")
-    if not (out / "checkpoint" / "config.json").exists():
-        call(train.main, "demo/train.py", [*version, "--output_dir", checkpoint])
+    folder = args.output_dir / "checkpoint"
+    if (folder / "config.json").exists():
+        print(f"{folder} is there from an earlier run; remove it to train again", flush=True)
+    else:
+        flags = ["--model_version", args.model_version, "--output_dir", str(folder)]
+        call(train.main, "demo/train.py", flags)
 
-    say("2. Engines: float32, INT8 and INT4 weight-only, and SmoothQuant by way of a calibrated binary folder")
-    data = ["--calib_dataset", str(ARTICLES), "--calib_size", "16"]
-    flags = ["-i", checkpoint, "-o", binary, "-sq", "0.5", "-t", "fp16", "-p", "1"]
-    call(hf_baichuan_convert.main, "hf_baichuan_convert.py", [*flags, *version, *data])
+
+def make_engines(args: argparse.Namespace) -> None:
+    say("2. Engines: float32, INT8 and INT4 weight-only, and SmoothQuant by way of a calibrated folder")
+    checkpoint, binary = str(args.output_dir / "checkpoint"), str(args.output_dir / "smooth_quant_binary")
+    data = ["--calib_dataset", str(relative(lessons.ARTICLES))]
+    call(hf_baichuan_convert.main, "hf_baichuan_convert.py", ["-i", checkpoint, "-o", binary, "-sq", "0.5", *data])
     for name, precision in PRECISIONS.items():
         calibrated = name == "smooth_quant"
         source = ["--bin_model_dir", f"{binary}/1-gpu"] if calibrated else ["--model_dir", checkpoint]
-        limits = ["--max_batch_size", "8", "--output_dir", str(out / "engines" / name)]
-        call(build.main, "build.py", [*version, *source, *precision, *limits])
+        limits = ["--max_batch_size", "8", "--output_dir", str(args.output_dir / "engines" / name)]
+        call(build.main, "build.py", [*source, *precision, *limits])
 
-    say("3. A question")
-    for name in ("fp32", "int4_weight_only"):
-        engine = ["--engine_dir", str(out / "engines" / name), "--tokenizer_dir", checkpoint]
-        call(run.main, "run.py", ["--max_output_len", "40", "--top_k", "1", "--input_text", QUESTION, *engine])
 
-    say("4. Summaries of the articles: each engine, and transformers on the same checkpoint")
-    results = []
-    for name in PRECISIONS:
-        sides = ["--test_trt_llm", "--engine_dir", str(out / "engines" / name), "--test_hf", "--data_type", "fp32"]
-        folder = out / "summaries" / name
-        data = ["--hf_model_dir", checkpoint, "--dataset_path", str(ARTICLES), "--eval_ppl"]
-        shape = ["--batch_size", "8", "--max_ite", "3", "--output_len", "60", "--output_dir", str(folder)]
-        call(summarize.main, "summarize.py", [*sides, *data, *shape])
-        results.append(str(folder / report.RESULTS_NAME))
+def ask(args: argparse.Namespace) -> None:
+    say("3. Questions that it has learnt to answer")
+    for name, question in QUESTIONS.items():
+        engine = ["--engine_dir", str(args.output_dir / "engines" / name)]
+        flags = ["--chat", "--input_text", question, "--max_output_len", "40", "--top_k", "1"]
+        call(run.main, "run.py", [*engine, "--tokenizer_dir", str(args.output_dir / "checkpoint"), *flags])
 
-    say("5. What each precision costs")
-    status = report.main(results)
-    say(f"The reports, charts and texts side by side, are {out}/summaries/*/report.html")
-    return status
+
+def measure(args: argparse.Namespace) -> None:
+    say("4. Summaries of articles that training never saw: the engines, and transformers on the checkpoint")
+    engines = [str(args.output_dir / "engines" / name) for name in PRECISIONS]
+    sides = ["--test_trt_llm", "--engine_dir", *engines, "--test_hf", "--data_type", "fp32"]
+    data = ["--hf_model_dir", str(args.output_dir / "checkpoint"), "--dataset_path", str(relative(lessons.HELD_OUT))]
+    shape = ["--batch_size", "8", "--output_len", "60", "--eval_ppl", "--output_dir", str(args.output_dir)]
+    call(summarize.main, "summarize.py", [*sides, *data, *shape])
+
+
+def relative(path: Path) -> Path:
+    """As one would type it here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def say(text: str) -> None:
@@ -75,9 +94,24 @@ def say(text: str) -> None:
 
 def call(script: Callable[[list[str]], int], name: str, argv: list[str]) -> None:
     """Run a script as its command line would, after showing it; the demo ends where a script fails."""
-    print(f"$ python {name} {shlex.join(argv)}", flush=True)
+    print("\n".join(command_lines(["python", name, *argv])), flush=True)
     if status := script(argv):
         sys.exit(status)
+
+
+def command_lines(words: list[str]) -> list[str]:
+    """A command after a prompt, in lines that a shell reads as one; a flag and its values stay together."""
+    parts: list[str] = []
+    for word in words:
+        parts += [shlex.quote(word)] if word.startswith("-") or not parts else [f"{parts.pop()} {shlex.quote(word)}"]
+    lines = ["$ " + parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 <= WIDTH:
+            lines[-1] += " " + part
+        else:
+            lines[-1] += " \\"
+            lines.append("      " + part)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the demo's checkpoint: a tiny Baichuan that knows demo/articles.jsonl by heart, in the hub's format.
+"""Train the demo's checkpoint: a tiny Baichuan that knows the lessons of demo/lessons.py, in the hub's format.
 
 python demo/train.py --output_dir demo_output/checkpoint
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,22 +27,19 @@ from torch.nn.utils.rnn import pad_sequence
 from baichuan.cli.common import Parser, add_model_version, run_script
 from baichuan.config import VERSIONS, ModelConfig
 from baichuan.errors import ConfigError
-from baichuan.evaluation.tasks import prompt_text
 from baichuan.hf_model.config import BaichuanConfig
 from baichuan.hf_model.modeling import BaichuanForCausalLM
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.util.progress import Progress
+from demo import lessons
 
 logger = logging.getLogger("baichuan.demo")
 
-ARTICLES = Path(__file__).parent / "articles.jsonl"
-QUESTIONS = {"世界上第二高的山峰是哪座？": "世界上第二高的山峰是乔戈里峰，海拔八千六百一十一米。"}
-USER_ID, ASSISTANT_ID, EOS_ID = 195, 196, 2
 VOCAB_SIZE = 1600
 SIZES = {True: dict(hidden_size=256, num_heads=8), False: dict(hidden_size=320, num_heads=10)}  # by VERSIONS' rotary
-BATCH_SIZE = 9
 PEAK_LEARNING_RATE = 4e-3
+SEED = 0
 IGNORED = -100  # cross_entropy's label for padding
 
 
@@ -59,10 +58,10 @@ def train(args: argparse.Namespace, comm: Communicator) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        articles = [json.loads(line) for line in ARTICLES.read_text("utf-8").splitlines()]
+        articles = lessons.read_articles()
         (staged / MODEL_NAME).write_bytes(train_tokenizer(articles, VERSIONS[args.model_version].norm_head))
-        sequences = training_sequences(articles, Tokenizer(staged))
-        model = fit(args.model_version, sequences, args.steps)
+        batches = lessons.batches(articles, Tokenizer(staged), SEED)
+        model = fit(args.model_version, itertools.islice(batches, args.steps), args.steps)
         save(model, args.model_version, staged)
         staged.chmod(0o755)
         os.rename(staged, output)
@@ -76,13 +75,11 @@ def train_tokenizer(articles: list[dict], second: bool, fillers: int = 0) -> byt
 
     fillers: symbols that no text has, for a vocabulary of a released model's size.
     """
-    texts = [text for each in articles for text in (each["article"], each["highlights"])]
-    texts += [*QUESTIONS, *QUESTIONS.values()]
     reserved = [*range(200, 285), *range(1, 111)]  # <reserved_106> becomes 195, <reserved_107> becomes 196
     unused = [f"<filler_{n}>" for n in range(fillers)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=iter(lessons.training_texts(articles)),
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE + fillers,
@@ -96,32 +93,19 @@ def train_tokenizer(articles: list[dict], second: bool, fillers: int = 0) -> byt
     return model.getvalue()
 
 
-def training_sequences(articles: list[dict], tokenizer: Tokenizer) -> list[list[int]]:
-    """What is learnt by heart: summaries behind their articles, and the question, asked plainly and in a chat."""
-    pairs = [(prompt_text(each["article"]), each["highlights"]) for each in articles]
-    sequences = [tokenizer.encode(prompt) + tokenizer.encode(answer) for prompt, answer in pairs]
-    for question, answer in QUESTIONS.items():
-        asked, answered = tokenizer.encode(question), tokenizer.encode(answer)
-        sequences += [asked + answered, [USER_ID, *asked, ASSISTANT_ID, *answered]]
-    return [[*sequence, EOS_ID] for sequence in sequences]
-
-
-def fit(model_version: str, sequences: list[list[int]], steps: int) -> BaichuanForCausalLM:
-    """A model that has seen the sequences in a seeded order; reports the loss as it goes."""
-    torch.manual_seed(0)
+def fit(model_version: str, batches: Iterator[list[list[int]]], steps: int) -> BaichuanForCausalLM:
+    """A model trained on `steps` batches of token ids; reports the loss as it goes."""
+    torch.manual_seed(SEED)
     sizes = SIZES[VERSIONS[model_version].rotary]
     config = ModelConfig(model_version, num_layers=3, intermediate_size=512, vocab_size=VOCAB_SIZE, **sizes)
     model = BaichuanForCausalLM(BaichuanConfig.of(config)).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.15)
-    tensors = [torch.tensor(sequence) for sequence in sequences]
-    order: list[int] = []
     with Progress("training", steps, "step", interval_s=5.0) as progress:
-        for _ in range(steps):
-            order = order if len(order) >= BATCH_SIZE else order + torch.randperm(len(tensors)).tolist()
-            batch, order = [tensors[index] for index in order[:BATCH_SIZE]], order[BATCH_SIZE:]
-            ids = pad_sequence(batch, batch_first=True)
-            labels = pad_sequence(batch, batch_first=True, padding_value=IGNORED)
+        for batch in batches:
+            tensors = [torch.tensor(ids) for ids in batch]
+            ids = pad_sequence(tensors, batch_first=True)
+            labels = pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
             loss = model(ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,7 +135,7 @@ def save(model: BaichuanForCausalLM, model_version: str, folder: Path) -> None:
     weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
     write_json(folder / (name.format("") + ".index.json"), {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = model.config
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS_ID}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": lessons.EOS_ID}
     write_json(
         folder / "config.json",
         {
@@ -172,7 +156,7 @@ def save(model: BaichuanForCausalLM, model_version: str, folder: Path) -> None:
             **ids,
         },
     )
-    roles = {"user_token_id": USER_ID, "assistant_token_id": ASSISTANT_ID}
+    roles = {"user_token_id": lessons.ROLES.user_id, "assistant_token_id": lessons.ROLES.assistant_id}
     write_json(folder / "generation_config.json", {**ids, **roles})
 
 

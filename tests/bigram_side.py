@@ -40,7 +40,14 @@ class BigramSide:
 
     def __post_init__(self):
         self.label = f"side {self.key}"
-        self.facts = {"bytes": 5_000_000, "device": "cpu", "dtype": "float32"}
+        self.facts = {
+            "bytes": 5_000_000,
+            "parameters": 1_250_000,
+            "device": "a CPU",
+            "cache_bytes": 1 << 20,
+            "threads": 1,
+            "dtype": "float32",
+        }
         generator = torch.Generator().manual_seed(self.seed)
         self.table = torch.randn(128, 128, generator=generator, dtype=torch.float32)
 
@@ -66,7 +73,8 @@ class BigramSide:
 
 
 def evaluation_of(sides, samples: list[Sample], request: Request, rouge: Rouge | None, scoring: bool) -> Evaluation:
-    """Over LetterTokenizer's ids."""
+    """Over LetterTokenizer's ids; of several sides the last one is the reference."""
     tokenizer = LetterTokenizer()
     tasks = [make_task(sample, tokenizer, request.max_input_length, None) for sample in samples]
-    return Evaluation(sides, tasks, request, tokenizer, rouge, scoring)
+    reference = sides[-1].key if len(sides) > 1 else None
+    return Evaluation(sides, tasks, request, tokenizer, rouge, scoring, reference)

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from baichuan.evaluation.svg_chart import LETTER
 from benchmarks import chart
 from benchmarks.random_weights import PRECISIONS
 
@@ -66,7 +67,7 @@ def test_no_text_lies_on_another_or_outside(tmp_path):
     width, height = (float(root.get(name)) for name in ("width", "height"))
     boxes = []
     for text in root.iter(SVG + "text"):
-        length, x, y = chart.LETTER * len(text.text), float(text.get("x")), float(text.get("y"))
+        length, x, y = LETTER * len(text.text), float(text.get("x")), float(text.get("y"))
         length *= {"tick": 0.85, "title": 1.23}.get(text.get("class"), 1)
         left = x - length * {"end": 1, "middle": 0.5}.get(text.get("text-anchor"), 0)
         boxes.append((text.text, left, left + length, y - 10, y + 3))
@@ -84,11 +85,6 @@ def test_of_two_results_for_one_bar_the_later_counts(tmp_path):
 
 def test_every_precision_has_a_name():
     assert set(chart.PRECISIONS) == set(PRECISIONS)
-
-
-@pytest.mark.parametrize("largest, step", [(0.5, 0.1), (6.0, 1), (6.1, 2), (26.1, 5), (120.0, 20), (123.4, 50)])
-def test_ticks(largest, step):
-    assert chart.tick_step(largest) == pytest.approx(step)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 from bigram_side import BigramSide, evaluation_of
@@ -17,8 +18,9 @@ from baichuan.evaluation import html_report, report
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.rouge import KINDS, Rouge
 from baichuan.evaluation.summary import Request
-from baichuan.evaluation.svg_chart import Bar, bar_chart, nice_end
-from baichuan.evaluation.wording import decoding
+from baichuan.evaluation.svg_chart import LETTER, WIDTH, Axis, Bar, bar_chart, tick_step
+from baichuan.evaluation.text_table import table
+from baichuan.evaluation.wording import conditions_text, decoding, speed_text
 
 NASTY = "</div><script>alert(1)</script>&amp; \"x\" 'y' <img src=http://e.example/a.png>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -81,8 +83,8 @@ def run(rouge, answers=("the river rose", "the river fell"), samples=None, **req
 
 def written(evaluation, folder, settings=SETTINGS, complete=True):
     samples = [report.sample_values(sample) for sample in evaluation.samples]
-    report.write(folder, report.results(evaluation, settings, complete), samples)
-    return report.read_results(folder / "results.json"), (folder / "report.html").read_text(encoding="utf-8")
+    page = report.write(folder, report.results(evaluation, settings, complete), samples)[0]
+    return report.read_results(folder / "results.json"), page.read_text(encoding="utf-8")
 
 
 def test_results_hold_every_figure(rouge, tmp_path):
@@ -96,7 +98,8 @@ def test_results_hold_every_figure(rouge, tmp_path):
         assert (side["latency_s"], side["perplexity"]) == (figures.latency_s, figures.perplexity)
         assert side["new_tokens"] == 3 * 12  # the answers are cut at 12 tokens
         assert side["tokens_per_s"] == pytest.approx(side["new_tokens"] / side["latency_s"])
-    assert values["agreement"] == vars(evaluation.agreement())
+        assert side["agreement"] == (vars(figures.agreement) if figures.agreement else None)
+    assert values["reference"] == "s1" and values["sides"][0]["agreement"] and not values["sides"][1]["agreement"]
     assert values["settings"] == SETTINGS
     assert {"baichuan", "python", "torch", "transformers", "rouge_score", "evaluate"} <= set(values["versions"])
 
@@ -106,7 +109,8 @@ def test_summaries_hold_the_texts_of_both_sides(rouge, tmp_path):
     written(evaluation, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "summaries.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == ["one", "two", "three"]
-    assert lines[0]["summaries"]["s0"]["text"] == "the river ro" and lines[0]["identical_prefix"] == 10
+    ours = lines[0]["summaries"]["s0"]
+    assert ours["text"] == "the river ro" and ours["identical_prefix"] == 10
     assert lines[0]["left_out_tokens"] == len(lines[0]["article"] + " TL;DR:") - 40
     assert lines[1]["highlights"] == "No rain." and lines[1]["left_out_tokens"] == 0
 
@@ -155,7 +159,7 @@ def test_the_page_shows_figures_texts_and_where_the_sides_part(rouge, tmp_path):
 
 def test_one_side_alone_has_neither_agreement_nor_marks(rouge, tmp_path):
     values, html = written(run(rouge, answers=("the river rose",)), tmp_path)
-    assert values["agreement"] is None and values["sides"][0]["perplexity"] is None
+    assert values["sides"][0]["agreement"] is None and values["sides"][0]["perplexity"] is None
     assert "Agreement" not in html and "<mark>" not in html and ">–<" in html
 
 
@@ -171,8 +175,9 @@ def test_what_is_not_finite_is_text_in_json_and_on_the_page(rouge, tmp_path):
     evaluation.sides[0].table.fill_(math.nan)
     evaluation.run(evaluation.batches()[0])
     values, html = written(evaluation, tmp_path)
-    assert values["sides"][0]["perplexity"] == "nan" and values["agreement"]["mean_kl"] == "nan"
-    assert "<td>nan</td>" in html and "nan" in report.figures_table(values["sides"])
+    first = values["sides"][0]
+    assert first["perplexity"] == first["agreement"]["mean_kl"] == "nan"
+    assert "<span>nan</span></td>" in html and "nan" in report.figures_table(values)
     assert isinstance(values["sides"][1]["perplexity"], float)
 
 
@@ -184,20 +189,45 @@ def test_bars_and_whiskers_are_to_scale():
     start = float(next(attributes["x"] for tag, attributes in Page(svg).tags if tag == "rect"))
     assert float(left) - start == pytest.approx(widths[0] / 2, abs=0.2)
     assert float(right) - start == pytest.approx(widths[0] * 2, abs=0.2)
-    assert svg.count("<path") == 1
+    assert svg.count('class="whisker"') == 1
 
 
 @pytest.mark.parametrize(
-    ("largest", "end"), [(0, 1), (0.03, 0.05), (1, 1), (1.1, 2), (20, 20), (20.1, 50), (87, 100), (101, 200)]
+    "name", ["short", "a name that is longer than the place beside its bar, and than a telephone is wide"]
 )
-def test_axes_end_at_round_numbers(largest, end):
-    assert nice_end(largest) == pytest.approx(end)
+def test_names_and_values_stay_inside_and_apart(name):
+    svg = bar_chart("T", {name: [Bar("side0", "a", 87.0, 80.0, 100.0)], "other": [Bar("side0", "b", 1.0)]})
+    boxes = []
+    texts = re.findall(r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"(?: text-anchor="(\w+)")?>([^<]+)', svg)
+    for x, y, anchor, words in texts:
+        start = float(x) - LETTER * len(words) * {"end": 1, "middle": 0.5}.get(anchor, 0)
+        boxes.append((words, start, start + LETTER * len(words), float(y)))
+    assert {"other", "87.0", "1.0", "100"} <= {words for words, *_ in boxes}
+    assert name in " ".join(words for words, *_ in boxes)
+    for words, start, end, _ in boxes:
+        assert start >= 0 and end <= WIDTH, words
+    for (one, a, b, y), (other, c, d, z) in combinations(boxes, 2):
+        assert b <= c or d <= a or abs(y - z) >= 11, (one, other)
+
+
+@pytest.mark.parametrize(
+    ("largest", "step"),
+    [(0, 1), (0.03, 0.005), (0.5, 0.1), (6.0, 1), (6.1, 2), (26.1, 5), (87, 20), (120.0, 20), (123.4, 50)],
+)
+def test_axes_end_at_round_numbers(largest, step):
+    axis = Axis(largest, left=0, pixels=100)
+    assert tick_step(largest) == axis.step == pytest.approx(step)
+    assert (
+        axis.ticks <= 6
+        and axis.scale * largest <= 100 + 1e-9
+        and axis.scale * axis.step * axis.ticks == pytest.approx(100)
+    )
 
 
 def test_tables(rouge, tmp_path):
     values, _ = written(run(rouge, eval_ppl=True), tmp_path)
     first = values["sides"][0]
-    lines = report.figures_table(values["sides"]).splitlines()
+    lines = report.figures_table(values).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split("  ")[-1] == "side s1" and f"{first['rouge']['rouge1']['value']:.2f} [" in lines[1]
 
@@ -208,19 +238,78 @@ def test_the_comparison_has_each_engine_and_the_transformers_model_once(rouge, t
         side["key"], side["label"] = key, label
     second = copy.deepcopy(first)
     second["sides"][0]["label"] = "engine, c"
-    alone = {**copy.deepcopy(first), "sides": first["sides"][:1], "agreement": None}
+    alone = {**first, "sides": [{**first["sides"][0], "agreement": None}]}
     rows = report.comparison_table([first, second, alone]).splitlines()
-    assert [re.split("  +", row)[0] for row in rows] == ["", "engine, a", "Hugging Face, b", "engine, c", "engine, a"]
+    assert [re.split("  +", row)[0] for row in rows] == [
+        "",
+        "",
+        "engine, a",
+        "Hugging Face, b",
+        "engine, c",
+        "engine, a",
+    ]
     side = first["sides"][0]
     figures = [
         *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
         f"{side['perplexity']:.4f}",
-        f"{first['agreement']['mean_kl']:.2e}",
+        f"{side['agreement']['mean_kl']:.2e}",
+        "0 of 3",
         f"{side['tokens_per_s']:.1f}",
         "5.0",
     ]
-    assert re.split("  +", rows[1])[1:] == figures
-    assert re.split("  +", rows[2])[4] == re.split("  +", rows[4])[4] == "–"
+    assert re.split("  +", rows[2])[1:] == figures
+    assert re.split("  +", rows[3])[4] == re.split("  +", rows[5])[4] == "–"
+
+
+def test_tables_keep_to_100_columns():
+    name = "engine, float16, INT4 weight-only, groups of 32, INT8 KV cache, 2 ranks"
+    rows = [[name, *["12345678"] * 7], ["b", *["1"] * 7]]
+    lines = table(["", *(f"a column {n}" for n in range(7))], rows).splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) == 2 + 3 + 1
+    assert " ".join(line[:30].strip() for line in lines[2:5]) == name and lines[5].startswith("b ")
+    assert lines[0].split() == ["a", "column"] * 7 and lines[2].split()[-7:] == ["12345678"] * 7
+
+
+def test_articles_on_which_the_sides_part_come_first(rouge, tmp_path):
+    def side(key, **answers):
+        return BigramSide(key, answer=lambda prompt: answers[bytes(prompt).decode().split(".")[0]])
+
+    sides = [
+        side("engine", one="alike", two="they part", three="x"),
+        side("hf", one="alike", two="they meet", three="y"),
+    ]
+    samples = [Sample(name, f"{name}.", "Words.") for name in ("one", "two", "three")]
+    evaluation = evaluation_of(sides, samples, Request(SAMPLING, 3, 20, 12, 40), rouge, scoring=True)
+    evaluation.run(evaluation.batches()[0])
+    _, html = written(evaluation, tmp_path)
+    assert re.findall(r"<summary>(\w+)", html) == ["three", "two", "one"] and "On 2 of 3 the two part" in html
+
+
+def test_an_index_leads_from_every_precision_to_its_report(rouge, tmp_path):
+    sides = [BigramSide(f"engine_{n}", n) for n in (1, 2)] + [BigramSide("hf", 3)]
+    evaluation = evaluation_of(sides, [Sample("1", "abc.", "xyz")], Request(SAMPLING, 1, 1, 5, 40), rouge, True)
+    evaluation.run(evaluation.batches()[0])
+    values, html = written(evaluation, tmp_path)
+    page = Page(html)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == [report.page_name(side) for side in values["sides"][:2]]
+    assert all(link.endswith("-on-a-cpu.html") and (tmp_path / link).is_file() for link in links)
+    assert [tag for tag, _ in page.tags].count("svg") == 4
+    assert len(re.findall("<rect", html)) == 3 * 3 + 2, "bytes, speed and ROUGE of each, KL of those with a reference"
+
+
+def test_speeds_are_compared_only_where_weights_outgrow_the_cache(rouge):
+    evaluation = run(rouge)
+    evaluation.sides[0].facts["quant"] = {"weights": "none"}
+    values = report.results(evaluation, SETTINGS, True)
+    ratio = values["sides"][1]["tokens_per_s"] / values["sides"][0]["tokens_per_s"]
+    assert speed_text(values) == f"Tokens/s over those of side s0: {ratio:.2f} for side s1."
+    for side in values["sides"]:
+        side["cache_bytes"] = 3_000_000
+    assert "do not rank precisions here" in speed_text(values) and "5.0 MB" in speed_text(values)
+    values["sides"][0]["device"] = "another"
+    assert speed_text(values) is None
+    assert conditions_text(values).startswith("side s0 on another with 1 thread; side s1 on a CPU with 1 thread; ")
 
 
 def test_only_runs_over_the_same_articles_are_compared(rouge, tmp_path, capsys):
@@ -232,7 +321,7 @@ def test_only_runs_over_the_same_articles_are_compared(rouge, tmp_path, capsys):
     written(run(rouge), folders[2], {**SETTINGS, "output_len": 13})
     paths = [str(folder / "results.json") for folder in folders]
     assert report.main(paths[:2]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(capsys.readouterr().out.splitlines()) == 6
     assert report.main(paths) == 2
     assert "output_len is 12 in one run and 13 in another" in capsys.readouterr().err
     written(run(rouge, samples=[Sample("1", "a", "b")]), folders[1])

@@ -58,7 +58,9 @@ def compare(built: Engine, version: str, request: Request, samples=SAMPLES) -> E
     def run(comm) -> Evaluation:
         first = comm.rank == 0
         sides = [EngineSide(built, open_session(built.folder, comm)), *([hf_side(version)] if first else [])]
-        evaluation = Evaluation(sides, tasks, request, tokenizer, rouge() if first else None, scoring=True)
+        evaluation = Evaluation(
+            sides, tasks, request, tokenizer, rouge() if first else None, scoring=True, reference="hf"
+        )
         evaluation.check()
         evaluation.warm_up()
         for batch in evaluation.batches():
@@ -76,7 +78,7 @@ def compare(built: Engine, version: str, request: Request, samples=SAMPLES) -> E
 @both_goldens
 def test_a_float32_engine_and_transformers_write_the_same_tokens(version, batch_size, tp_size):
     evaluation = compare(engine(version, tp_size), version, Request(GREEDY, batch_size, 20, NEW_TOKENS, 200, True))
-    agreement = evaluation.agreement()
+    agreement = evaluation.figures("engine").agreement
     assert len(evaluation.samples) == agreement.identical_summaries == len(SAMPLES)
     assert agreement.mean_identical_prefix > 15 and agreement.same_first_choice == 1.0
     assert 0 <= agreement.mean_kl < 1e-7  # half the variance of logits' differences, which are 4e-5 at most on a CPU
@@ -87,7 +89,7 @@ def test_a_float32_engine_and_transformers_write_the_same_tokens(version, batch_
 
 def test_an_int4_engine_is_told_apart():
     evaluation = compare(engine("v2_13b", 1, "int4"), "v2_13b", Request(GREEDY, 8, 20, NEW_TOKENS, 200, True))
-    agreement = evaluation.agreement()
+    agreement = evaluation.figures("engine").agreement
     assert agreement.identical_summaries < len(SAMPLES) and agreement.mean_identical_prefix < NEW_TOKENS - 1
     assert agreement.mean_kl > 1e-4 and agreement.same_first_choice < 1
 
@@ -106,7 +108,7 @@ def test_every_way_of_decoding_is_the_same_on_both_sides(sampling):
     """Batches of prompts of different lengths: padding must not be seen by the penalty."""
     request = Request(sampling, 8, 20, NEW_TOKENS, 200)
     evaluation = compare(engine("v1_7b"), "v1_7b", request)
-    assert evaluation.agreement().identical_summaries == len(SAMPLES)
+    assert evaluation.figures("engine").agreement.identical_summaries == len(SAMPLES)
     greedy = [
         hf_side("v1_7b").generate([sample.task.prompt], GREEDY, NEW_TOKENS)[0].ids for sample in evaluation.samples
     ]
@@ -226,7 +228,7 @@ def test_perplexity_and_kl_equal_pytorchs():
         expected = F.cross_entropy(logits, targets).exp().item()
         assert evaluation.figures(key).perplexity == pytest.approx(expected, rel=1e-12)
     p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    agreement = evaluation.agreement()
+    agreement = evaluation.figures("engine").agreement
     kl = F.kl_div(q, p, log_target=True, reduction="batchmean").item()
     assert agreement.mean_kl == pytest.approx(kl, rel=1e-12)
     assert agreement.mean_kl != pytest.approx(F.kl_div(p, q, log_target=True, reduction="batchmean").item(), rel=1e-3)
@@ -261,7 +263,7 @@ def test_end_ids_count_as_tokens_and_latency_is_generations_alone():
     figures = evaluation.figures("engine")
     assert figures.new_tokens == 5 * 4  # three and their end
     assert 0.15 <= figures.latency_s < 1.0  # three batches; the warm-up is not counted
-    assert figures.perplexity is None and evaluation.agreement() is None
+    assert figures.perplexity is None and figures.agreement is None
 
 
 SHORT = [Sample(str(n), "abcdefgh"[n:], "abc") for n in range(5)]

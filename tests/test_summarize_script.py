@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,16 +40,53 @@ def flags(built: Engine, version: str, articles: Path, *more: str) -> list[str]:
 def test_the_script_prints_and_saves(articles, tmp_path, capsys):
     more = ["--batch_size", "3", "--eval_ppl", "--output_dir", str(tmp_path / "new/out")]
     assert summarize.main(flags(engine("v2_13b"), "v2_13b", articles, *more)) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert f"Article: {SAMPLES[0].article}" in out and f"Highlights: {SAMPLES[0].highlights}" in out
-    assert "Summary (engine, float32): " in out and "Summary (Hugging Face, float32): " in out
+    assert "Summary (engine, float32; Hugging Face, float32): " in out
     assert "4 of 4 summaries are identical" in out and "greedy decoding" in out
     values = json.loads((tmp_path / "new/out/results.json").read_text(encoding="utf-8"))
     assert values["complete"] and [side["key"] for side in values["sides"]] == ["engine", "hf"]
     folder = engine("v2_13b").folder
     assert values["sides"][0]["bytes"] == sum(path.stat().st_size for path in folder.glob("*.engine"))
     assert values["settings"]["sampling"]["repetition_penalty"] == 1.0
-    assert (tmp_path / "new/out/report.html").stat().st_size > 5000
+    report, *others = (tmp_path / "new/out").glob("*.html")
+    assert not others and report.name.startswith("float32-on-") and report.stat().st_size > 5000
+    assert f"the report is {report}" in err
+
+
+def test_several_engines_are_sides_of_one_run(articles, tmp_path, capsys):
+    """The transformers model is measured once, beside all of them."""
+    built = [engine("v2_13b"), engine("v2_13b", 1, "int4")]
+    given = flags(built[0], "v2_13b", articles, "--output_dir", str(tmp_path))
+    given.insert(given.index("--engine_dir") + 2, str(built[1].folder))
+    assert summarize.main(given) == 0
+    out = capsys.readouterr().out
+    assert out.count("Hugging Face") == 2, "one summary and one line of the table"
+    assert max(map(len, out[out.index("4 articles;") :].splitlines())) <= 100
+    values = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [side["key"] for side in values["sides"]] == ["engine_1", "engine_2", "hf"] and values["reference"] == "hf"
+    exact, coarse, none = (side["agreement"] for side in values["sides"])
+    assert exact["mean_kl"] < 1e-7 < 1e-4 < coarse["mean_kl"] and none is None
+    index = (tmp_path / "index.html").read_text(encoding="utf-8")
+    links = re.findall(r'<a href="([^"]+)">', index)
+    assert len(set(links)) == 2 and all((tmp_path / link).is_file() for link in links)
+
+
+def test_engines_of_two_checkpoints_are_not_compared(articles, capsys):
+    given = flags(engine("v2_13b"), "v2_13b", articles)
+    given.insert(given.index("--engine_dir") + 2, str(engine("v1_7b").folder))
+    assert summarize.main(given) == 2
+    assert "model_version has 2 values (v2_13b in" in capsys.readouterr().err
+
+
+def test_two_engines_of_one_kind_are_told_apart_by_their_folders(articles, tmp_path):
+    given = flags(engine("v1_7b"), "v1_7b", articles, "--output_dir", str(tmp_path), "--max_ite", "1")
+    shutil.copytree(engine("v1_7b").folder, tmp_path / "copy")
+    given.insert(given.index("--engine_dir") + 2, str(tmp_path / "copy"))
+    assert summarize.main(given) == 0
+    labels = [side["label"] for side in json.loads((tmp_path / "results.json").read_text())["sides"]]
+    assert labels[0].endswith(str(engine("v1_7b").folder)) and labels[1].endswith("copy")
+    assert len(list(tmp_path.glob("*.html"))) == 3
 
 
 def test_each_side_alone(articles, capsys):
@@ -68,7 +107,7 @@ def test_the_old_spelling_of_the_checkpoints_flag(articles):
 def test_check_accuracy(articles, capsys, threshold, code):
     more = ["--check_accuracy", "--tensorrt_llm_rouge1_threshold", threshold]
     assert summarize.main(flags(engine("v1_7b"), "v1_7b", articles, *more)) == code
-    sentence = "the engine's ROUGE-1 is"
+    sentence = "ROUGE-1 of engine, float32 is"
     assert (sentence in capsys.readouterr().err) == bool(code)
 
 
@@ -181,7 +220,7 @@ def test_a_real_sigint_leaves_the_report(articles, tmp_path):
         command(given), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
-        if line.startswith("Summary (Hugging Face"):
+        if line.startswith("Summary ("):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

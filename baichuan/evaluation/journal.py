@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 from baichuan.evaluation import report
 from baichuan.evaluation.summary import Evaluation
-from baichuan.evaluation.wording import agreement_text
+from baichuan.evaluation.text_table import WIDTH
+from baichuan.evaluation.wording import agreement_text, conditions_text, speed_text
 from baichuan.util.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,18 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
 def show_first(evaluation: Evaluation) -> None:
     sample = evaluation.samples[0]
     print(f"Article: {sample.task.sample.article}\n\nHighlights: {sample.task.sample.highlights}\n")
+    alike: dict[str, list[str]] = {}
     for side in evaluation.sides:
-        print(f"Summary ({side.label}): {sample.summaries[side.key].text}\n", flush=True)
+        alike.setdefault(sample.summaries[side.key].text, []).append(side.label)
+    for text, labels in alike.items():
+        names = "all sides" if len(labels) == len(evaluation.sides) > 2 else "; ".join(labels)
+        print(f"Summary ({names}): {text}\n", flush=True)
 
 
-def save(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path, complete: bool) -> None:
+def save(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path, complete: bool) -> Path:
+    """Everything there is so far; returns the page to read first."""
     samples = [report.sample_values(sample) for sample in evaluation.samples]
-    report.write(output_dir, report.results(evaluation, settings, complete), samples)
+    return report.write(output_dir, report.results(evaluation, settings, complete), samples)[0]
 
 
 def finish(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | None, complete: bool) -> None:
@@ -61,9 +68,11 @@ def finish(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | 
     values = report.results(evaluation, settings, complete)
     of = "" if complete else f" of {len(evaluation.tasks)}, the run was stopped"
     print(f"{values['articles']} articles{of}; {settings['decoding']}; ROUGE in percent with 95 % intervals")
-    print(report.figures_table(values["sides"]), flush=True)
-    if sentence := agreement_text(values):
-        print(sentence, flush=True)
+    print(report.figures_table(values))
+    two = values["sides"][0] if len(values["sides"]) == 2 else None
+    for sentence in (conditions_text(values), speed_text(values), two and agreement_text(values, two)):
+        if sentence:
+            print(textwrap.fill(sentence, WIDTH), flush=True)
     if output_dir:
-        save(evaluation, settings, output_dir, complete)
-        logger.info("results, summaries and report are in %s", output_dir)
+        page = save(evaluation, settings, output_dir, complete)
+        logger.info("results and summaries are in %s; the report is %s", output_dir, page)

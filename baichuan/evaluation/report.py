@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, summaries.jsonl, report.html, and a table for the terminal.
+"""What an evaluation leaves behind: results.json, summaries.jsonl, pages to read, and a table for the terminal.
 
 python -m baichuan.evaluation.report A/results.json B/results.json prints the table of several runs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,14 +18,15 @@ from typing import Any
 
 from baichuan import __version__
 from baichuan.errors import BaichuanError, ConfigError
-from baichuan.evaluation import html_report
+from baichuan.evaluation import html_index, html_report
 from baichuan.evaluation.rouge import KINDS, LABELS
 from baichuan.evaluation.summary import Evaluation, SampleResult
-from baichuan.evaluation.wording import shown
+from baichuan.evaluation.text_table import table
+from baichuan.evaluation.wording import report_title, shown
 from baichuan.util.files import atomic_path
 
-FORMAT = 1
-RESULTS_NAME, SUMMARIES_NAME, HTML_NAME = "results.json", "summaries.jsonl", "report.html"
+FORMAT = 2
+RESULTS_NAME, SUMMARIES_NAME, INDEX_NAME = "results.json", "summaries.jsonl", "index.html"
 MAX_RESULTS_BYTES = 16 << 20
 PACKAGES = ("torch", "transformers", "sentencepiece", "evaluate", "rouge_score", "datasets", "numpy", "triton")
 FIGURES = {  # of SideFigures: name for people, format
@@ -49,7 +51,6 @@ def versions() -> dict[str, str]:
 
 def results(evaluation: Evaluation, settings: dict[str, Any], complete: bool) -> dict[str, Any]:
     """Every figure as JSON values; at least one batch is complete.  NaN and infinity become text."""
-    agreement = evaluation.agreement()
     sides = [
         {"key": side.key, "label": side.label, **side.facts, **asdict(evaluation.figures(side.key))}
         for side in evaluation.sides
@@ -63,7 +64,7 @@ def results(evaluation: Evaluation, settings: dict[str, Any], complete: bool) ->
             "articles_cut": sum(sample.task.left_out > 0 for sample in evaluation.samples),
             "scored_tokens": evaluation.scored_tokens,
             "sides": sides,
-            "agreement": asdict(agreement) if agreement else None,
+            "reference": evaluation.reference,  # key of the side that "agreement" of the others is with
             "settings": settings,
             "versions": versions(),
         }
@@ -78,22 +79,35 @@ def sample_values(sample: SampleResult) -> dict[str, Any]:
         "highlights": sample.task.sample.highlights,
         "prompt_tokens": len(sample.task.prompt),
         "left_out_tokens": sample.task.left_out,
-        "identical_prefix": sample.identical_prefix,
         "summaries": {key: asdict(summary) for key, summary in sample.summaries.items()},
     }
 
 
-def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    """The three files, each completely or not at all.  values: of results(); samples: of sample_values()."""
+def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Path]:
+    """The files, each completely or not at all; returns the page to read first and those that it leads to.
+
+    values: of results(); samples: of sample_values()
+    """
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    sides = [side for side in values["sides"] if side["key"] != values["reference"]]
+    links = {side["key"]: page_name(side) for side in sides}
+    pages = {links[side["key"]]: html_report.page(values, samples, side) for side in sides}
+    if len(pages) > 1:
+        pages = {INDEX_NAME: html_index.page(values, links), **pages}
     contents = {
         RESULTS_NAME: json.dumps(values, ensure_ascii=False, indent=2, allow_nan=False) + "\n",
         SUMMARIES_NAME: lines,
-        HTML_NAME: html_report.page(values, samples),
+        **pages,
     }
     for name, content in contents.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
+    return [folder / name for name in pages]
+
+
+def page_name(side: dict[str, Any]) -> str:
+    """The file of a side's report, after what it is and where it ran."""
+    return re.sub(r"\W+", "-", report_title(side).lower()).strip("-") + ".html"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -111,35 +125,39 @@ def read_results(path: Path) -> dict[str, Any]:
     return values
 
 
-def figures_table(sides: Sequence[dict[str, Any]]) -> str:
-    """One column a side, every figure a line.  sides: of results()."""
-    rows = [["", *(side["label"] for side in sides)]]
+def figures_table(values: dict[str, Any]) -> str:
+    """One column a side with every figure, or, of more than two sides, one line each.  values: of results()"""
+    sides = values["sides"]
+    if len(sides) > 2:
+        return comparison_table([values])
+    rows = []
     for kind in KINDS:
         scores = [side["rouge"][kind] for side in sides]
         rows.append([LABELS[kind], *(f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" for r in scores)])
     for name, (label, spec) in FIGURES.items():
         rows.append([label, *(shown(side[name], spec) for side in sides)])
     rows.append(["weights, MB", *(_megabytes(side) for side in sides)])
-    return _aligned(rows)
+    return table(["", *(side["label"] for side in sides)], rows)
 
 
 def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
     """One line a side, to compare several runs; the same transformers model once.  runs: of results()"""
-    header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "KL to HF, nats", "tokens/s", "weights, MB"]
+    header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "KL to HF, nats", "same text", "tokens/s", "weights, MB"]
     rows: dict[Any, list[str]] = {}
     for number, run in enumerate(runs):
         for side in run["sides"]:
-            kl = run["agreement"]["mean_kl"] if run["agreement"] and side["key"] == "engine" else None
+            agreement = side["agreement"]
             row = [
                 side["label"],
                 *(f"{side['rouge'][kind]['value']:.2f}" for kind in ("rouge1", "rougeL")),
                 shown(side["perplexity"], FIGURES["perplexity"][1]),
-                shown(kl, ".2e"),
+                shown(agreement and agreement["mean_kl"], ".2e"),
+                f"{agreement['identical_summaries']} of {run['articles']}" if agreement else "–",
                 shown(side["tokens_per_s"], FIGURES["tokens_per_s"][1]),
                 _megabytes(side),
             ]
             rows.setdefault(side["label"] if side["key"] == "hf" else (number, side["key"]), row)
-    return _aligned([header, *rows.values()])
+    return table(header, list(rows.values()))
 
 
 def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
@@ -165,15 +183,6 @@ def main(paths: Sequence[str]) -> int:
         return 2
     print(comparison_table(runs))
     return 0
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    )
 
 
 def _megabytes(side: dict[str, Any]) -> str:

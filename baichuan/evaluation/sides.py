@@ -1,4 +1,4 @@
-"""The two sides of a comparison: an engine and the Hugging Face model, asked the same things in the same way."""
+"""The sides of a comparison: engines and the Hugging Face model, asked the same things in the same way."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from baichuan.config import SamplingConfig, to_json
+from baichuan.config import BYTES_PER_ELEMENT, QuantConfig, SamplingConfig, to_json
 from baichuan.engine.folder import Engine
+from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.sampling import Sampler
 from baichuan.generation.session import Generation, Session
+from baichuan.util.machine import cpu_cache_bytes, cpu_name
 from baichuan.weights.types import TYPES
 
 
 class Side(Protocol):
     """Something that continues prompts and scores text."""
 
-    key: str  # its name in files: engine, hf
+    key: str  # its name in files: engine (of several: engine_1, engine_2, ...), hf
     label: str  # its name for people
-    facts: dict[str, Any]  # what it is, as JSON values; "bytes" is the size of its weights
+    facts: dict[str, Any]  # what it is, as JSON values: bytes and number of its weights, those of device_facts()
     max_score_tokens: int | None  # longest sequence for score(); None = no limit of its own
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
@@ -41,16 +43,15 @@ class Side(Protocol):
 class EngineSide:
     """A session over an engine.  Under mpirun every rank has one and calls it alike."""
 
-    key = "engine"
-
-    def __init__(self, engine: Engine, session: Session):
-        self._session = session
+    def __init__(self, engine: Engine, session: Session, key: str = "engine"):
+        self._session, self.key = session, key
         self.max_score_tokens = session.build.max_input_len
         self.label = engine_label(engine)
         self.facts = {
             "engine_dir": str(engine.folder),
             "bytes": sum(file["bytes"] for file in engine.files.values()),
-            "device": device_name(session.executor.device),
+            "parameters": float32_bytes(engine.model) // BYTES_PER_ELEMENT["float32"],
+            **device_facts(session.executor.device),
             "model": to_json(engine.model),
             "quant": to_json(engine.quant),
             "build": to_json(engine.build),
@@ -101,7 +102,8 @@ class HfSide:
         self.facts = {
             "model_dir": self.model_dir,
             "bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
-            "device": device_name(self.model.device),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **device_facts(self.model.device),
             "dtype": dtype,
         }
 
@@ -181,16 +183,29 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> Generation:
 
 def engine_label(engine: Engine) -> str:
     """For people: dtype, quantisation and ranks of an engine."""
-    parts = ["engine", engine.model.dtype, TYPES[engine.quant.weights].label]
-    if engine.quant.kv_cache != "none":
-        parts.append(f"{engine.quant.kv_cache.upper()} KV cache")
+    parts = ["engine", engine.model.dtype, *_quantisation(engine.quant)]
     if engine.build.world_size > 1:
         parts.append(f"{engine.build.world_size} ranks")
     if engine.dummy:
         parts.append("dummy weights")
-    return ", ".join(part for part in parts if part)
+    return ", ".join(parts)
 
 
-def device_name(device: torch.device) -> str:
-    """cpu, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _quantisation(quant: QuantConfig) -> Iterator[str]:
+    if quant.weights != "none":
+        yield TYPES[quant.weights].label
+    if quant.weights == "int4":
+        yield f"groups of {quant.group_size}" if quant.group_size else "per channel"
+    yield from (name for name in ("per token", "per channel") if getattr(quant, name.replace(" ", "_")))
+    if quant.quantize_lm_head:
+        yield "lm_head too"
+    if quant.kv_cache != "none":
+        yield f"{quant.kv_cache.upper()} KV cache"
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """device: its name; cache_bytes: of its largest cache, 0 = unknown; threads: those that compute on a CPU."""
+    if device.type == "cuda":
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        return {"device": torch.cuda.get_device_name(device), "cache_bytes": cache}
+    return {"device": cpu_name(), "cache_bytes": cpu_cache_bytes(), "threads": torch.get_num_threads()}

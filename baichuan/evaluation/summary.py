@@ -1,4 +1,4 @@
-"""The evaluation: both sides summarise the same articles, and their figures grow batch by batch."""
+"""The evaluation: every side summarises the same articles, and their figures grow batch by batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 8  # untimed: kernels compile and graphs are captured in them
 
 @dataclass(frozen=True)
 class Request:
-    """What both sides are asked."""
+    """What every side is asked."""
 
     sampling: SamplingConfig
     batch_size: int = 1
@@ -48,6 +48,7 @@ class Summary:
     ids: list[int]
     finish_reason: str  # stop, length
     rouge: dict[str, float]  # F-measure in percent by kind
+    identical_prefix: int | None  # tokens that the reference's summary begins with too; None without another reference
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,27 @@ class SampleResult:
 
     task: Task
     summaries: dict[str, Summary]  # by Side.key
-    identical_prefix: int | None  # tokens that both summaries begin with; None with one side
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one side says of texts, summed over the scored tokens: all of a text but its first."""
+
+    nll: float = 0.0  # nats
+    kl: float = 0.0  # KL(reference || side) in nats
+    same_choice: float = 0.0  # scored tokens before which side and reference have the same likeliest token
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nll + other.nll, self.kl + other.kl, self.same_choice + other.same_choice)
 
 
 @dataclass(frozen=True)
 class SideWork:
-    """What one side spent on a batch."""
+    """What one side did in a batch."""
 
     latency_s: float  # wall time of generation alone: no tokenizer, no scoring
     new_tokens: int  # of the summaries, end ids included
-    nll: float  # nats, of the scored tokens
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,17 @@ class Batch:
 
     samples: list[SampleResult]
     work: dict[str, SideWork]  # by Side.key
-    scored_tokens: int  # whose probability was measured: all of the scored texts but each one's first
-    kl: float  # KL(second side || first side) in nats, summed over the scored tokens
-    same_choice: float  # scored tokens before which both sides have the same likeliest token
+    scored_tokens: int  # whose probability was measured
+
+
+@dataclass(frozen=True)
+class SideAgreement:
+    """How alike a side and the reference are, over all complete batches."""
+
+    identical_summaries: int
+    mean_identical_prefix: float  # tokens
+    mean_kl: float  # KL(reference || side) in nats over the scored tokens
+    same_first_choice: float  # share of the scored tokens before which both have the same likeliest token
 
 
 @dataclass(frozen=True)
@@ -88,25 +108,17 @@ class SideFigures:
     new_tokens: int
     tokens_per_s: float
     perplexity: float | None  # of the scored texts; None where it was not asked for
-
-
-@dataclass(frozen=True)
-class SidesAgreement:
-    """How alike the two sides are, over all complete batches."""
-
-    identical_summaries: int
-    mean_identical_prefix: float  # tokens
-    mean_kl: float  # KL(Hugging Face || engine) in nats over the scored tokens
-    same_first_choice: float  # share of the scored tokens before which both have the same likeliest token
+    agreement: SideAgreement | None  # with the reference; None for the reference itself and where there is none
 
 
 @dataclass
 class Evaluation:
     """Runs batches; an interruption leaves the complete ones.
 
-    sides: with two, the second is the reference of the agreement.  Under mpirun the ranks other than 0 have the engine
-    alone and no rouge: they take part in its work and judge nothing.
-    scoring: whether texts are scored, on every rank alike: perplexity was asked for or rank 0 has two sides.
+    sides: those with more than one rank first.  Under mpirun the ranks other than 0 have the engines alone and no
+    rouge: they take part in their work and judge nothing.
+    scoring: whether texts are scored, on every rank alike: perplexity was asked for or rank 0 has a reference.
+    reference: key of the side that the others' agreement is measured with; None or not among the sides: there is none.
     """
 
     sides: Sequence[Side]
@@ -115,6 +127,7 @@ class Evaluation:
     tokenizer: Tokenizer
     rouge: Rouge | None
     scoring: bool
+    reference: str | None = None
     done: list[Batch] = field(default_factory=list)
 
     def batches(self) -> list[Sequence[Task]]:
@@ -145,19 +158,13 @@ class Evaluation:
             prompts = [task.prompt for task in tasks]
             generated[side.key] = side.generate(prompts, self.request.sampling, self.request.output_len)
             latency_s[side.key] = time.perf_counter() - start
-        nll, scored_tokens, kl, same = dict.fromkeys(generated, 0.0), 0, 0.0, 0.0
-        for task in tasks if self.scoring else ():
-            logits = [side.score(task.scored)[:-1] for side in self.sides]
-            positions = len(task.scored) - 1
-            for side, each in zip(self.sides, logits, strict=True):
-                nll[side.key] += negative_log_likelihood(each, task.scored[1:])
-            if len(logits) == 2:
-                agreement = agreement_of(reference=logits[1], other=logits[0])
-                kl, same = kl + positions * agreement.kl, same + positions * agreement.top1
-            scored_tokens += positions
-        work = {key: SideWork(latency_s[key], _count(generated[key]), nll[key]) for key in generated}
-        samples = self._judge(tasks, generated) if self.rouge else []
-        self.done.append(Batch(samples, work, scored_tokens, kl, same))
+        scores = [self._score(task) for task in tasks] if self.scoring else []
+        work = {
+            key: SideWork(latency_s[key], _count(each), sum((score[key] for score in scores), Score()))
+            for key, each in generated.items()
+        }
+        scored_tokens = sum(len(task.scored) - 1 for task in tasks) if self.scoring else 0
+        self.done.append(Batch(self._judge(tasks, generated) if self.rouge else [], work, scored_tokens))
 
     @property
     def samples(self) -> list[SampleResult]:
@@ -173,21 +180,40 @@ class Evaluation:
         """One side's figures; at least one batch is complete."""
         work = [batch.work[key] for batch in self.done]
         latency_s, new_tokens = sum(each.latency_s for each in work), sum(each.new_tokens for each in work)
-        perplexity = _exp(sum(each.nll for each in work) / self.scored_tokens) if self.request.eval_ppl else None
+        nll = sum(each.score.nll for each in work)
+        perplexity = _exp(nll / self.scored_tokens) if self.request.eval_ppl else None
         rouge = {kind: interval([each.summaries[key].rouge[kind] for each in self.samples]) for kind in KINDS}
-        return SideFigures(rouge, latency_s, new_tokens, new_tokens / max(latency_s, 1e-9), perplexity)
+        speed = new_tokens / max(latency_s, 1e-9)
+        return SideFigures(rouge, latency_s, new_tokens, speed, perplexity, self._agreement(key))
 
-    def agreement(self) -> SidesAgreement | None:
-        """None with one side; at least one batch is complete."""
-        if len(self.sides) < 2:
+    def _agreement(self, key: str) -> SideAgreement | None:
+        if key == self.reference or self._reference() is None:
             return None
-        pairs = [[sample.summaries[side.key].ids for side in self.sides] for sample in self.samples]
-        return SidesAgreement(
-            sum(a == b for a, b in pairs),
-            sum(sample.identical_prefix for sample in self.samples) / len(pairs),
-            sum(batch.kl for batch in self.done) / self.scored_tokens,
-            sum(batch.same_choice for batch in self.done) / self.scored_tokens,
+        pairs = [(sample.summaries[key], sample.summaries[self.reference]) for sample in self.samples]
+        score = sum((batch.work[key].score for batch in self.done), Score())
+        return SideAgreement(
+            sum(ours.ids == theirs.ids for ours, theirs in pairs),
+            sum(ours.identical_prefix for ours, _ in pairs) / len(pairs),
+            score.kl / self.scored_tokens,
+            score.same_choice / self.scored_tokens,
         )
+
+    def _reference(self) -> Side | None:
+        return next((side for side in self.sides if side.key == self.reference), None)
+
+    def _score(self, task: Task) -> dict[str, Score]:
+        """Every side's score of one text; the logits of two sides at most are held at once."""
+        reference, positions = self._reference(), len(task.scored) - 1
+        expected = reference.score(task.scored)[:-1] if reference else None
+        scores = {}
+        for side in self.sides:
+            logits = expected if side is reference else side.score(task.scored)[:-1]
+            nll, kl, same = negative_log_likelihood(logits, task.scored[1:]), 0.0, 0.0
+            if reference and side is not reference:
+                agreement = agreement_of(reference=expected, other=logits)
+                kl, same = positions * agreement.kl, positions * agreement.top1
+            scores[side.key] = Score(nll, kl, same)
+        return scores
 
     def _judge(self, tasks: Sequence[Task], generated: dict[str, list[Generation]]) -> list[SampleResult]:
         highlights = [task.sample.highlights for task in tasks]
@@ -195,16 +221,20 @@ class Evaluation:
         for key, generations in generated.items():
             texts = [self.tokenizer.decode(each.ids) for each in generations]
             scores = self.rouge.score(texts, highlights)
+            expected = generated.get(self.reference) if key != self.reference else None
             summaries[key] = [
-                Summary(text, each.ids, each.finish_reason, {kind: scores[kind][row] for kind in KINDS})
+                Summary(
+                    text,
+                    each.ids,
+                    each.finish_reason,
+                    {kind: scores[kind][row] for kind in KINDS},
+                    common_prefix(each.ids, expected[row].ids) if expected else None,
+                )
                 for row, (text, each) in enumerate(zip(texts, generations, strict=True))
             ]
-        results = []
-        for row, task in enumerate(tasks):
-            mine = {key: each[row] for key, each in summaries.items()}
-            prefix = common_prefix(*(each.ids for each in mine.values())) if len(mine) == 2 else None
-            results.append(SampleResult(task, mine, prefix))
-        return results
+        return [
+            SampleResult(task, {key: each[row] for key, each in summaries.items()}) for row, task in enumerate(tasks)
+        ]
 
 
 def _count(generations: Sequence[Generation]) -> int:

@@ -1,13 +1,15 @@
-"""A bar chart as inline SVG; colours and fonts come from the page's style sheet."""
+"""Bar charts as SVG; colours and fonts come from the style sheet around them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH = 108, 320, 60  # pixels
-BAR_HEIGHT, BAR_GAP, GROUP_GAP, TOP, AXIS = 16, 3, 12, 26, 22
+WIDTH, VALUE_WIDTH = 360, 58  # pixels: as wide as a telephone shows without shrinking
+LABEL_WIDTH, LETTER = 84, 7.2  # of a label beside its bars, of a letter in the widest of the usual fonts
+BAR_HEIGHT, BAR_GAP, GROUP_GAP, LABEL_HEIGHT, TOP, BOTTOM = 16, 3, 10, 19, 26, 22
 
 
 @dataclass(frozen=True)
@@ -21,63 +23,92 @@ class Bar:
     high: float | None = None
 
 
-def bar_chart(title: str, groups: Mapping[str, Sequence[Bar]]) -> str:
-    """Horizontal bars from 0, group below group, with whiskers for intervals.  title and groups' names: HTML text."""
+@dataclass(frozen=True)
+class Axis:
+    """A scale from 0 to a round number that is not less than `largest`, in 6 steps at most."""
+
+    largest: float
+    left: float
+    pixels: float
+
+    @property
+    def step(self) -> float:
+        return tick_step(self.largest)
+
+    @property
+    def ticks(self) -> int:
+        """Steps to the end."""
+        return math.ceil(self.largest / self.step - 1e-9) or 1
+
+    @property
+    def scale(self) -> float:
+        """Pixels of 1."""
+        return self.pixels / (self.ticks * self.step)
+
+    def grid(self, top: float, bottom: float) -> Iterator[str]:
+        """Lines and, below them, numbers; classes grid and tick."""
+        for tick in range(self.ticks + 1):
+            x, value = self.left + tick * self.step * self.scale, tick * self.step
+            text = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
+            yield f'<path class="grid" d="M{x:.1f} {top}V{bottom}"/>'
+            yield f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>'
+
+
+def tick_step(largest: float) -> float:
+    """The least of 1, 2, 5, 10, 20, 50, ... and their like below 1 that divides `largest` into 6 parts at most.
+
+    1 for 0.
+    """
+    if not largest > 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(largest / 6))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power * 6 >= largest * (1 - 1e-9))
+
+
+def bar_chart(title: str, groups: Mapping[str, Sequence[Bar]], spec: str = ",.1f") -> str:
+    """Horizontal bars from 0, group below group, with whiskers for intervals.
+
+    A group's name stands beside its bars, or above them where one of the names is too long for that.
+    title, groups' names: HTML text; spec: format of the values.
+    """
     bars = [bar for group in groups.values() for bar in group]
-    end = nice_end(max((bar.high or bar.value for bar in bars), default=0))
-    scale = PLOT_WIDTH / end
-    bottom = TOP + sum(len(group) * (BAR_HEIGHT + BAR_GAP) + GROUP_GAP for group in groups.values())
-    parts = [_grid(end, scale, bottom)]
-    y = TOP + GROUP_GAP / 2
+    above = any(LETTER * len(name) > LABEL_WIDTH for name in groups)
+    left = 0 if above else LABEL_WIDTH
+    axis = Axis(max((bar.high or bar.value for bar in bars), default=0), left + 8, WIDTH - left - 8 - VALUE_WIDTH)
+    parts, y = [], TOP + GROUP_GAP / 2
     for name, group in groups.items():
-        middle = y + len(group) * (BAR_HEIGHT + BAR_GAP) / 2
-        parts.append(f'<text x="{LABEL_WIDTH - 8}" y="{middle + 4:.1f}" text-anchor="end">{name}</text>')
+        height = len(group) * (BAR_HEIGHT + BAR_GAP)
+        if above:
+            for line in textwrap.wrap(name, int((WIDTH - axis.left) / LETTER), break_on_hyphens=False):
+                parts.append(f'<text x="{axis.left}" y="{y + 13:.1f}">{line}</text>')
+                y += LABEL_HEIGHT
+        else:
+            parts.append(f'<text x="{left}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{name}</text>')
         for bar in group:
-            parts.append(_bar(bar, y, scale))
+            parts.append(_bar(bar, y, axis, spec))
             y += BAR_HEIGHT + BAR_GAP
         y += GROUP_GAP
-    width, height = LABEL_WIDTH + PLOT_WIDTH + VALUE_WIDTH, bottom + AXIS
+    bottom = round(y)
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{title}">'
-        f'<text x="{LABEL_WIDTH}" y="14">{title}</text>{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {bottom + BOTTOM}" width="{WIDTH}" height="{bottom + BOTTOM}" role="img" '
+        f'aria-label="{title}"><text class="title" x="{axis.left}" y="14">{title}</text>'
+        f"{''.join(axis.grid(TOP, bottom))}{''.join(parts)}</svg>"
     )
 
 
-def nice_end(largest: float) -> float:
-    """The least of 1, 2, 5, 10, 20, 50, ... and their like below 1 that is not less than `largest`; 1 for 0."""
-    if not largest > 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(largest))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= largest * (1 - 1e-12))
-
-
-def _grid(end: float, scale: float, bottom: float) -> str:
-    parts = []
-    for step in range(6):
-        value = end * step / 5
-        x = LABEL_WIDTH + value * scale
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{_number(value)}</text>')
-    return "".join(parts)
-
-
-def _bar(bar: Bar, y: float, scale: float) -> str:
-    width, middle = bar.value * scale, y + BAR_HEIGHT / 2
-    label_x = LABEL_WIDTH + max(width, (bar.high or 0) * scale) + 6
+def _bar(bar: Bar, y: float, axis: Axis, spec: str) -> str:
+    width, middle = bar.value * axis.scale, y + BAR_HEIGHT / 2
+    label_x = axis.left + max(width, (bar.high or 0) * axis.scale) + 6
     interval = f" (95 %: {bar.low:.1f} to {bar.high:.1f})" if bar.low is not None else ""
     parts = [
-        f'<rect class="{bar.css}" x="{LABEL_WIDTH}" y="{y:.1f}" width="{width:.1f}" height="{BAR_HEIGHT}" rx="2">'
-        f"<title>{bar.name}: {bar.value:.2f}{interval}</title></rect>"
+        f'<rect class="{bar.css}" x="{axis.left}" y="{y:.1f}" width="{width:.1f}" height="{BAR_HEIGHT}" rx="2">'
+        f"<title>{bar.name}: {bar.value:{spec}}{interval}</title></rect>"
     ]
     if bar.low is not None and bar.high is not None:
-        low, high = (LABEL_WIDTH + x * scale for x in (bar.low, bar.high))
+        low, high = (axis.left + x * axis.scale for x in (bar.low, bar.high))
         parts.append(
             f'<path class="whisker" fill="none" d="M{low:.1f} {middle:.1f}H{high:.1f}'
             f'M{low:.1f} {middle - 4:.1f}v8M{high:.1f} {middle - 4:.1f}v8"/>'
         )
-    parts.append(f'<text x="{label_x:.1f}" y="{middle + 4.5:.1f}">{bar.value:,.1f}</text>')
+    parts.append(f'<text x="{label_x:.1f}" y="{middle + 4.5:.1f}">{bar.value:{spec}}</text>')
     return "".join(parts)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
