@@ -111,7 +111,7 @@ def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
         if len(values := {getattr(engine.model, name) for engine in engines}) > 1:
             found = ", ".join(f"{getattr(engine.model, name)} in {engine.folder}" for engine in engines)
             raise ConfigError(f"{name} has {len(values)} values ({found}); compare engines of one checkpoint")
-    tokenizers = {engine.text_files[MODEL_NAME]["sha256"] for engine in engines if MODEL_NAME in engine.text_files}
+    tokenizers = {str(engine.text_files[MODEL_NAME]["sha256"]) for engine in engines if MODEL_NAME in engine.text_files}
     if len(tokenizers) > 1:
         raise ConfigError(f"the engines have {len(tokenizers)} different tokenizers; compare engines of one checkpoint")
     return engines

@@ -1,4 +1,4 @@
-"""The demo, `make demo`: train a tiny Baichuan, build it in several precisions, chat with it, measure what each costs."""
+"""The demo, `make demo`: a tiny Baichuan is trained, built in several precisions, asked and measured."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     for step in (make_checkpoint, make_engines, ask, measure):
         step(args)
     took = time.monotonic() - start
-    say(
-        f"That took {took // 60:.0f} min {took % 60:.0f} s. Open {out / 'index.html'} in a browser for charts and texts"
-    )
+    say(f"That took {took // 60:.0f} min {took % 60:.0f} s. Charts and texts: open {out / 'index.html'} in a browser")
     return 0
 
 
@@ -70,7 +68,7 @@ def ask(args: argparse.Namespace) -> None:
     for name, question in QUESTIONS.items():
         engine = ["--engine_dir", str(args.output_dir / "engines" / name)]
         flags = ["--chat", "--input_text", question, "--max_output_len", "40", "--top_k", "1"]
-        call(run.main, "run.py", [*engine, "--tokenizer_dir", str(args.output_dir / "checkpoint"), *flags])
+        call(run.main, "run.py", [*engine, *flags])
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ logger = logging.getLogger("baichuan.demo")
 VOCAB_SIZE = 1600
 SIZES = {True: dict(hidden_size=256, num_heads=8), False: dict(hidden_size=320, num_heads=10)}  # by VERSIONS' rotary
 PEAK_LEARNING_RATE = 4e-3
-SEED = 0
+SEED, STEPS = 0, 120
 IGNORED = -100  # cross_entropy's label for padding
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_model_version(parser, "which Baichuan it becomes", "v1_13b")
     parser.add_argument("--output_dir", required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=120, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
     return run_script(parser, argv, train)
 
 
