@@ -13,17 +13,20 @@ import torch
 
 import weight
 from baichuan.cli import build_flags
-from baichuan.cli.common import DUMMY_VERSION, Parser, add_model_version, run_script
-from baichuan.config import ModelConfig
+from baichuan.cli.common import DUMMY_VERSION, Parser, add_model_version, check_device, run_script
+from baichuan.config import ModelConfig, QuantConfig
 from baichuan.engine import self_check
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
+from baichuan.executors.base import Executor
+from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import fits_host_memory, free_device_memory
 from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import sampling_defaults
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.weights.binary.config_ini import BinaryConfig
 from baichuan.weights.hub.checkpoint import resolve_folder
 from baichuan.weights.hub.version import require_tokenizer
 
@@ -43,13 +46,16 @@ def main(argv: list[str] | None = None) -> int:
 def build(args: argparse.Namespace, comm: Communicator) -> int:
     if comm.world_size > 1:
         raise ConfigError(f"build.py was started on {comm.world_size} ranks; start it once, with --world_size instead")
+    check_device(args, comm)
     backend = build_flags.choose_backend(args.backend)
     build_flags.check_flags(args, backend)
     source, model = open_source(args)
     build_flags.check_sizes(args, model)
     limits = build_flags.build_config(args, backend)
     quant = build_flags.quant_config(args, model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if source.binary_folder:
+        say_unused_calibration(source.binary_folder, quant)
+    device = resolve_device(args.device)
     rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
     options = build_flags.backend_options(args, backend)
     check_text_files(source, model)
@@ -63,8 +69,9 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
         options,
         text_folder=source.folder,
         dummy=source.folder is None,
+        device=device,
     )
-    build_engine(request, None if args.no_self_check else self_checker(source, model))
+    build_engine(request, None if args.no_self_check else self_checker(source, model, device))
     logger.info("engine written to %s", args.output_dir)
     return 0
 
@@ -84,15 +91,31 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
     return source, weight.read_model(source, args.model_version, args.dtype)
 
 
-def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[Engine], None]:
-    """The check of a finished engine against the checkpoint itself, in float32."""
+def say_unused_calibration(folder: Path, quant: QuantConfig) -> None:
+    """Warn where the engine uses nothing of what the folder was calibrated for."""
+    smoothed = BinaryConfig(folder).smoothed
+    if smoothed and quant.weights != "smooth_quant":
+        made_for, flags = "SmoothQuant", "--use_smooth_quant"
+    elif not smoothed and quant.kv_cache == "none" and quant.weights != "fp8":
+        made_for, flags = "an 8-bit KV cache or FP8", "--int8_kv_cache, --fp8_kv_cache or --enable_fp8"
+    else:
+        return
+    weights = "not quantised" if quant.weights == "none" else f"quantised to {quant.weights} alone"
+    logger.warning("%s was calibrated for %s and the engine is %s; add %s", folder, made_for, weights, flags)
+
+
+def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = "auto") -> Callable[[Engine], None]:
+    """The check of a finished engine, on `device`, against the checkpoint itself, in float32."""
+
+    def open_rank(engine: Engine, comm: Communicator) -> Executor:
+        return open_executor(engine, comm, device=device)
 
     def check(engine: Engine) -> None:
         if source.folder is None:
             logger.info("self-check skipped: dummy weights mean nothing that the engine could be compared with")
             return
         size = self_check.float32_bytes(model)
-        on_gpu = torch.cuda.is_available() and size * GPU_SLACK < free_device_memory(torch.device("cuda"))
+        on_gpu = resolve_device(device) == "cuda" and size * GPU_SLACK < free_device_memory(torch.device("cuda"))
         if not (on_gpu or fits_host_memory(size)):
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
@@ -101,7 +124,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig) -> Callable[[E
             ids = check_ids(source, model)[: engine.build.max_input_len]
             where = "cuda" if on_gpu else "cpu"
             expected = self_check.float_logits(weight.float_model(source, model, engine.build.world_size, where), ids)
-            agreement = self_check.check_engine(engine, lambda comm: open_executor(engine, comm), expected, ids)
+            agreement = self_check.check_engine(engine, partial(open_rank, engine), expected, ids)
         except (CheckpointError, UnsupportedError) as error:
             logger.info("self-check skipped: %s", error)
             return

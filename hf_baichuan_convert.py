@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from baichuan.calibration.convert import ConvertRequest, convert
-from baichuan.cli.common import Parser, add_model_version, run_script
+from baichuan.cli.common import Parser, add_device, add_model_version, check_device, run_script
 from baichuan.config import require_range
 from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
@@ -64,6 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of weights that are not quantised",
     )
     add_model_version(parser, "must agree with the checkpoint (default: what it proves)")
+    add_device(parser, "calibrates")
     parser.add_argument(
         "--calib_dataset",
         default=DEFAULT_DATASET,
@@ -76,6 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     if comm.world_size > 1:
         raise ConfigError(f"{comm.world_size} ranks were started; start hf_baichuan_convert.py once, with -tp instead")
+    check_device(args, comm)
     if args.smoothquant is None and not args.calibrate_kv_cache:
         raise ConfigError(
             "neither -kv nor -sq was given; add one, or build from the checkpoint itself with build.py --model_dir"
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
         args.smoothquant,
         args.storage_type,
         folder,
+        args.device,
     )
     texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
     if len(texts) < args.calib_size:

@@ -10,7 +10,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from baichuan.cli.chat import chat as converse
-from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
+from baichuan.cli.common import (
+    ENGINE_DIR,
+    Parser,
+    add_device,
+    add_model_version,
+    add_weight_copies,
+    check_device,
+    run_script,
+)
 from baichuan.cli.terminal import TextPrinter
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import check_world, read_engine
@@ -33,7 +41,7 @@ SAMPLING_FLAGS = {
     "num_beams": "continuations that beam search keeps; 1 = sample, or take the likeliest with --top_k 1",
     "top_k": "sample from this many likeliest tokens; 0 = all",
     "top_p": "sample from the likeliest tokens with this probability together; 0 or 1 = all",
-    "temperature": "divides the logits: below 1 is bolder",
+    "temperature": "divides the logits: below 1 is bolder, 0 = greedy",
     "repetition_penalty": "over 1 makes tokens that were there less likely",
     "length_penalty": "beam search: over 0 favours longer continuations",
     "random_seed": "the same seed gives the same text",
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_model_version(parser, "the engine must be of it")
     parser.add_argument("--max_output_len", type=int, required=True, help="tokens of the continuation at most")
-    parser.add_argument("--engine_dir", default="baichuan_outputs", help="folder that build.py wrote")
+    parser.add_argument("--engine_dir", default=ENGINE_DIR, help="folder that build.py wrote")
     parser.add_argument("--tokenizer_dir", help="for an engine without a tokenizer: the checkpoint's folder or hub id")
     parser.add_argument("--input_text", nargs="+", help=f"one prompt or several (default: {DEFAULT_TEXT})")
     parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with a row each, or FILE.npy")
@@ -54,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--streaming", action="store_true", help="print the text as it is made")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; none: a conversation")
     parser.add_argument("--system", help="chat: what the model is told first")
+    add_device(parser, "runs the engine")
     add_weight_copies(parser)
     group = parser.add_argument_group(
         "sampling (defaults: the checkpoint's generation settings, or else its version's)"
@@ -66,12 +75,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
+    check_device(args, comm)
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
     engine = read_engine(Path(args.engine_dir))
     check_world(engine, comm, args.model_version)
     text = open_text(engine, resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None)
     tokenizer = text.tokenizer if args.input_tokens and not args.streaming else require_text(engine, text)
-    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies)
+    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
     sampling = sampling_config(args, text.sampling)
     roles = None
     if args.chat:

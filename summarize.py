@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from baichuan.cli.common import Parser, add_model_version, add_weight_copies, run_script
+from baichuan.cli.common import (
+    ENGINE_DIR,
+    Parser,
+    add_device,
+    add_model_version,
+    add_weight_copies,
+    check_device,
+    run_script,
+)
 from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
 from baichuan.engine.folder import Engine, check_world, read_engine
 from baichuan.engine.runtime import open_session
@@ -26,6 +34,7 @@ from baichuan.evaluation.sides import EngineSide, HfSide, Side, enough_memory
 from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
+from baichuan.executors.device import DEVICES, resolve_device
 from baichuan.executors.memory import require_host_memory
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
@@ -46,13 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
     sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
     sides.add_argument(
-        "--engine_dir", nargs="+", default=["baichuan_outputs"], help="folders that build.py wrote: one side each"
+        "--engine_dir", nargs="+", default=[ENGINE_DIR], help="folders that build.py wrote: one side each"
     )
     sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
     sides.add_argument("--tokenizer_dir", help="tokenizer.model or its folder, where engine and checkpoint have none")
     sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
+    add_device(sides, "runs the engine and the transformers model")
     add_weight_copies(sides)
-    sides.add_argument("--hf_device", choices=("auto", "cpu", "cuda"), default="auto", help="of the transformers model")
+    sides.add_argument("--hf_device", choices=DEVICES, help="of the transformers model (default: --device)")
     work = parser.add_argument_group("articles")
     work.add_argument(
         "--dataset_path", help="json, jsonl, csv or parquet file or folder; none: the hub's cnn_dailymail"
@@ -80,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args, comm)
+    check_device(args, comm)
     request = request_of(args)
     engines = open_engines(args, comm) if args.test_trt_llm else []
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
@@ -198,7 +209,7 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engines: Sequence[E
     """The engines on every rank, then the transformers model on rank 0."""
     sides: list[Side] = []
     for number, engine in enumerate(engines, start=1):
-        session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies)
+        session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
         sides.append(EngineSide(engine, session, f"engine_{number}" if len(engines) > 1 else "engine"))
         if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
             logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
@@ -226,11 +237,7 @@ def open_hf(args: argparse.Namespace, model_version: str | None, near: torch.dev
     """
     from baichuan.hf_model.modeling import load_hf_model
 
-    kind = args.hf_device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("hf_device cuda needs a GPU and PyTorch sees none; use --hf_device cpu")
+    kind = resolve_device(args.hf_device or args.device)
     device = near if near is not None and near.type == kind else torch.device(kind)
     folder, dtype = resolve_folder(args.hf_model_dir), DTYPES[args.data_type]
     model = read_model_config(folder, model_version, dtype)

@@ -183,7 +183,7 @@ class SamplingConfig:
     num_beams: int = 1
     top_k: int = 5  # 1 = greedy; 0 = all tokens
     top_p: float = 0.85  # 0 or 1 = all tokens
-    temperature: float = 0.3
+    temperature: float = 0.3  # 0 = greedy
     repetition_penalty: float = 1.1
     length_penalty: float = 1.0
     random_seed: int = 0
@@ -195,14 +195,19 @@ class SamplingConfig:
         require_range("num_beams", self.num_beams, 1, 64)
         require_range("top_k", self.top_k, 0, 1 << 24)
         require_range("top_p", self.top_p, 0.0, 1.0)
-        require_range("temperature", self.temperature, 1e-3, 100.0)
+        if self.temperature != 0:
+            require_range("temperature", self.temperature, 1e-3, 100.0)
+        elif self.num_beams > 1:
+            raise ConfigError(
+                f"temperature 0 means greedy decoding and num_beams {self.num_beams} is a search; leave one of them out"
+            )
         require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         require_range("length_penalty", self.length_penalty, -10.0, 10.0)
         require_range("random_seed", self.random_seed, 0, (1 << 63) - 1)
 
     @property
     def greedy(self) -> bool:
-        return self.num_beams == 1 and self.top_k == 1
+        return self.num_beams == 1 and (self.top_k == 1 or self.temperature == 0)
 
 
 SAMPLING_DEFAULTS = {

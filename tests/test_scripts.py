@@ -118,7 +118,7 @@ def test_streaming_prints_the_same_text(engine, capsys):
 def test_no_weight_copies_reaches_the_executor(engine, tmp_path, monkeypatch):
     """On the CPU there is nothing to keep, so the request is looked at where it arrives."""
     asked, open_executor = [], runtime.open_executor
-    monkeypatch.setattr(runtime, "open_executor", lambda *args: asked.append(args[-1]) or open_executor(*args))
+    monkeypatch.setattr(runtime, "open_executor", lambda *args: asked.append(args[2]) or open_executor(*args))
     article = tmp_path / "articles.jsonl"
     article.write_text('{"article": "Rain.", "highlights": "Rain."}\n')
     for more in ([], ["--no_weight_copies"]):
@@ -239,7 +239,7 @@ BUILD_ERRORS = [
     (["--enable_fp8", "--quantized_fp8_model_path", "/nowhere.npz"], "/nowhere.npz"),
     (["--enable_fp8", "--quantized_fp8_model_path", ""], "quantized_fp8_model_path"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-    (["--max_batch", "1"], "unrecognized arguments: --max_batch 1"),
+    (["--max_batch", "1"], "unrecognized arguments: --max_batch, did you mean --max_batch_size?"),
     (["--output_dir", "/proc/none"], "output_dir /proc/none cannot be made"),
     (["--output_dir", ""], "output_dir"),
 ]
@@ -315,7 +315,8 @@ RUN_ERRORS = [
     (["--top_k", "-1"], "top_k -1 is out of range"),
     (["--top_p", "1.1"], "top_p 1.1 is out of range"),
     (["--top_p", "nan"], "top_p nan is out of range"),
-    (["--temperature", "0"], "temperature 0.0 is out of range"),
+    (["--temperature", "0.0001"], "temperature 0.0001 is out of range"),
+    (["--temperature", "0", "--num_beams", "2"], "temperature 0 means greedy decoding and num_beams 2 is a search"),
     (["--temperature", "inf"], "temperature inf is out of range"),
     (["--repetition_penalty", "0"], "repetition_penalty 0.0 is out of range"),
     (["--repetition_penalty", "x"], "invalid float value: 'x'"),

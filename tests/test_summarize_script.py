@@ -157,7 +157,7 @@ def test_what_this_machine_lacks(articles, capsys, monkeypatch):
     given = flags(engine("v1_7b"), "v1_7b", articles)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert summarize.main([*given, "--hf_device", "cuda"]) == 2
-    assert "hf_device cuda needs a GPU" in capsys.readouterr().err
+    assert "device cuda needs a GPU" in capsys.readouterr().err
     monkeypatch.setattr(summarize, "float32_bytes", lambda model: 1 << 60)
     assert summarize.main(given) == 2
     assert "the transformers model in fp32 needs 1152921504.61 GB of host memory" in capsys.readouterr().err

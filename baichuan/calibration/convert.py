@@ -17,6 +17,7 @@ from baichuan.calibration.calibrate import calibrate
 from baichuan.config import ModelConfig, require_range
 from baichuan.engine.folder import staging
 from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.executors.device import resolve_device
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import scale_for
 from baichuan.text.settings import TEXT_FILES, copy_text_files
@@ -48,6 +49,7 @@ class ConvertRequest:
     alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
     storage_type: str = "fp32"
     text_folder: Path | None = None  # whose tokenizer and generation settings come along
+    device: str = "auto"  # that calibrates: one of device.DEVICES
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
@@ -69,7 +71,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     layout = Layout(request.model, request.tp_size, STORAGE_TYPES[request.storage_type])
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
-        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged)
+        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, resolve_device(request.device))
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
         size = sum(array.size for array in layout.written(request.alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)

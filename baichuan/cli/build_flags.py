@@ -7,7 +7,7 @@ import logging
 from dataclasses import fields, replace
 from typing import Any
 
-from baichuan.cli.common import DUMMY_VERSION
+from baichuan.cli.common import DUMMY_VERSION, ENGINE_DIR, add_device
 from baichuan.config import BACKEND_NAMES, DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.backend import Backend
@@ -83,7 +83,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="torch: runs on CPUs and GPUs (auto); tensorrt, tensorrt_rtx: a TensorRT plan a rank",
     )
-    group.add_argument("--output_dir", default="engine_outputs", help="the engine folder")
+    group.add_argument("--output_dir", default=ENGINE_DIR, help="the engine folder")
     group.add_argument(
         "--logits_dtype",
         choices=("float16", "float32"),
@@ -107,6 +107,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="decode attention splits long caches over several blocks of the GPU",
     )
+    add_device(group, "quantises and checks the engine, and has the memory that it must fit")
     group.add_argument("--remove_input_padding", action="store_true", help="prompts are packed; always so with torch")
     group.add_argument("--parallel_build", action="store_true", help="one process a rank")
     group.add_argument("--no_self_check", action="store_true", help="do not compare the engine with the checkpoint")

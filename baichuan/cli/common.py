@@ -11,13 +11,17 @@ from collections.abc import Callable
 
 import torch
 
+from baichuan import __version__
+from baichuan.cli.suggest import unknown_flag
 from baichuan.config import VERSIONS
 from baichuan.errors import BaichuanError
+from baichuan.executors.device import DEVICES, resolve_device, unusable_gpu
 from baichuan.parallel.comm import Communicator, world_of_this_process
 
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
+ENGINE_DIR = "engine_outputs"  # where build.py writes and the others look, if no flag says
 DUMMY_VERSION = "v1_13b"  # of dummy weights, where no flag says which
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -31,15 +35,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, no abbreviations."""
+    """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, which may name the one that
+    was meant; nothing is guessed, abbreviations neither."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"Baichuan engines {__version__}")
         self.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="least severe message to print")
 
     def parse_args(self, args=None, namespace=None):
         """An empty value, most likely of a shell variable that is not set, is an error and not a flag left out."""
-        parsed = super().parse_args(args, namespace)
+        argv = sys.argv[1:] if args is None else args
+        if message := unknown_flag(argv, self._option_string_actions):
+            self.error(message)
+        parsed = super().parse_args(argv, namespace)
         for action in self._actions:
             if getattr(parsed, action.dest, None) == "" and action.dest != "system":
                 self.error(f"argument {action.option_strings[0]}: its value is empty; name one or leave the flag out")
@@ -52,6 +61,20 @@ class Parser(argparse.ArgumentParser):
 def add_model_version(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
     """default None: the checkpoint or the engine knows its version, and one that is given must agree."""
     parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
+
+
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    text = f"what {what} (auto: a GPU where PyTorch can use one)"
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
+
+
+def check_device(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise UnsupportedError for --device cuda without a GPU; warn of a GPU that is there and cannot be used."""
+    resolve_device(args.device)
+    if comm.rank == 0 and args.device == "auto" and (reason := unusable_gpu()):
+        logger.warning(
+            "running on the CPU: %s; python -m baichuan.doctor says what to do, --device cpu that it is meant", reason
+        )
 
 
 def add_weight_copies(parser: argparse.ArgumentParser) -> None:

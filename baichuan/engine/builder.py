@@ -18,6 +18,7 @@ from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig
 from baichuan.engine.folder import Engine, publish, rank_file_name, staging, write_config
 from baichuan.errors import UnsupportedError
 from baichuan.executors.backend import RankToWrite
+from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
 from baichuan.executors.registry import BACKENDS
 from baichuan.text.settings import copy_text_files
@@ -47,6 +48,7 @@ class BuildRequest:
     options: Any = None  # of the backend, by its build_options
     text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
     dummy: bool = False  # the weights are made up
+    device: str = "auto"  # whose memory the engine must fit: one of device.DEVICES
 
 
 def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:
@@ -89,7 +91,8 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
             f"the build needs {disk / 1e9:.2f} GB on the disk of {request.output_dir} and "
             f"{free / 1e9:.2f} GB are free; free some, or choose another --output_dir"
         )
-    if torch.cuda.is_available():
+    on_gpu = resolve_device(request.device) == "cuda"
+    if on_gpu:
         total, holder = torch.cuda.mem_get_info()[1], "the GPU"
     else:
         total, holder = psutil.virtual_memory().total, "this machine"
@@ -98,7 +101,7 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
             f"one rank needs {(max(sizes) + cache) / 1e9:.2f} GB when it runs at full size and {holder} has "
             f"{total / 1e9:.2f} GB; use more ranks, smaller limits or a quantisation"
         )
-        if torch.cuda.is_available():
+        if on_gpu:
             raise UnsupportedError(message)
         logger.warning("%s, or run the engine elsewhere", message)
 

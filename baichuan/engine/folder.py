@@ -21,6 +21,7 @@ from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import TEXT_FILES
 from baichuan.util import manifest
 from baichuan.util.processes import ctrl_c_ignored
+from baichuan.weights.strangers import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ def publish(staged: Path, output_dir: Path) -> None:
 def read_engine(folder: Path) -> Engine:
     """config.json's contents, checked for edits; the rank files are not touched.  Raises EngineError."""
     path = folder / CONFIG_NAME
+    if stranger := recognise(folder, "engine"):
+        raise EngineError(f"engine_dir {folder} {stranger}")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is no engine's config.json")

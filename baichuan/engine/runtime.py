@@ -15,10 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_session(
-    folder: Path, comm: Communicator, model_version: str | None = None, keep_copies: bool = True
+    folder: Path,
+    comm: Communicator,
+    model_version: str | None = None,
+    keep_copies: bool = True,
+    device: str = "auto",
 ) -> Session:
-    """The engine in `folder`, verified, on this rank's GPU or else on the CPU.
+    """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
+    device: one of device.DEVICES.
     keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py).
     Raises EngineError for a damaged engine or another world than it was built for, on every rank alike.
     """
@@ -27,11 +32,12 @@ def open_session(
     verify_rank_file(engine, comm)
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
-    return Session(open_executor(engine, comm, keep_copies), engine.model, engine.build)
+    return Session(open_executor(engine, comm, keep_copies, device), engine.model, engine.build)
 
 
-def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True) -> Executor:
+def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:
     """The executor that the engine was built for, over this rank's file, which is taken as verified."""
     path = engine.rank_file(comm.rank)
     digests = engine.files[path.name]["sha256"]
-    return engine.backend.open_rank(RankToOpen(path, digests, engine.spec, engine.contract, comm, keep_copies))
+    job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies)
+    return engine.backend.open_rank(job)

@@ -35,6 +35,7 @@ class RankToOpen:
     spec: EngineSpec
     contract: Mapping  # what write_rank gave
     comm: Communicator
+    device: str  # one of device.DEVICES
     keep_copies: bool  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
 
 

@@ -12,6 +12,7 @@ from baichuan.config import QuantConfig
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
 from baichuan.executors.cpu.executor import CpuExecutor
+from baichuan.executors.device import resolve_device
 from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
@@ -45,10 +46,10 @@ class TorchBackend:
         pass
 
     def open_rank(self, job: RankToOpen) -> Executor:
-        """On this rank's GPU, or on the CPU where there is none."""
+        """On this rank's GPU or on the CPU."""
         spec, build, comm = job.spec, job.spec.build, job.comm
         weights = assemble(read_tensors(job.path), spec.model, spec.quant)
-        if not torch.cuda.is_available():
+        if resolve_device(job.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
             return CpuExecutor(spec.model, spec.quant, weights, comm)
         from baichuan.executors.cuda.capability import require_numbers  # these import Triton, which CPUs do without

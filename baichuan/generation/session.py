@@ -114,6 +114,8 @@ class Session:
                 "ask for less, or build with a larger --max_output_len"
             )
         for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ConfigError(f"prompt {index} is empty; give it at least one word")
             if not 1 <= len(prompt) <= limits.max_input_len:
                 raise ConfigError(
                     f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {limits.max_input_len}; "

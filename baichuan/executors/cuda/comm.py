@@ -25,7 +25,7 @@ def gpu_of_rank(comm: Communicator) -> torch.device:
     if comm.local_size > count:
         raise UnsupportedError(
             f"{comm.local_size} ranks need a GPU each and this machine has {count}; "
-            "use more GPUs, build with a smaller --world_size, or run on the CPU with CUDA_VISIBLE_DEVICES="
+            "use more GPUs, build with a smaller --world_size, or run on the CPU with --device cpu"
         )
     return torch.device("cuda", comm.local_rank)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from baichuan.config import QuantConfig
+from baichuan.errors import UnsupportedError
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
 from baichuan.executors.tensorrt.api import load
@@ -50,4 +51,8 @@ class TensorRtBackend:
         require_gpus(Contract.from_json(contract), ranks)
 
     def open_rank(self, job: RankToOpen) -> Executor:
+        if job.device == "cpu":
+            raise UnsupportedError(
+                "device cpu cannot run a TensorRT plan; leave --device out, or build with --backend torch"
+            )
         return open_tensorrt(job.path, Contract.from_json(job.contract), job.comm, job.digests)

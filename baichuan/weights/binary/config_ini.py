@@ -13,6 +13,7 @@ from baichuan.errors import CheckpointError
 from baichuan.util import manifest
 from baichuan.weights.binary.layout import CONFIG_NAME
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, tokenizer_evidence
+from baichuan.weights.strangers import recognise
 
 SECTION = "baichuan"
 MAX_BYTES = 1 << 20
@@ -31,6 +32,8 @@ class BinaryConfig:
 
     def __init__(self, folder: Path):
         self.file = folder / CONFIG_NAME
+        if stranger := recognise(folder, "binary folder"):
+            raise CheckpointError(f"bin_model_dir {folder} {stranger}")
         parser = configparser.ConfigParser(interpolation=None)
         try:
             if self.file.stat().st_size > MAX_BYTES:
@@ -52,6 +55,11 @@ class BinaryConfig:
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
+
+    @property
+    def smoothed(self) -> bool:
+        """The folder was made for SmoothQuant (-sq); else for 8-bit KV caches and FP8 (-kv)."""
+        return self.text("smoothquant") != "None"
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)

@@ -234,9 +234,7 @@ def open_binary(
             f"{path} is in multi-query mode, which no Baichuan model has; convert the checkpoint again"
         )
     model.check_tensor_parallel(tp_size)
-    return BinaryFolder(
-        path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.text("smoothquant") != "None", device
-    )
+    return BinaryFolder(path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.smoothed, device)
 
 
 def _torch_dtype(array: Array) -> torch.dtype:

@@ -18,6 +18,7 @@ from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object,
 from baichuan.weights.hub.safetensors_reader import open_safetensors
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
+from baichuan.weights.strangers import recognise
 
 __all__ = ["open_checkpoint", "read_model_config", "resolve_folder"]
 
@@ -61,6 +62,8 @@ def resolve_folder(name: str) -> Path:
     folder = Path(name)
     if _is_hub_id(name):
         folder = _download_weights(name)
+    if name and (stranger := recognise(folder, "checkpoint")):
+        raise CheckpointError(f"{name} {stranger}")
     if not name or not folder.is_dir():
         raise CheckpointError(
             f"{name} is no folder and no hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"

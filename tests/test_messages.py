@@ -1,0 +1,221 @@
+"""Mistakes that people make: each ends in one sentence that says what was meant or what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import goldens
+import pytest
+import scripts
+import torch
+
+import build
+import hf_baichuan_convert
+import run
+import summarize
+from baichuan import __version__
+from baichuan.config import SamplingConfig
+from baichuan.errors import UnsupportedError
+from baichuan.executors import device
+from baichuan.executors.registry import BACKENDS
+
+VERSION = "v1_7b"
+MAINS = {"build": build.main, "run": run.main, "summarize": summarize.main, "convert": hf_baichuan_convert.main}
+NEEDED = {"build": [], "run": ["--max_output_len", "2"], "summarize": ["--test_trt_llm"], "convert": []}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory) -> dict[str, Path]:
+    """Calibrated folders, with -kv and with -sq; OUT and not OUT/1-gpu."""
+    folder = tmp_path_factory.mktemp("binary")
+    (folder / "texts.txt").write_text("Rain fell.\n")
+    for kind in (["-kv"], ["-sq", "0.5"]):
+        given = ["-i", str(goldens.checkpoint(VERSION)), "-o", str(folder / kind[0]), *kind, "--calib_size", "1"]
+        assert hf_baichuan_convert.main([*given, "--calib_dataset", str(folder / "texts.txt")]) == 0
+    return {"-kv": folder / "-kv", "-sq": folder / "-sq"}
+
+
+def last_line(main, given: list[str], capsys, code: int = 2) -> str:
+    try:
+        found = main(given)
+    except SystemExit as stop:  # argparse's own
+        found = stop.code
+    err = capsys.readouterr().err
+    assert found == code and "Traceback" not in err, err
+    return err.splitlines()[-1]
+
+
+# Flags
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_every_script_says_its_version(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        MAINS[name](["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"Baichuan engines {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("run", ["--engin_dir", "x", "--max_output_len", "2"], "--engin_dir, did you mean --engine_dir?"),
+        ("run", ["--max_new_tokens", "5"], "--max_new_tokens, did you mean --max_output_len?"),
+        ("run", ["--max-new-tokens=5"], "--max-new-tokens, did you mean --max_output_len?"),
+        ("run", ["--max-output-len", "5"], "--max-output-len, did you mean --max_output_len?"),
+        ("build", ["--tp_size", "2"], "--tp_size, did you mean --world_size?"),
+        ("build", ["--use_weight_onyl"], "--use_weight_onyl, did you mean --use_weight_only?"),
+        ("summarize", ["--hf_model", "x"], "--hf_model, did you mean --hf_model_dir?"),
+        ("convert", ["--smoothquent", "0.5"], "--smoothquent, did you mean --smoothquant?"),
+        ("run", ["--quux"], "unrecognized arguments: --quux; "),
+    ],
+)
+def test_a_flag_that_is_not_known_names_the_one_that_was_meant(name, given, meant, capsys):
+    assert meant in last_line(MAINS[name], given, capsys)
+
+
+def test_a_value_that_looks_like_a_flag_in_a_sentence_is_a_value(engine, capsys):
+    given = ["--engine_dir", str(engine), "--input_text", "--x is unknown", "--max_output_len", "1", "--top_k", "1"]
+    assert run.main(given) == 0
+
+
+def test_one_default_engine_folder(tmp_path, monkeypatch, capsys):
+    """build.py and run.py without a folder meet."""
+    monkeypatch.chdir(tmp_path)
+    given = scripts.build_flags(tmp_path, VERSION, "--no_self_check")
+    del given[given.index("--output_dir") : given.index("--output_dir") + 2]
+    assert build.main(given) == 0
+    assert run.main(["--input_text", "The river", "--max_output_len", "2"]) == 0
+    article = tmp_path / "a.jsonl"
+    article.write_text('{"article": "Rain.", "highlights": "Rain."}\n')
+    assert summarize.main(["--test_trt_llm", "--dataset_path", str(article), "--output_len", "2"]) == 0
+
+
+def test_temperature_0_is_greedy(engine, tmp_path):
+    assert SamplingConfig(temperature=0, top_k=50).greedy
+    prompts = scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
+    flags = scripts.run_flags(engine, prompts, tmp_path, "--temperature", "0", "--top_k", "50")
+    assert run.main(flags) == 0
+    scripts.check_outputs(tmp_path, VERSION, (7,))
+
+
+def test_an_empty_prompt_is_not_told_to_be_shorter(engine, capsys):
+    line = last_line(run.main, ["--engine_dir", str(engine), "--input_text", "", "--max_output_len", "2"], capsys)
+    assert "prompt 0 is empty; give it at least one word" in line
+
+
+# One folder in the place of another
+
+
+def written(folder: Path, name: str, content: dict | str = "") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_what_is_no_engine_is_recognised(binary, tmp_path, capsys):
+    old = written(tmp_path / "old", "config.json", {"builder_config": {"precision": "float16"}, "plugin_config": {}})
+    newer = written(tmp_path / "newer", "config.json", {"version": "0.9", "pretrained_config": {}, "build_config": {}})
+    for folder, sentence in {
+        goldens.checkpoint(VERSION): "is a checkpoint; build an engine from it with build.py --model_dir",
+        binary["-kv"] / "1-gpu": "is a calibrated binary folder; build from it with build.py --bin_model_dir",
+        old: "is an engine of TensorRT-LLM, which only the TensorRT-LLM that built it can run; build one from",
+        newer: "is an engine of TensorRT-LLM",
+    }.items():
+        for name in ("run", "summarize"):
+            assert sentence in last_line(MAINS[name], [*NEEDED[name], "--engine_dir", str(folder)], capsys)
+
+
+def test_what_is_no_checkpoint_is_recognised(engine, binary, tmp_path, capsys):
+    lora = written(tmp_path / "lora", "adapter_config.json", {"base_model_name_or_path": "baichuan-inc/X"})
+    written(lora, "adapter_model.safetensors")
+    gguf = written(tmp_path / "gguf", "model-q4_0.gguf")
+    shutil.copy(goldens.checkpoint(VERSION) / "config.json", written(tmp_path / "c", "pytorch_model.bin"))
+    for path, sentence in {
+        lora: "is a LoRA adapter of baichuan-inc/X, not a whole model; merge the two by peft's merge_and_unload()",
+        gguf: "is in llama.cpp's GGUF format, which is not read",
+        gguf / "model-q4_0.gguf": "is in llama.cpp's GGUF format, which is not read",
+        tmp_path
+        / "c/pytorch_model.bin": f"of weights alone; give the folder that holds it with config.json, {tmp_path}/c",
+        engine: "is an engine; run it with run.py --engine_dir",
+        binary["-kv"] / "1-gpu": "is a calibrated binary folder; build from it with build.py --bin_model_dir",
+    }.items():
+        out = ["--output_dir", str(tmp_path / "engine")]
+        assert sentence in last_line(build.main, ["--model_dir", str(path), *out], capsys)
+        given = ["-i", str(path), "-o", str(tmp_path / "out"), "-kv"]
+        assert sentence in last_line(hf_baichuan_convert.main, given, capsys)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_what_is_no_binary_folder_is_recognised(binary, capsys):
+    out = binary["-kv"]
+    line = last_line(build.main, ["--bin_model_dir", str(out)], capsys)
+    assert f"bin_model_dir {out} is the folder above 1-gpu; give {out}/1-gpu" in line
+    line = last_line(build.main, ["--bin_model_dir", str(goldens.checkpoint(VERSION))], capsys)
+    assert "is a checkpoint; build an engine from it with build.py --model_dir" in line
+
+
+# A calibration that is not used
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "sentence"),
+    [
+        ("-kv", [], "was calibrated for an 8-bit KV cache or FP8 and the engine is not quantised; add --int8_kv_cache"),
+        ("-kv", ["--use_weight_only"], "and the engine is quantised to int8 alone; add --int8_kv_cache"),
+        ("-kv", ["--int8_kv_cache"], None),
+        ("-kv", ["--enable_fp8"], None),
+        ("-sq", [], "was calibrated for SmoothQuant and the engine is not quantised; add --use_smooth_quant"),
+        ("-sq", ["--use_smooth_quant"], None),
+    ],
+)
+def test_a_calibration_that_is_not_used_is_said(binary, tmp_path, capsys, kind, flags, sentence):
+    given = ["--bin_model_dir", str(binary[kind] / "1-gpu"), "--output_dir", str(tmp_path / "engine"), *flags]
+    assert build.main([*given, "--no_self_check"]) == 0
+    err = capsys.readouterr().err
+    assert sentence in err if sentence else "was calibrated for" not in err
+
+
+# Devices
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_pytorch_cannot_use_is_a_warning(engine, monkeypatch, capsys):
+    monkeypatch.setattr(device, "driver_gpus", lambda: ["NVIDIA H100, 580.82"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = ["--engine_dir", str(engine), "--input_text", "The river", "--max_output_len", "1"]
+    sentence = "running on the CPU: NVIDIA H100, 580.82 is there and "
+    for more, said in {"auto": True, "cpu": False}.items():
+        assert run.main([*given, "--device", more]) == 0
+        assert (sentence in capsys.readouterr().err) == said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run.main(given) == 0
+    assert sentence not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", MAINS)
+def test_a_device_that_is_not_there_is_refused(name, engine, tmp_path, capsys):
+    needed = {"convert": ["-i", "x", "-o", str(tmp_path), "-kv"]}.get(name, NEEDED[name])
+    line = last_line(MAINS[name], [*needed, "--device", "cuda"], capsys)
+    assert "device cuda needs a GPU and " in line and line.split(";")[-1] == " use --device cpu"
+
+
+def test_the_device_reaches_the_executor(engine, monkeypatch):
+    """With a GPU that is there, --device cpu still runs on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.resolve_device("auto") == device.resolve_device("cuda") == "cuda"
+    given = ["--engine_dir", str(engine), "--input_text", "The river", "--max_output_len", "1", "--device", "cpu"]
+    assert run.main(given) == 0
+
+
+def test_a_tensorrt_plan_is_not_run_on_the_cpu():
+    with pytest.raises(UnsupportedError, match="device cpu cannot run a TensorRT plan; leave --device out"):
+        BACKENDS["tensorrt_rtx"].open_rank(SimpleNamespace(device="cpu"))
