@@ -26,7 +26,7 @@ from baichuan.engine.runtime import open_session
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
-from baichuan.generation.session import Generation
+from baichuan.generation.decoding import Generation
 from baichuan.parallel.comm import Communicator
 from baichuan.text import chat
 from baichuan.text.printable import printable

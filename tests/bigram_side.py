@@ -12,7 +12,7 @@ from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.rouge import Rouge
 from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import make_task
-from baichuan.generation.session import Generation
+from baichuan.generation.decoding import Generation
 
 
 class LetterTokenizer:

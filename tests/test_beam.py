@@ -47,11 +47,8 @@ def test_wide_beams_find_the_best_of_all_continuations():
     config = SamplingConfig(num_beams=64, top_k=1, temperature=1.0, repetition_penalty=1.0, eos_id=end)
     search = BeamSearch(config, [[1]], steps, keep_logits=False)
     last = [1]
-    while True:
-        parents, tokens = search.advance(table[last].float())
-        if search.done:
-            break
-        last = tokens.tolist()
+    while (choice := search.choose(table[last].float())) is not None:
+        last = choice.tokens.tolist()
     found = search.best()[0]
     ids = (*found.ids, end) if found.finish_reason == "stop" else tuple(found.ids)
     assert ids in complete

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
-from baichuan.generation.sampling import Sampler, draw, penalise
+from baichuan.generation.sampling import Sampler, draw, numbered_seeds, penalise
 
 VOCAB = 50
 
@@ -55,7 +55,9 @@ def test_the_extremes_of_a_draw_stay_inside(logits):
 
 
 def sample(config, prompts, logits, steps=30):
-    sampler = Sampler(config, prompts, VOCAB, steps, "cpu")
+    """config: one for all, or one a prompt"""
+    configs = config if isinstance(config, list) else numbered_seeds(config, len(prompts))
+    sampler = Sampler(configs, prompts, VOCAB, steps, "cpu")
     return torch.stack([sampler(logits) for _ in range(steps)], 1)
 
 
@@ -66,6 +68,18 @@ def test_draws_depend_on_the_seed_and_the_row_alone(logits):
     assert torch.equal(together, sample(config, prompts, logits))
     assert torch.equal(together[:2], sample(config, prompts[:2], logits[:2]))
     assert not torch.equal(together, sample(replace(config, random_seed=8), prompts, logits))
+
+
+def test_sequences_of_different_settings_draw_as_if_alone(logits):
+    greedy = SamplingConfig(top_k=1, repetition_penalty=1.5)
+    hot = SamplingConfig(top_k=0, top_p=0.0, temperature=3.0, repetition_penalty=1.0, random_seed=5)
+    configs = [hot, greedy, replace(hot, random_seed=6), replace(hot, temperature=0.5)]
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    together = sample(configs, prompts, logits)
+    for row in range(4):
+        alone = sample([configs[row]], [prompts[row]], logits[row : row + 1])
+        assert torch.equal(together[row : row + 1], alone)
+    assert len(set(map(tuple, together.tolist()))) == 4
 
 
 def test_greedy_takes_the_likeliest_and_the_penalty_sees_what_was_made(logits):

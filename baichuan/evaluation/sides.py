@@ -14,8 +14,9 @@ from baichuan.config import BYTES_PER_ELEMENT, QuantConfig, SamplingConfig, to_j
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import ConfigError, UnsupportedError
-from baichuan.generation.sampling import Sampler
-from baichuan.generation.session import Generation, Session
+from baichuan.generation.decoding import Generation
+from baichuan.generation.sampling import Sampler, numbered_seeds
+from baichuan.generation.session import Session
 from baichuan.util.machine import cpu_cache_bytes, cpu_name
 from baichuan.weights.types import TYPES
 
@@ -128,7 +129,8 @@ class HfSide:
         if sampling.num_beams > 1:
             choose = _Temperature(sampling.temperature)
         else:
-            choose = _Choice(Sampler(sampling, prompts, self.model.config.vocab_size, max_new_tokens, device))
+            configs = numbered_seeds(sampling, len(prompts))
+            choose = _Choice(Sampler(configs, prompts, self.model.config.vocab_size, max_new_tokens, device))
         ends = [sampling.eos_id, *sampling.stop_ids]
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,

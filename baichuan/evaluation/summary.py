@@ -13,7 +13,7 @@ from baichuan.evaluation.rouge import KINDS, Interval, Rouge, interval
 from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_log_likelihood
 from baichuan.evaluation.sides import Side
 from baichuan.evaluation.tasks import Task
-from baichuan.generation.session import Generation
+from baichuan.generation.decoding import Generation
 from baichuan.text.tokenizer import Tokenizer
 
 WARM_UP_TOKENS = 8  # untimed: kernels compile and graphs are captured in them

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from baichuan.config import SamplingConfig
+from baichuan.generation.decoding import Choice, Generation
 from baichuan.generation.sampling import penalise
 
 
@@ -29,27 +31,24 @@ class _Prompt:
 
 
 class BeamSearch:
-    """Keeps num_beams continuations of each prompt; row b * num_beams + i of a batch is beam i of prompt b.
+    """decoding.Strategy: num_beams continuations of each prompt; row b * num_beams + i of a step is beam i of prompt b.
 
     A prompt is done when num_beams continuations have finished and no running one scores higher at its present
     length; this is the rule of transformers with early_stopping=False.
     """
 
-    def __init__(self, config: SamplingConfig, prompts: list[list[int]], max_new_tokens: int, keep_logits: bool):
+    def __init__(
+        self, config: SamplingConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, keep_logits: bool
+    ):
         self.config, self.max_new_tokens, self.keep_logits = config, max_new_tokens, keep_logits
         self.prompts = [_Prompt([Hypothesis(0.0)]) for _ in prompts]
         self._histories = prompts  # for the repetition penalty
         self._length = 0
 
-    @property
-    def done(self) -> bool:
-        return all(prompt.done for prompt in self.prompts)
+    def choose(self, logits: Tensor) -> Choice | None:
+        """Extend every running beam by one token: num_beams sequences for each prompt.
 
-    def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Extend every running beam by one token.
-
-        logits: [rows, vocab_size] float32, one row for each running beam (at first, one for each prompt).
-        -> parents [batch * num_beams] int64, the row that each beam continues; tokens [batch * num_beams] int64
+        logits: [rows, vocab_size] float32, one row for each running beam (at first, one for each prompt)
         """
         self._length += 1
         widths = [len(prompt.running) for prompt in self.prompts]
@@ -58,17 +57,22 @@ class BeamSearch:
         ).unsqueeze(1)
         parents, tokens, first = [], [], 0
         for prompt, width in zip(self.prompts, widths, strict=True):
-            choices = self._choose(prompt, scores[first : first + width], logits[first : first + width])
+            choices = self._extend_prompt(prompt, scores[first : first + width], logits[first : first + width])
             parents += [first + parent for parent, _ in choices]
             tokens += [token for _, token in choices]
             first += width
-        return torch.tensor(parents, device=logits.device), torch.tensor(tokens, device=logits.device)
+        if all(prompt.done for prompt in self.prompts):
+            return None
+        return Choice(torch.tensor(tokens, device=logits.device), torch.tensor(parents, device=logits.device))
+
+    def results(self) -> list[Generation]:
+        return [Generation(best.ids, best.finish_reason, best.logits) for best in self.best()]
 
     def best(self) -> list[Hypothesis]:
         """Each prompt's best finished continuation."""
         return [max(prompt.finished, key=lambda hypothesis: hypothesis.score) for prompt in self.prompts]
 
-    def _choose(self, prompt: _Prompt, scores: Tensor, logits: Tensor) -> list[tuple[int, int]]:
+    def _extend_prompt(self, prompt: _Prompt, scores: Tensor, logits: Tensor) -> list[tuple[int, int]]:
         """Update one prompt's beams; (beam, token) of each of its next num_beams rows.  scores: [beams, vocab_size]"""
         beams = self.config.num_beams
         if prompt.done:

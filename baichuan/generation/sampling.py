@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from baichuan.config import SamplingConfig
 
 
-class Sampler:
-    """Draws one token a row and step.  The draws depend on the seed and the row alone: not on the device, the other
-    rows or the number of ranks."""
+def numbered_seeds(config: SamplingConfig, count: int) -> list[SamplingConfig]:
+    """The settings of each of `count` sequences that share all but the seed, which counts up."""
+    return [replace(config, random_seed=(config.random_seed + number) % (1 << 63)) for number in range(count)]
 
-    def __init__(self, config: SamplingConfig, prompts: list[list[int]], vocab_size: int, max_steps: int, device):
-        self.config = config
-        self._step = 0
-        self._seen = None  # [rows, vocab_size] bool, the tokens that the repetition penalty is for
-        if config.repetition_penalty != 1.0:
-            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, torch.tensor(prompt, device=device)] = True
-        if not config.greedy:
-            generators = (torch.Generator().manual_seed(config.random_seed + row) for row in range(len(prompts)))
-            draws = torch.stack([torch.rand(max_steps, generator=g) for g in generators], dim=1)
-            self._draws = draws.to(device)  # [max_steps, rows] in [0, 1)
+
+class Sampler:
+    """Draws one token a sequence and step.
+
+    What a sequence gets depends on its own settings, its seed, and how many tokens it has drawn: not on the device,
+    the other sequences or the number of ranks.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[SamplingConfig],
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        max_steps: int,
+        device: torch.device | str,
+    ):
+        """configs, prompts: one a sequence.  max_steps: tokens that a sequence can draw."""
+        alike: dict[SamplingConfig, list[int]] = {}  # the rows of sequences that differ in the seed alone
+        for row, config in enumerate(configs):
+            alike.setdefault(replace(config, random_seed=0), []).append(row)
+        self._groups = []  # with the rows of each; None = all
+        for config, rows in alike.items():
+            seeds, histories = [configs[row].random_seed for row in rows], [prompts[row] for row in rows]
+            group = _Group(config, seeds, histories, vocab_size, max_steps, device)
+            self._groups.append((group, torch.tensor(rows, device=device) if len(alike) > 1 else None))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The next token of each row.  logits: [rows, vocab_size] float32 -> [rows] int64"""
+        """The next token of each sequence.  logits: [sequences, vocab_size] float32 -> [sequences] int64"""
+        if len(self._groups) == 1:
+            return self._groups[0][0].draw(logits)
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        for group, rows in self._groups:
+            tokens[rows] = group.draw(logits[rows])
+        return tokens
+
+
+class _Group:
+    """The sampling state of sequences with the same settings, which draw together."""
+
+    def __init__(self, config: SamplingConfig, seeds, histories, vocab_size: int, max_steps: int, device):
+        self.config = config
+        self._seen = None  # [sequences, vocab_size] bool, the tokens that the repetition penalty is for
+        if config.repetition_penalty != 1.0:
+            self._seen = torch.zeros(len(histories), vocab_size, dtype=torch.bool, device=device)
+            for row, history in enumerate(histories):
+                self._seen[row, torch.tensor(history, device=device)] = True
+        if not config.greedy:
+            generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+            draws = torch.stack([torch.rand(max_steps, generator=generator) for generator in generators])
+            self._draws = draws.to(device)  # [sequences, max_steps] in [0, 1)
+            self._drawn = torch.zeros(len(seeds), 1, dtype=torch.int64, device=device)  # how many each has used
+
+    def draw(self, logits: Tensor) -> Tensor:
         if self._seen is not None:
             logits = penalise(logits, self._seen, self.config.repetition_penalty)
         if self.config.greedy:
             tokens = likeliest(logits)
         else:
-            tokens = draw(
-                logits / self.config.temperature, self.config.top_k, self.config.top_p, self._draws[self._step]
-            )
+            draws = self._draws.gather(1, self._drawn)[:, 0]
+            self._drawn += 1
+            tokens = draw(logits / self.config.temperature, self.config.top_k, self.config.top_p, draws)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
-        self._step += 1
         return tokens
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +12,12 @@ from torch import Tensor
 from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.executors.base import Executor
-from baichuan.generation import beam
-from baichuan.generation.sampling import Sampler
+from baichuan.generation.beam import BeamSearch
+from baichuan.generation.decoding import Generation, Strategy, decode
+from baichuan.generation.sampled import OnTokens, Sampled
+from baichuan.generation.sampling import Sampler, numbered_seeds
 from baichuan.records import Step
 from baichuan.text.tokenizer import check_ids
-
-OnTokens = Callable[[list[int | None]], None]  # each row's new token, None once the row has ended
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One prompt's continuation."""
-
-    ids: list[int]  # without the id that ended it
-    finish_reason: str  # stop: an end id came; length: max_new_tokens were made
-    logits: Tensor | None = None  # [steps, vocab_size] float32, what each token, the end id too, was chosen from
 
 
 @dataclass
@@ -34,7 +25,7 @@ class Timing:
     """What a generation took, in seconds of wall time."""
 
     prompt_tokens: int = 0
-    new_tokens: int = 0  # of all rows, end ids and beams included
+    new_tokens: int = 0  # of all sequences, end ids and beams included
     prefill_s: float = 0.0
     decode_s: float = 0.0
     decode_steps: int = 0
@@ -79,14 +70,18 @@ class Session:
         self._wait()
         self.timing.prefill_s = time.perf_counter() - start
         start = time.perf_counter()
+        strategy: Strategy
         if sampling.num_beams > 1:
-            results = self._beam_search(logits, step, prompts, sampling, max_new_tokens, keep_logits)
+            strategy = BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
         else:
-            sampler = Sampler(sampling, prompts, self.model.vocab_size, max_new_tokens, logits.device)
-            results = self._decode(logits, step, sampler, max_new_tokens, on_tokens, keep_logits)
+            configs = numbered_seeds(sampling, len(prompts))
+            sampler = Sampler(configs, prompts, self.model.vocab_size, max_new_tokens, logits.device)
+            strategy = Sampled(sampler, configs, max_new_tokens, on_tokens, keep_logits)
+        self.timing.decode_steps = decode(self._forward, self.executor.cache, strategy, logits, step)
         self._wait()
         self.timing.decode_s = time.perf_counter() - start
-        return results
+        self.timing.new_tokens = len(prompts) * sampling.num_beams * (self.timing.decode_steps + 1)
+        return strategy.results()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits after every token of each sequence, each [len(sequence), vocab_size] float32."""
@@ -136,44 +131,6 @@ class Session:
             logits = self._forward(step)
         return logits, step
 
-    def _decode(self, logits, step, sampler, max_new_tokens, on_tokens, keep_logits) -> list[Generation]:
-        end_ids = {sampler.config.eos_id, *sampler.config.stop_ids}
-        rows: list[_Row] = [_Row() for _ in range(step.batch_size)]
-        kept, pending = [], None
-        for index in range(max_new_tokens):
-            if keep_logits:
-                kept.append(logits.cpu().clone())
-            tokens = sampler(logits)
-            self.timing.new_tokens += len(rows)
-            current = _Readback(tokens)
-            if tokens.device.type == "cpu" or index + 1 == max_new_tokens:
-                ready, pending = [each for each in (pending, current) if each], None
-            else:  # the device is already at the next step while the host looks at the tokens of this one
-                ready, pending = [pending] if pending else [], current
-            for readback in ready:
-                news = [row.append(token, end_ids) for row, token in zip(rows, readback.tokens(), strict=True)]
-                if on_tokens:
-                    on_tokens(news)
-            if all(row.ended for row in rows) or index + 1 == max_new_tokens:
-                break
-            step = step.next(tokens)
-            logits = self._forward(step)
-            self.timing.decode_steps += 1
-        return [row.generation(kept, number) for number, row in enumerate(rows)]
-
-    def _beam_search(self, logits, step, prompts, sampling, max_new_tokens, keep_logits) -> list[Generation]:
-        search = beam.BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
-        while True:
-            parents, tokens = search.advance(logits)
-            self.timing.new_tokens += tokens.shape[0]
-            if search.done:
-                break
-            self.executor.cache.reorder(parents)
-            step = step.next(tokens, parents)
-            logits = self._forward(step)
-            self.timing.decode_steps += 1
-        return [Generation(best.ids, best.finish_reason, best.logits) for best in search.best()]
-
     def _forward(self, step: Step) -> Tensor:
         logits = self.executor.forward(step)
         return logits.half().float() if self.build.logits_dtype == "float16" else logits
@@ -183,41 +140,6 @@ class Session:
             torch.cuda.synchronize(self.executor.device)
 
 
-class _Readback:
-    """Tokens on their way to the host; asking for them waits for their copy alone, not for later work."""
-
-    def __init__(self, tokens: Tensor):
-        self._host = tokens.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if tokens.is_cuda else None
-        if self._event:
-            self._event.record()
-
-    def tokens(self) -> list[int]:
-        if self._event:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
-@dataclass
-class _Row:
-    """One sequence while it grows."""
-
-    ids: list[int] = field(default_factory=list)
-    ended: bool = False
-
-    def append(self, token: int, end_ids: set[int]) -> int | None:
-        if self.ended or token in end_ids:
-            self.ended = True
-            return None
-        self.ids.append(token)
-        return token
-
-    def generation(self, kept: list[Tensor], number: int) -> Generation:
-        steps = len(self.ids) + self.ended
-        logits = torch.stack([each[number] for each in kept[:steps]]) if kept else None
-        return Generation(self.ids, "stop" if self.ended else "length", logits)
-
-
 def _chunk_sizes(prompts: Sequence[Sequence[int]], chunks: int) -> list[int]:
-    """Tokens of each chunk when every prompt is cut into `chunks` nearly equal parts, all ending in the last."""
+    """Tokens of each chunk when every prompt is cut into `chunks` nearly equal pieces, all ending in the last."""
     return [sum(len(p) * (c + 1) // chunks - len(p) * c // chunks for p in prompts) for c in range(chunks)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from baichuan.errors import ConfigError
-from baichuan.generation.session import Generation
+from baichuan.generation.decoding import Generation
 from baichuan.util.files import atomic_path
 
 MAX_BYTES = 1 << 30

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.quant.weight_only import check_group_size
-from baichuan.weights.converters import Converter, cast, converter
+from baichuan.weights.converters import Converter, cast
 from baichuan.weights.shard import LINEARS, NORMS, Range, padded_vocab_size, rank_ranges
 from baichuan.weights.source import Checkpoint, TensorSource, known
+from baichuan.weights.types import converter_of
 
 BLOCK_BYTES = 32 << 20  # of a weight's rows in float32: a build holds a few such blocks at a time
 NORM_HEAD_EPS = 1e-12  # torch.nn.functional.normalize's default, as in the original NormHead
@@ -57,7 +58,7 @@ def from_checkpoint(
     """
 
     def weights_alone(_: int, name: str) -> LinearConverters:
-        linear, convert = LINEARS[name], converter(quant.weights, quant, getattr(torch, config.dtype))
+        linear, convert = LINEARS[name], converter_of(quant.weights, quant, getattr(torch, config.dtype))
         return LinearConverters([convert] * (len(linear.modules) * linear.projections))
 
     def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
@@ -104,7 +105,7 @@ def whole_model(
 
 def _head(source: TensorSource, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> TensorBlocks:
     """Rank `rank`'s rows of lm_head, normalised where the version says so, padded with rows of zeros."""
-    convert = converter(quant.weights if quant.quantize_lm_head else "none", quant, getattr(torch, config.dtype))
+    convert = converter_of(quant.weights if quant.quantize_lm_head else "none", quant, getattr(torch, config.dtype))
     if config.version.norm_head:
         plain_convert = convert
 

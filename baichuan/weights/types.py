@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 from pkgutil import resolve_name
 
+import torch
+
+from baichuan.config import QuantConfig
 from baichuan.errors import UnsupportedError
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
+from baichuan.weights import converters
+from baichuan.weights.converters import Converter
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class WeightType:
     label: str  # in reports
     products: Mapping[str, str]  # by executor
     numbers: Numbers | None = None  # that the CUDA products multiply; None = the model's dtype
+    converter: Callable[[QuantConfig, torch.dtype], Converter] | None = None  # from weights alone; None = calibrated
 
 
 def _products(function: str) -> dict[str, str]:
@@ -53,13 +59,21 @@ def _products(function: str) -> dict[str, str]:
 
 
 TYPES = {  # by config.QuantConfig.weights
-    "none": WeightType(DenseWeight, "", _products("dense")),
-    "int8": WeightType(Int8Weight, "INT8 weight-only", _products("int8"), INT8),
-    "int4": WeightType(Int4Weight, "INT4 weight-only", _products("int4")),
+    "none": WeightType(DenseWeight, "", _products("dense"), converter=converters.dense),
+    "int8": WeightType(Int8Weight, "INT8 weight-only", _products("int8"), INT8, converters.int8),
+    "int4": WeightType(Int4Weight, "INT4 weight-only", _products("int4"), converter=converters.int4),
     "smooth_quant": WeightType(SmoothQuantWeight, "SmoothQuant", _products("smooth_quant"), INT8),
     "fp8": WeightType(Fp8Weight, "FP8", _products("fp8"), FP8),
 }
 _BY_RECORD = {each.record: each for each in TYPES.values()}
+
+
+def converter_of(weights: str, quant: QuantConfig, dtype: torch.dtype) -> Converter:
+    """How rows become the type `weights`, one that needs nothing but them.  dtype: of the model"""
+    make = TYPES[weights].converter
+    if make is None:
+        raise ValueError(f"{weights} weights need calibration")
+    return make(quant, dtype)
 
 
 def product_of(weight: Weight, executor: str) -> Callable:

@@ -1,0 +1,93 @@
+"""The strategy of sampling, greedy decoding included: each sequence continues itself until it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from baichuan.config import SamplingConfig
+from baichuan.generation.decoding import Choice, Generation
+from baichuan.generation.sampling import Sampler
+
+OnTokens = Callable[[list[int | None]], None]  # each sequence's new token, None once it has ended
+
+
+class Sampled:
+    """decoding.Strategy, one sequence a prompt.  On a GPU the host looks at a step's tokens while the next one runs."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        configs: Sequence[SamplingConfig],
+        max_new_tokens: int,
+        on_tokens: OnTokens | None = None,
+        keep_logits: bool = False,
+    ):
+        """on_tokens is called for each step."""
+        self._sampler, self._max_new_tokens, self._on_tokens = sampler, max_new_tokens, on_tokens
+        self._sequences = [_Sequence({config.eos_id, *config.stop_ids}) for config in configs]
+        self._kept: list[Tensor] | None = [] if keep_logits else None  # each [sequences, vocab_size]
+        self._unread: _Readback | None = None  # tokens that the host has not looked at
+        self._made = 0  # tokens of each sequence
+
+    def choose(self, logits: Tensor) -> Choice | None:
+        if self._kept is not None:
+            self._kept.append(logits.cpu().clone())
+        tokens = self._sampler(logits)
+        self._made += 1
+        last = self._made == self._max_new_tokens
+        previous, self._unread = self._unread, _Readback(tokens)
+        if previous:
+            self._hear(previous)
+        if last or tokens.device.type == "cpu":
+            self._hear(self._unread)
+            self._unread = None
+        return None if last or all(each.ended for each in self._sequences) else Choice(tokens)
+
+    def results(self) -> list[Generation]:
+        return [each.generation(self._kept, number) for number, each in enumerate(self._sequences)]
+
+    def _hear(self, readback: _Readback) -> None:
+        news = [each.append(token) for each, token in zip(self._sequences, readback.tokens(), strict=True)]
+        if self._on_tokens:
+            self._on_tokens(news)
+
+
+class _Readback:
+    """Tokens on their way to the host; asking for them waits for their copy alone, not for later work."""
+
+    def __init__(self, tokens: Tensor):
+        self._host = tokens.to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        if self._event:
+            self._event.record()
+
+    def tokens(self) -> list[int]:
+        if self._event:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+@dataclass
+class _Sequence:
+    """One continuation while it grows."""
+
+    end_ids: set[int]
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def append(self, token: int) -> int | None:
+        if self.ended or token in self.end_ids:
+            self.ended = True
+            return None
+        self.ids.append(token)
+        return token
+
+    def generation(self, kept: list[Tensor] | None, number: int) -> Generation:
+        """kept: the logits of each step, of which this sequence's are row `number`."""
+        steps = len(self.ids) + self.ended
+        logits = torch.stack([each[number] for each in kept[:steps]]) if kept is not None else None
+        return Generation(self.ids, "stop" if self.ended else "length", logits)
