@@ -7,13 +7,16 @@ OUT ?= demo_output
 JOBS ?= 2
 FLAGS ?=  # more flags for pytest
 
-.PHONY: demo test check lock test-newest test-oldest test-cuda bench walk clean
+.PHONY: demo test doctor check lock test-newest test-oldest test-cuda bench walk clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo --output_dir $(OUT)
 
 test: $(READY)
 	$(call pytest,$(BIN))
+
+doctor: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m baichuan.doctor
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
-"""README.md does what it says: its commands run in order, and its flags and targets exist."""
+"""README.md does what it says: its commands run in order, its flags, targets, files and figures exist; README.zh.md
+says the same."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +19,12 @@ import build
 import hf_baichuan_convert
 import run
 import summarize
-from baichuan.engine.folder import read_engine
+from baichuan.engine.folder import Engine, read_engine
+from benchmarks import readme_table
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-HUB_ID = "baichuan-inc/Baichuan-13B-Chat"
+README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+CHECKPOINTS = {"baichuan-inc/Baichuan-13B-Chat": "v1_13b", "./Baichuan2-7B-Chat": "v2_7b"}
 SCRIPTS = {f"{script.__name__}.py": script.main for script in (build, run, summarize, hf_baichuan_convert)}
 # What keeps a command short; argparse takes the last value that is given.
 SHORTER = {
@@ -28,16 +32,18 @@ SHORTER = {
     "summarize.py": ["--max_ite", "2", "--output_len", "4"],
     "hf_baichuan_convert.py": ["--calib_max_length", "64"],
 }
-EXPECTED_SCRIPTS = {"build.py": 10, "hf_baichuan_convert.py": 2, "run.py": 6, "summarize.py": 3}  # at least
+EXPECTED_SCRIPTS = {"build.py": 11, "hf_baichuan_convert.py": 2, "run.py": 7, "summarize.py": 4}  # at least
+OF_OTHERS = {"-m", "--oversubscribe"}  # flags of python and mpirun in the prose
+VLLM_MS = 7.98  # a step of Baichuan2-13B in float16 at batch 1, docs/performance.md's
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = README, language: str = "bash") -> list[list[str]]:
     """Every command of the bash blocks, in order, as words."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(language, text)).replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
@@ -49,10 +55,13 @@ def flags_of(words: list[str]) -> list[str]:
     return words[words.index("python") + 2 :]
 
 
-def here(words: list[str], folder: Path, checkpoint: Path) -> list[str]:
-    """The command on the small checkpoint, with ./tmp/ in `folder`."""
-    shorter = SHORTER.get(script_of(words), [])
-    return [word.replace(HUB_ID, str(checkpoint)).replace("./tmp/", f"{folder}/") for word in words] + shorter
+def here(words: list[str], folder: Path, checkpoints: dict[str, Path]) -> list[str]:
+    """The command on small checkpoints, with ./tmp/ in `folder`."""
+
+    def word_here(word: str) -> str:
+        return str(checkpoints[word]) if word in checkpoints else word.replace("./tmp/", f"{folder}/")
+
+    return [*map(word_here, words), *SHORTER.get(script_of(words), [])]
 
 
 def execute(words: list[str], capsys) -> tuple[int, str, str]:
@@ -72,19 +81,29 @@ def execute(words: list[str], capsys) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    return demo_checkpoint("v1_13b", 3)
+def checkpoints() -> dict[str, Path]:
+    return {name: demo_checkpoint(version, 3) for name, version in CHECKPOINTS.items()}
 
 
-@pytest.mark.timeout(300)
-def test_every_command_runs(checkpoint, tmp_path, monkeypatch, capsys):
+def check_predicted_bytes(engine: Engine) -> None:
+    """The table's way of computing an engine's bytes gives those of a real one."""
+    with open(engine.rank_file(0), "rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")  # of a safetensors file
+    cache_scales = 0 if engine.quant.kv_cache == "none" else engine.model.num_layers * 2 * 4
+    predicted = readme_table.engine_bytes(engine.model, replace(engine.quant, kv_cache="none")) + cache_scales
+    assert engine.rank_file(0).stat().st_size == header + predicted
+
+
+@pytest.mark.timeout(600)
+def test_every_command_runs(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     seen = dict.fromkeys(EXPECTED_SCRIPTS, 0)
     for words in commands():
         script = script_of(words)
         seen[script] += 1
         shown = shlex.join(words)
-        given = here(words, tmp_path, checkpoint)
+        given = here(words, tmp_path, checkpoints)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("你好\nexit\n"))
         code, out, err = execute(given, capsys)
         assert code == 0, f"{shown}\n{err}"
         if script == "build.py":
@@ -92,6 +111,10 @@ def test_every_command_runs(checkpoint, tmp_path, monkeypatch, capsys):
             for rank in range(engine.build.world_size):
                 assert engine.rank_file(rank).stat().st_size > 1 << 20, shown
             assert "self-check against the float32 weights: mean KL" in err, shown
+            if engine.build.world_size == 1:
+                check_predicted_bytes(engine)
+        elif script == "run.py" and "--chat" in words and "--input_text" not in words:
+            assert re.search(r"\n> .+\n(\[cut .*\n)?> \Z", out), f"{shown}\n{out}"
         elif script == "run.py":
             assert out.count('Output: "') == 1 and out.rstrip().endswith('"'), f"{shown}\n{out}"
         elif script == "summarize.py":
@@ -110,10 +133,10 @@ def test_every_command_runs(checkpoint, tmp_path, monkeypatch, capsys):
         (lambda words: [*words, "--model_version", "v2_7b"], 2, "contradicts"),
     ],
 )
-def test_a_wrong_command_fails(checkpoint, tmp_path, monkeypatch, capsys, change, code, sentence):
+def test_a_wrong_command_fails(checkpoints, tmp_path, monkeypatch, capsys, change, code, sentence):
     """The negative control: execute() reports a command that does not do what it says."""
     monkeypatch.chdir(ROOT)
-    words = change(here(commands()[0], tmp_path, checkpoint))
+    words = change(here(commands()[3], tmp_path, checkpoints))
     got, _, err = execute(words, capsys)
     assert got == code and sentence in err, err
     assert not list(tmp_path.rglob("*.engine"))
@@ -140,17 +163,69 @@ def test_every_flag_exists(known_flags):
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     mentioned = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"(?<!\S)--?[a-z]\w*", code)}
     assert {"--per_channel", "--calib_dataset", "-sq", "--fp8_kv_cache"} <= mentioned
-    assert not mentioned - set.union(*known_flags.values())
+    assert not mentioned - OF_OTHERS - set.union(*known_flags.values())
     assert "--use_weight_only" in known_flags["build.py"] and "--use_weight_only" not in known_flags["run.py"]
 
 
 def test_every_target_exists():
     named = set(re.findall(r"^make (\S+)", "".join(blocks("console")), re.MULTILINE))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"demo", "test"} <= named <= targets
+    assert {"demo", "test", "doctor"} <= named <= targets
 
 
 def test_every_linked_file_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert "docs/summarize.md" in links
     assert not [link for link in links if not (ROOT / link).is_file()]
+
+
+def test_the_chinese_readme_says_the_same():
+    for language in ("bash", "console"):
+        assert commands(CHINESE, language) == commands(README, language)
+    for pattern in (r"^#+(?= )", r"\]\((?!#)([^)]+)\)", r"^\|(?!-)[^|]*", r"(?<!\S)--?[a-z]\w+", r"^- "):
+        english, chinese = (re.findall(pattern, prose(text), re.MULTILINE) for text in (README, CHINESE))
+        if pattern.startswith(r"^\|"):  # rows, whose words are translated
+            english, chinese = len(english), len(chinese)
+        elif "--" in pattern:
+            english, chinese = set(english), set(chinese)
+        assert english == chinese
+
+
+def prose(text: str) -> str:
+    """Without code blocks, and without the lines that name the other language."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"^.*\]\(README[^)]*\).*$", "", text, flags=re.MULTILINE).replace("`", " ")
+
+
+@pytest.mark.parametrize("name", readme_table.HEADS)
+def test_the_table_is_the_measurements(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    table = readme_table.table(readme_table.HEADS[name])
+    assert readme_table.with_table(text, table) == text, "python benchmarks/readme_table.py --write"
+    assert table.count("\n") == 22 and re.search(r"^\| v2_7b \| float16 \| 15.01 \|", table, re.MULTILINE)
+    changed = table.replace("15.01", "15.02")
+    assert readme_table.with_table(text, changed) != text
+
+
+def test_the_figures_are_the_measurements():
+    speeds = readme_table.read_speeds(ROOT / "docs" / "performance.json")
+    performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    one, many, int4 = (
+        speeds["v2_13b", precision, batch] for precision, batch in (("float16", 1), ("float16", 64), ("int4", 1))
+    )
+    assert f"| v2_13b float16 | 1 | {1e3 / one:.2f} | 100 % | vLLM {VLLM_MS} |" in performance
+    for text in (README, CHINESE):
+        opening = text.partition("\n## ")[0]
+        for figure in (f"{one:.0f}", f"{many:,.0f}", f"{int4:.0f}", f"{VLLM_MS / (1e3 / one):.2f}", "H200"):
+            assert figure in opening, figure
+
+
+def test_a_walk_fills_its_cells(tmp_path):
+    (tmp_path / "walk.md").write_text(
+        "# The walk\n\nv1_7b, 32 layers; 1 x NVIDIA H200; torch 2.11.0\n\n| command | s | host GB |\n|---|---:|---:|\n"
+        "| build int8 | 33.1 | 2.0 | 0.5 | 7.5 | self-check |\n| run int8 | 21.0 | 3.0 | 9.9 |  | decode |\n"
+        "\nv2_13b, 3 layers (small); no GPU; torch 2.13.0\n\n| build int8 | 1.0 | 1.0 |  |  |  |\n"
+    )
+    walk = readme_table.read_walk(tmp_path / "walk.md")
+    assert walk["v1_7b", "build int8"][0] == "33.1" and walk["v1_7b", "run int8"][2] == "9.9"
+    assert not [key for key in walk if key[0] == "v2_13b"] and not readme_table.read_walk(tmp_path / "none.md")

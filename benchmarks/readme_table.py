@@ -1,0 +1,138 @@
+"""The README's table of versions and precisions: python benchmarks/readme_table.py --write
+
+Bytes are computed from the models' shapes; speeds are docs/performance.json's, GPU memory and build times are
+docs/walk.md's.  A cell without a measurement holds a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import weight
+from baichuan.cli.common import Parser, run_script
+from baichuan.config import PRESETS, ModelConfig, QuantConfig
+from baichuan.executors.memory import kv_cache_bytes
+from baichuan.parallel.comm import Communicator
+from baichuan.util.files import atomic_path
+from baichuan.weights.rank_tensors import total_bytes
+from baichuan.weights.shard import LINEARS
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADS = {
+    "README.md": "version | precision | engine, GB | KV cache, GB | GPU, GB | build, s | tok/s, batch 1 | batch 64",
+    "README.zh.md": "版本 | 精度 | 引擎，GB | KV cache，GB | 显存，GB | 构建，秒 | token/s，batch 1 | batch 64",
+}
+BEGIN, END = "<!-- made by benchmarks/readme_table.py -->\n", "<!-- end of the table -->\n"
+KV_TOKENS = 1000
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A row of each version."""
+
+    title: str
+    quant: QuantConfig
+    measured: str  # its name in docs/performance.json
+    walked: str  # its name in docs/walk.md
+
+
+PRECISIONS = (
+    Precision("float16", QuantConfig(), "float16", "float16"),
+    Precision("INT8", QuantConfig("int8"), "int8", "int8"),
+    Precision("INT4", QuantConfig("int4", group_size=32), "int4", "int4"),
+    Precision("SmoothQuant", QuantConfig("smooth_quant", per_token=True), "smooth_quant_per_token", "sq per token"),
+    Precision("FP8", QuantConfig("fp8"), "fp8", "fp8 from the checkpoint"),
+)
+
+
+def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
+    """Of the tensors of a one-rank engine; its file's header and the tokenizer take about 2 MB more."""
+    if quant.weights not in ("smooth_quant", "fp8"):
+        return total_bytes(weight.rank_tensors(weight.WeightSource(), model, quant, 0, 1))
+    float32s = 0 if quant.per_token else len(LINEARS)  # a layer's scales of activations
+    if quant.weights == "smooth_quant":
+        float32s += model.hidden_size + model.intermediate_size  # its smoothers
+    return engine_bytes(model, QuantConfig("int8")) + FLOAT32_BYTES * float32s * model.num_layers
+
+
+def read_speeds(path: Path) -> dict[tuple[str, str, int], float]:
+    """Tokens per second of decoding by version, precision and batch size, on one GPU."""
+    results = json.loads(path.read_text("utf-8"))["results"]
+    alone = [each for each in results if each["tp_size"] == 1 and each["kv_cache"] == "none"]
+    return {
+        (each["model_version"], each["precision"], each["batch_size"]): 1e3 * each["batch_size"] / each["step_ms"]
+        for each in alone
+    }
+
+
+def read_walk(path: Path) -> dict[tuple[str, str], list[str]]:
+    """The cells of benchmarks/walk.py's tables by version and command; none without the file."""
+    cells, version = {}, None
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        if found := re.match(r"(v\d_\d+b), \d+ layers(.*?); (.*?);", line.lstrip("# *")):
+            version = None if found[2] or found[3] == "no GPU" else found[1]  # at full size, on a GPU
+        elif line.startswith("| ") and version:
+            name, *rest = (cell.strip() for cell in line.strip("| \n").split(" | "))
+            cells[version, name] = rest
+    return cells
+
+
+def table(head: str) -> str:
+    """Markdown, a row for each version and precision."""
+    speeds, walk = read_speeds(ROOT / "docs" / "performance.json"), read_walk(ROOT / "docs" / "walk.md")
+    lines = [f"| {head} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for version, model in PRESETS.items():
+        for precision in PRECISIONS:
+            quant = precision.quant
+            cache = kv_cache_bytes(model, replace(quant, kv_cache="none"), 1, 1, KV_TOKENS)
+            build = walk.get((version, f"build {precision.walked}"), ["–"])[0]
+            ran = "run, second time" if precision.title == "float16" else f"run {precision.walked}"
+            gpu = walk.get((version, ran), ["–"] * 3)[2] or "–"
+            rates = (speeds.get((version, precision.measured, batch)) for batch in (1, 64))
+            cells = (
+                version,
+                precision.title,
+                f"{engine_bytes(model, quant) / 1e9:.2f}",
+                f"{cache / 1e9:.2f}",
+                gpu,
+                build,
+                *(f"{rate:,.0f}" if rate else "–" for rate in rates),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, new: str) -> str:
+    """`text` with the table between its marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + new + END + after
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__.partition(":")[0])
+    parser.add_argument("--write", action="store_true", help=f"put it into {' and '.join(HEADS)}; else it is printed")
+    return run_script(parser, argv, run)
+
+
+def run(args: argparse.Namespace, comm: Communicator) -> int:
+    for name, head in HEADS.items():
+        new = table(head)
+        if args.write:
+            with atomic_path(ROOT / name) as path:
+                path.write_text(with_table((ROOT / name).read_text("utf-8"), new), "utf-8")
+        else:
+            print(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
