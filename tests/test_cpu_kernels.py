@@ -15,7 +15,7 @@ from op_cases import CASES, normal
 
 from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.executors.cpu.library import FLAGS, compiled, instruction_sets, library
-from baichuan.executors.cpu.native import FEW_ROWS, Kernels, Matrix
+from baichuan.executors.cpu.native import FEW_ROWS, Kernels
 from baichuan.executors.cpu.ops import CpuOps
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.executors.cpu.reference_linear import linear as reference_linear
@@ -23,6 +23,7 @@ from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.quant.scaled import quantise
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight
+from baichuan.weights.types import product_of
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
 
@@ -30,6 +31,10 @@ UNIT = 2.0**-24  # of float32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 2), (3, 30), (48, 64), (97, 100), (53, 1000), (13, 4128)]  # out, in: rows and channels left over
 TOKENS = (1, 2, 3, 5, 7, FEW_ROWS, FEW_ROWS + 1, 33, 70)
+
+
+def matrix_of(weight):
+    return product_of(weight, "cpu")(weight).matrix
 
 
 def kernels(flags=FLAGS, folder=None):
@@ -79,7 +84,7 @@ def compare(functions, shape, tokens):
                 seen = quantise(x, weight.input_scale, torch.float8_e4m3fn).double() * weight.input_scale.double()
             exact = seen @ dense.T
             for out_dtype in {x_dtype, torch.float32}:
-                y = functions.product(x, Matrix.of(weight), out_dtype)
+                y = functions.product(x, matrix_of(weight), out_dtype)
                 assert y.dtype == out_dtype
                 assert ((y.double() - exact).abs() <= bound(seen, dense, exact, out_dtype)).all(), (name, x_dtype)
                 if shape[0] > 1 and out_dtype == torch.float32:  # the bound notices the neighbour's row
@@ -97,7 +102,7 @@ def test_smoothquant_has_the_reference_s_integers(shape, tokens, static, smoothe
     x = normal(tokens, shape[1], seed=5)
     x[0] = 0  # a token without a maximum
     expected = reference_linear(x, weight, torch.float32, Solo())
-    assert torch.equal(kernels().product(x, Matrix.of(weight), torch.float32), expected)
+    assert torch.equal(kernels().product(x, matrix_of(weight), torch.float32), expected)
     ops = CpuOps(op_cases.rope(), Solo(), op_cases.CAPACITY, kernels())
     assert torch.equal(ops.linear(x, weight), expected)
 
@@ -108,7 +113,7 @@ def test_smoothquant_s_sums_are_exact_beyond_float32():
     weight = SmoothQuantWeight(q, torch.ones(5), torch.ones(1), None)
     for tokens in (1, 40):
         x = torch.full((tokens, 9000), 127.0)
-        y = kernels().product(x, Matrix.of(weight), torch.float32)
+        y = kernels().product(x, matrix_of(weight), torch.float32)
         assert torch.equal(y, torch.full((tokens, 5), float(4500 * 127 * (127 + 126))))
 
 

@@ -13,7 +13,7 @@ from baichuan.parallel.comm import Solo
 from baichuan.records import DenseWeight, Weight
 from baichuan.weights.types import TYPES, product_of
 
-EXECUTORS = ("reference", "cuda", "tensorrt")
+EXECUTORS = ("reference", "cpu", "cuda", "tensorrt")
 
 
 def test_every_record_has_an_entry_and_every_entry_a_name_in_the_configuration():

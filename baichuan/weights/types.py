@@ -39,6 +39,7 @@ class WeightType:
     """The products' signatures, for y = x @ Wᵀ as the record says:
 
     reference(x, weight, out_dtype, comm) -> y
+    cpu(weight) -> executors.cpu.linear.Product
     cuda(weight, choice) -> executors.cuda.linear.LinearKernel
     tensorrt(graph, x, weight, ranks) -> y
     """
@@ -53,6 +54,7 @@ class WeightType:
 def _products(function: str) -> dict[str, str]:
     return {
         "reference": f"baichuan.executors.cpu.reference_linear:{function}",
+        "cpu": f"baichuan.executors.cpu.linear:{function}",
         "cuda": f"baichuan.executors.cuda.linear:{function}",
         "tensorrt": f"baichuan.executors.tensorrt.linear:{function}",
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baichuan.errors import UnsupportedError
-from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, LayerCache, SmoothQuantWeight, Weight
+from baichuan.records import LayerCache, Weight
 
 TYPES = {  # enum type of native/vector.h
     torch.float32: 0,
@@ -67,30 +67,25 @@ class Matrix:
     struct: _Matrix
 
     @classmethod
-    def of(cls, weight: Weight) -> Matrix | None:
-        """None where the kernels cannot take it: groups of another size, memory with gaps."""
-        match weight:
-            case DenseWeight(w):
-                scale, groups = None, 1
-            case Int8Weight(w, scale) | SmoothQuantWeight(w, scale) | Fp8Weight(w, scale):
-                groups = 1
-            case Int4Weight(w, scale):
-                groups = scale.shape[1]
-            case _:
-                raise UnsupportedError(f"the CPU executor has no linear for {type(weight).__name__}")
-        in_features = w.shape[1] * (2 if w.dtype == torch.uint8 else 1)
-        tensors = [each for each in vars(weight).values() if each is not None]
+    def of(
+        cls,
+        weight: Weight,
+        data: Tensor,
+        scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        smoother: Tensor | None = None,
+        w8a8: bool = False,
+    ) -> Matrix | None:
+        """None where the kernels cannot take it: groups of another size, memory with gaps, another type."""
+        out_features, in_features = weight.shape
+        groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
+        tensors = [each for each in (data, scale, input_scale, smoother) if each is not None]
         aligned = groups == 1 or in_features // groups % GROUP_STEP == 0
         if not aligned or not all(each.is_contiguous() and each.dtype in TYPES for each in tensors):
             return None
-        pointers = (_pointer(each) for each in (w, scale, getattr(weight, "input_scale", None), smoother_of(weight)))
-        scale_type = 0 if scale is None else TYPES[scale.dtype]
-        w8a8 = isinstance(weight, SmoothQuantWeight)
-        return cls(weight, _Matrix(*pointers, w.shape[0], in_features, groups, TYPES[w.dtype], scale_type, w8a8))
-
-
-def smoother_of(weight: Weight) -> Tensor | None:
-    return weight.smoother if isinstance(weight, SmoothQuantWeight) else None
+        pointers = map(_pointer, (data, scale, input_scale, smoother))
+        types = TYPES[data.dtype], 0 if scale is None else TYPES[scale.dtype]
+        return cls(weight, _Matrix(*pointers, out_features, in_features, groups, *types, w8a8))
 
 
 class Kernels:

@@ -35,6 +35,7 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
                      const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
     UNROLL for (int r = 0; r < ROWS; r++) {
         vf v[2];
+        __builtin_prefetch(rows[r] + bytes_of(t, i) + AHEAD);
         if (left >= STEP) load_step(t, rows[r], i, v);
         else load_step_part(t, rows[r], i, left, v);
         if (t == INT4 && tokens > 1) v[0] *= scales[r * CHUNK], v[1] *= scales[r * CHUNK];
