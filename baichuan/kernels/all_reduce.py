@@ -1,7 +1,12 @@
-"""A sum over GPUs that map each other's memory, in one launch: everybody reads everybody, nobody forwards.
+"""A sum over GPUs that map each other's memory, in one launch ("one-shot": every rank reads every rank's numbers).
 
-Decode sums a few kilobytes twice a layer; what counts there is the number of messages one behind the other, which is
-one here and 2 (world_size - 1) in a ring.
+Decode sums a few kilobytes twice a layer.  Then latency counts, the number of messages that wait for each other: one
+here, 2 (world_size - 1) in a ring.  For each block of BLOCK elements a program on every rank
+
+    1. copies its rank's part to the buffer that the others can read,
+    2. sets its flag at every peer,
+    3. waits for every peer's flag, and resets it,
+    4. adds all buffers up in rank order.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from torch import Tensor
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv
 
-BLOCK = 1024  # elements that one program copies, announces and sums
+BLOCK = 1024  # elements of one program
 
 
 @triton.jit
@@ -29,8 +34,8 @@ def _one_shot_all_reduce(
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
     tl.store(own_buffer + offsets, tl.load(x + offsets, mask), mask)
-    tl.debug_barrier()  # the block's stores come before its flags
-    for peer in tl.static_range(WORLD_SIZE):
+    tl.debug_barrier()  # every thread's stores come before the flags
+    for peer in tl.static_range(WORLD_SIZE):  # a flag that is still set belongs to the call before: wait
         place = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + block * WORLD_SIZE + RANK
         while tl.atomic_cas(place, 0, 1, sem="release", scope="sys") != 0:
             pass
@@ -53,11 +58,11 @@ ONE_SHOT_ALL_REDUCE = KernelSpec(_one_shot_all_reduce, ("x", "buffers", "flags")
 def one_shot_all_reduce(
     x: Tensor, buffers: Tensor, flags: Tensor, own_buffer: Tensor, rank: int, world_size: int
 ) -> Tensor:
-    """The sum of x over the ranks, in rank order in float32, rounded once.
+    """The sum of x over the ranks, in rank order in float32, rounded once: the same bits on every rank.
 
-    buffers, flags: [world_size] int64, addresses of each rank's buffer (of x's type, at least x's size) and of its
-    flags (int32 zeros, world_size for each block of x), mapped into this rank's memory.  own_buffer is this rank's.
-    A rank may still read a buffer while another is in its next call: consecutive calls need different buffers, while
+    buffers, flags: [world_size] int64, the addresses, in this rank's memory, of every rank's buffer (of x's type and at
+    least its size) and flags (int32 zeros, world_size for each block); own_buffer: this rank's buffer
+    A rank may still read the buffers when another has begun its next call.  Consecutive calls need different buffers;
     the flags may be the same.
     """
     x, out = x.contiguous(), torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""The likeliest token of each row of logits: every row is shared by many programs, then their winners meet."""
+"""The likeliest token of each row of logits, by two kernels: the winner of each block, then of each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 
-BLOCK = 2048  # logits of one program
+BLOCK = 2048  # logits of a block
 
 
 @triton.jit
@@ -50,7 +50,10 @@ WINNER_OF_ROW = KernelSpec(_winner_of_row, ("values", "indices"), ("blocks",), (
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """logits.argmax(-1), the first of equal ones.  logits: [rows, width] float32, rows in one piece -> [rows] int64"""
+    """logits.argmax(-1), the first of equal ones.
+
+    logits: [rows, width] float32, each row contiguous -> [rows] int64
+    """
     rows, width = logits.shape
     blocks = cdiv(width, BLOCK)
     values = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)

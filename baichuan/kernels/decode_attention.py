@@ -1,7 +1,18 @@
-"""Attention of one new token a sequence: rotation, KV store and softmax in one kernel, long caches split.
+"""Attention of one new token of each sequence: rotation, KV store and softmax in one kernel, long contexts split.
 
-Every slot of a block of keys keeps a softmax of its own over the keys that it meets, so that the loop waits for no
-other thread; the slots, and then the splits, are combined in a fixed order.
+A program takes one head of one sequence and a split of its keys, a contiguous share.  Inside the split every slot of a
+block keeps an online softmax of its own, over the keys that it meets, so that the loop exchanges nothing between
+threads.  With 20 older keys, the new token's key 20, BLOCK_K = 4 and SPLITS = 2:
+
+    split 0     keys  0  1  2  3 |  4  5  6  7 |  8  9 10 11        share = 12 keys: a multiple of BLOCK_K
+    split 1     keys 12 13 14 15 | 16 17 18 19 |  then key 20
+    slot              0  1  2  3    0  1  2  3    0  1  2  3
+
+    slot 1 of split 0: largest score, sum of exp2(score - largest), and that sum times v, of keys 1, 5 and 9
+    end of a split:    its slots are combined; the split that ends with the new token stores its k and v and adds them
+    SPLITS > 1:        combine_splits combines the splits of each head
+
+Slots and splits are combined in a fixed order, so that every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,17 +28,16 @@ from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_i
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 from baichuan.records import AttentionSpec, LayerCache, Step
 
-# What measures fastest on an H200: (keys at a time, warps) of a program, and the programs that (row, head) pairs are
-# split into.  The fewer pairs there are, the less a program may have to wait for.
+# What measures fastest on an H200.  With few pairs of (sequence, head) small programs, and many of them, wait less.
 FEW_PAIRS = 64
-SMALL_BLOCK, BLOCK = (8, 1), (16, 2)
-PROGRAMS = 640
+SMALL_BLOCK, BLOCK = (8, 1), (16, 2)  # (keys of a block, warps)
+PROGRAMS = 640  # that the pairs are split into, where they are not few
 MAX_SPLITS = 32
 
 
 @triton.jit
 def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
-    """One head, float32, turned by its position's cos and sin and rounded to the dtype."""
+    """One head of q or k as float32, with RoPE rotated by cos and sin and rounded to the dtype before."""
     x = tl.load(x_row + dims, mask, other=0.0)
     if ROTARY:
         half: tl.constexpr = HEAD_DIM // 2
@@ -38,8 +48,19 @@ def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.con
 
 
 @triton.jit
+def _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM: tl.constexpr):
+    """(k, v) [BLOCK_K, DIM_BLOCK] of these keys; 0 from key `end` on."""
+    places = base + keys[:, None] * HEAD_DIM + dims[None, :]
+    mask = (keys < end)[:, None] & dim_mask[None, :]
+    return tl.load(k_cache + places, mask, other=0.0), tl.load(v_cache + places, mask, other=0.0)
+
+
+@triton.jit
 def _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY: tl.constexpr):
-    """One block of keys, each in its slot.  distance: key position - query position, 0 where there is no key."""
+    """(acc, total, largest) of every slot with one more key in each.
+
+    distance: [BLOCK_K] key position - query position, 0 where there is no key; scores are multiplied by log2(e)
+    """
     scores = tl.sum(to_float32(k) * q[None, :], 1)
     if not ROTARY:
         scores += slope * distance.to(tl.float32)
@@ -51,6 +72,23 @@ def _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY: tl.const
 
 
 @triton.jit
+def _combine_slots(acc, total, largest):
+    """(total, result, peak) of all slots together."""
+    peak = tl.max(largest, 0)
+    weight = tl.exp2(largest - peak)
+    return tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0), peak
+
+
+@triton.jit
+def _attend_new_token(q, k_kept, v_kept, total, result, peak):
+    """(total, result, peak) with the new token's own key and value, as the cache has kept them."""
+    score = tl.sum(k_kept.to(tl.float32) * q, 0)
+    new_peak = tl.maximum(peak, score)
+    shrink, p = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
+    return total * shrink + p, result * shrink + p * v_kept.to(tl.float32), new_peak
+
+
+@triton.jit
 def _decode_attention(
     qkv, cos, sin, slopes, context_lengths, k_scale, v_scale,
     num_heads, capacity,
@@ -59,11 +97,15 @@ def _decode_attention(
     QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Writes out where SPLITS is 1, else each split's result to parts and its peak and total to part_sums.
+
+    decode_attention has the shapes.  DIM_BLOCK: HEAD_DIM as a power of two
+    """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = num_heads * HEAD_DIM
     dims = tl.arange(0, DIM_BLOCK)
     dim_mask = dims < HEAD_DIM
-    # The lengths and the cache's older keys are not the work of the kernels before this one, so none waits for them.
+    # The lengths and the older keys and values were written long before the previous kernel: nothing waits for them.
     context = tl.load(context_lengths + row)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
@@ -72,10 +114,7 @@ def _decode_attention(
         end = tl.minimum(start + share, position)
         base = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
         keys = start + tl.arange(0, BLOCK_K)
-        places = base + keys[:, None] * HEAD_DIM + dims[None, :]
-        mask = (keys < end)[:, None] & dim_mask[None, :]
-        k = tl.load(k_cache + places, mask, other=0.0)
-        v = tl.load(v_cache + places, mask, other=0.0)
+        k, v = _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM)
         c, s, slope = 0.0, 0.0, 0.0
         if ROTARY:
             angle = position * (HEAD_DIM // 2) + dims % (HEAD_DIM // 2)
@@ -95,30 +134,19 @@ def _decode_attention(
         acc = tl.zeros((BLOCK_K, DIM_BLOCK), tl.float32)
         distance = tl.where(keys < end, keys - position, 0)
         acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
-        for first_key in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=3):  # keys asked for two blocks ahead
+        for first_key in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=3):  # loads run two blocks ahead
             keys = first_key + tl.arange(0, BLOCK_K)
-            places = base + keys[:, None] * HEAD_DIM + dims[None, :]
-            mask = (keys < end)[:, None] & dim_mask[None, :]
-            k = tl.load(k_cache + places, mask, other=0.0)
-            v = tl.load(v_cache + places, mask, other=0.0)
+            k, v = _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM)
             distance = tl.where(keys < end, keys - position, 0)
             acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
-        start_dependents(OVERLAP)  # not earlier: the next kernel's weights would delay the keys
-        peak = tl.max(largest, 0)
-        weight = tl.exp2(largest - peak)
-        total = tl.sum(total * weight, 0)
-        result = tl.sum(acc * weight[:, None], 0)
+        start_dependents(OVERLAP)  # not earlier: loading the next kernel's weights would delay the keys
+        total, result, peak = _combine_slots(acc, total, largest)
         if position < start + share:  # this split ends with the new token
             cached: tl.constexpr = k_cache.dtype.element_ty
             k_kept, v_kept = as_cached(k_new, k_scale, cached), as_cached(v_new, v_scale, cached)
             tl.store(k_cache + base + position * HEAD_DIM + dims, k_kept, dim_mask)
             tl.store(v_cache + base + position * HEAD_DIM + dims, v_kept, dim_mask)
-            score = tl.sum(k_kept.to(tl.float32) * q, 0)
-            new_peak = tl.maximum(peak, score)
-            shrink, p_new = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-            total = total * shrink + p_new
-            result = result * shrink + p_new * v_kept.to(tl.float32)
-            peak = new_peak
+            total, result, peak = _attend_new_token(q, k_kept, v_kept, total, result, peak)
         if QUANTISED:
             result = result * tl.load(v_scale)
         if SPLITS == 1:
@@ -131,7 +159,7 @@ def _decode_attention(
             tl.store(part_sums + part * 2 + 1, total)
     else:
         wait_for_inputs(OVERLAP)
-        if SPLITS == 1:  # a row of padding
+        if SPLITS == 1:  # a row of padding, whose context is empty
             nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
             tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dim_mask)
 
@@ -175,14 +203,15 @@ COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_len
 
 
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
-    """(keys at a time, warps) of the programs for so many (row, head) pairs"""
+    """(keys of a block, warps).  pairs: of (sequence, head)"""
     return SMALL_BLOCK if quantised or pairs <= FEW_PAIRS else BLOCK
 
 
 def choose_splits(pairs: int) -> int:
-    """Into how many parts each (row, head) pair's keys are split; a power of two.
+    """Into how many splits each (sequence, head) pair's keys are cut; a power of two.
 
-    The lengths have no say, so that one captured graph serves them all: a part without keys costs next to nothing.
+    It does not depend on the lengths, so that one captured graph serves them all: a split without keys takes next to
+    no time.
     """
     if pairs <= FEW_PAIRS:
         return MAX_SPLITS
@@ -202,8 +231,8 @@ def decode_attention(
 ) -> Tensor:
     """ops.Ops.attention for a step of one token a sequence.  A sequence of context length 0 is padding.
 
-    cos, sin: [capacity, head_dim / 2] float32, unread with ALiBi; slopes: [num_heads] float32, unread with RoPE;
-    block: keys at a time, and warps, of a program.
+    cos, sin: [capacity, head_dim / 2] float32, not read with ALiBi; slopes: [num_heads] float32, not read with RoPE;
+    splits: see choose_splits; block: see choose_block
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
     out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)

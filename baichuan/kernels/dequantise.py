@@ -1,4 +1,4 @@
-"""A quantised matrix written out in a float type, for products whose arithmetic dwarfs the copy."""
+"""A quantised matrix written out in a float type, for products that take far longer than this copy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,20 @@
 """Several tokens times a matrix of 4-bit integers, which become floats on their way to the tensor cores.
 
-A byte holds two neighbouring input channels, so the product is taken as two: the even channels', and the odd ones'.
-The weight is the first operand, which Hopper's tensor cores take from registers, where it has just been converted.
+A byte holds an even input channel in its low nibble and the odd one after it in its high nibble.  The nibbles of a
+block of bytes [BLOCK_N, HALF] become two matrices of floats, and the product is the sum of two:
+
+    y tile = x[even channels] @ (low nibbles)T + x[odd channels] @ (high nibbles)T
+
+so that x comes deinterleaved (operand.Deinterleaved), the even channels of a row before its odd ones.  The weight is
+the first operand, yT = W @ xT: Hopper's tensor cores take that one from registers, where it has just been converted.
+
+Groups of channels share a scale.  Where there are several (GROUP > 0), the floats are scaled before the product, in
+PARTS equal parts of a block's channels, each of which lies in one group.  For BLOCK_K = 128:
+
+    GROUP 32:   | scale 0 | scale 1 | scale 2 | scale 3 |      4 parts of 32 channels
+    GROUP 128:  | scale 0 | scale 0 | scale 0 | scale 0 |      4 parts as well: fewer would cost time, see below
+
+Where the whole row is one group (GROUP = 0), y is scaled instead.
 """
 
 from __future__ import annotations
@@ -19,7 +32,11 @@ from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_sp
 
 
 def _mantissas(prefix: str) -> tl.constexpr:
-    """PTX that puts the nibbles of four bytes, 8 added to each, into the low bits of 16-bit floats."""
+    """PTX from a word of four bytes to eight 16-bit floats: each nibble + 8 as the low mantissa bits after `prefix`.
+
+    Flipping the sign bit of a signed nibble adds 8 to it: lop3 masks a nibble and flips its bit in one instruction,
+    prmt puts `prefix` before the byte.
+    """
     return tl.constexpr(
         f"""{{
         .reg .b32 e, o, t;
@@ -34,13 +51,13 @@ def _mantissas(prefix: str) -> tl.constexpr:
     )
 
 
-FLOAT16_MANTISSAS = _mantissas("0x64646464")  # of 1024 and more, where a float16 counts by ones
-BFLOAT16_MANTISSAS = _mantissas("0x43434343")  # of 128 and more
+FLOAT16_MANTISSAS = _mantissas("0x64646464")  # 1024 + 8 + nibble: from 1024 to 2048 float16's mantissa counts by ones
+BFLOAT16_MANTISSAS = _mantissas("0x43434343")  # 128 + 8 + nibble: from 128 to 256 bfloat16's does
 
 
 @triton.jit
 def _int4_to_dtype(packed, dtype: tl.constexpr):
-    """(even, odd) input channels of bytes that hold two signed nibbles, exactly."""
+    """(low, high) nibbles of bytes, signed, as floats: the even and the odd input channels, exactly."""
     if INTERPRETED or dtype == tl.float32:
         byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
         return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
@@ -59,7 +76,10 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 
 @triton.jit
 def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The scales [BLOCK_N, PARTS] of parts of WIDTH channels from `start` on."""
+    """The scales [BLOCK_N, PARTS] of PARTS parts of WIDTH channels each from channel `start` on.
+
+    rows: pointers [BLOCK_N, 1] to each row's first scale
+    """
     part = tl.arange(0, PARTS)
     group = start // GROUP + part if WIDTH == GROUP else (start + part * WIDTH) // GROUP
     return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0.0)
@@ -67,7 +87,7 @@ def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.conste
 
 @triton.jit
 def _times_part_scales(values, scales, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr):
-    """values [BLOCK_N, HALF] times the scales [BLOCK_N, PARTS] of as many equal parts of a row."""
+    """values [BLOCK_N, HALF] with each of the PARTS equal parts of a row times its scale in scales [BLOCK_N, PARTS]."""
     parts = tl.reshape(values, (BLOCK_N, PARTS, HALF // PARTS)) * scales.to(values.dtype)[:, :, None]
     return tl.reshape(parts, (BLOCK_N, HALF))
 
@@ -92,13 +112,13 @@ def _gemm_int4(
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K)
     if GROUP > 0:
-        # With fewer parts Triton takes the converted block through shared memory; with four it stays in registers
+        # With fewer than four parts Triton passes the converted block through shared memory.
         PARTS: tl.constexpr = max(BLOCK_K // GROUP, 4)
         WIDTH: tl.constexpr = BLOCK_K // PARTS
         scale_rows = scale + row * (in_features // GROUP)
         next_scales = _part_scales(scale_rows, first, in_features, GROUP, PARTS, WIDTH)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Where rows are few, a product waits for the one that it is added to: two sums halve the wait
+    # With few rows a product is done before the sum that it is added to is ready: two sums wait half as often.
     TWO_SUMS: tl.constexpr = BLOCK_M < 32
     odd_acc = acc
     for start in range(first, end, BLOCK_K):
@@ -108,7 +128,7 @@ def _gemm_int4(
         x_odd = tl.load(x_rows + width + byte, byte < width, other=0.0)
         even, odd = _int4_to_dtype(packed, x_even.dtype)
         if GROUP > 0:
-            scales = next_scales  # asked for one block ahead: nothing else in the loop waits for memory
+            scales = next_scales  # loaded one block ahead, so that the loop does not wait for memory
             next_scales = _part_scales(scale_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
             even = _times_part_scales(even, scales, BLOCK_N, HALF, PARTS)
             odd = _times_part_scales(odd, scales, BLOCK_N, HALF, PARTS)

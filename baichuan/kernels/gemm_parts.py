@@ -1,5 +1,10 @@
-"""What products on the tensor cores share: their launch, their scales, and the sum of the parts of programs that share
-a tile.
+"""What the products on the tensor cores share: launch, scales, and the sum of splits.
+
+Where y has too few tiles for all of the GPU's processors, a tile's input channels are shared out to several programs,
+its splits (split-K).  Each writes its unscaled sums to a part of its own, and a second kernel adds the parts up:
+
+    splits 1:   gemm -> y
+    splits 3:   gemm -> parts [3, num_tokens, out_features] -> add_parts -> y = scales * (part 0 + part 1 + part 2)
 """
 
 from __future__ import annotations
@@ -15,13 +20,13 @@ from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2, shared_memory
 from baichuan.kernels.tiles import Tile
 
-SPARE = 4 << 10  # bytes of shared memory beside the stages: scales on their way between threads
+SPARE_BYTES = 4 << 10  # of shared memory beside the stages: for scales that threads exchange
 
 
 @triton.jit
 def scaled(sums, x_scale, scale, m, n, num_rows, out_features, X_SCALE: tl.constexpr, ROW_SCALES: tl.constexpr,
            COLUMN_SCALES: tl.constexpr):  # fmt: skip
-    """The sums [rows m, columns n] times their scales, float32."""
+    """The sums of y[m, n] times their scales, in float32; m, n: row and column numbers."""
     result = sums.to(tl.float32)
     if X_SCALE:
         if ROW_SCALES:
@@ -36,7 +41,7 @@ def scaled(sums, x_scale, scale, m, n, num_rows, out_features, X_SCALE: tl.const
 @triton.jit
 def store_tile(sums, x_scale, scale, m, n, num_rows, out_features, y, SPLIT: tl.constexpr, X_SCALE: tl.constexpr,
                ROW_SCALES: tl.constexpr, COLUMN_SCALES: tl.constexpr):  # fmt: skip
-    """Write the sums [rows m, columns n] to y, scaled unless they are one of several parts."""
+    """Write the sums of y[m, n], scaled; with SPLIT unscaled, to this split's part, where y points to the parts."""
     inside = (m < num_rows)[:, None] & (n < out_features)[None, :]
     target = m.to(tl.int64)[:, None] * out_features + n[None, :]
     if SPLIT:
@@ -71,9 +76,11 @@ ADD_PARTS = KernelSpec(_add_parts, ("parts", "x_scale", "scale"), ("num_rows", "
 
 
 def stages_that_fit(tile: Tile, x: Tensor, weight: Tensor) -> int:
-    """The tile's stages, or as many as shared memory holds, each block_k channels of a block of x and of the weight."""
+    """The tile's stages, or as many as fit into shared memory: a stage is a block of x and one of the weight, block_k
+    channels each.
+    """
     bytes_per_stage = tile.block_k * (tile.block_m * x[0].nbytes + tile.block_n * weight[0].nbytes) // x.shape[1]
-    return max(min(tile.num_stages, (shared_memory(x.device) - SPARE) // bytes_per_stage), 1)
+    return max(min(tile.num_stages, (shared_memory(x.device) - SPARE_BYTES) // bytes_per_stage), 1)
 
 
 def multiply(
@@ -86,10 +93,10 @@ def multiply(
     factors: tuple[Tensor, Tensor],
     scales: Mapping[str, bool],
 ) -> None:
-    """y by a kernel that ends with store_tile: at once, or as the scaled sum of [tile.splits, *y.shape] of sum_dtype.
+    """Launch a kernel that ends with store_tile, and add_parts after it where the tile has splits.
 
-    inputs: of the kernel, x [rows, in_features] first and weight [out_features, ...] among them; factors, scales:
-    x_scale and scale, and which of them `scaled` applies; y: [num_rows, out_features]
+    inputs: of the kernel, the first x [x_rows, in_features], among the others weight [out_features, ...];
+    y: [num_tokens, out_features]; sum_dtype: of the parts; factors: x_scale and scale; scales: which are applied
     """
     (x_rows, in_features), (num_rows, out_features) = inputs[0].shape, y.shape
     target = y if tile.splits == 1 else torch.empty(tile.splits, *y.shape, dtype=sum_dtype, device=y.device)

@@ -1,5 +1,10 @@
-"""One token times a matrix.  Each weight is read once and used once, so memory bandwidth is the limit: plain
-multiply-adds in float32 beside many loads in flight.  The first loads do not wait for the kernel before.
+"""One token times a matrix.
+
+Each weight is read and used once, so that memory bandwidth is the limit: multiply-adds in float32, and many loads in
+flight.  A program computes BLOCK_N outputs.  It loads its first BLOCK_K columns before it waits for x, and then always
+the columns after those that it multiplies:
+
+    load columns 0 | wait for x | load 1, multiply 0 | load 2, multiply 1 | ... | add up each row's products, store
 """
 
 from __future__ import annotations
@@ -36,14 +41,14 @@ def _gemv(
     for start in range(0, in_features, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < in_features)[None, :]
-        now = w
+        current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later, other=0.0)
-        factor = tl.load(x + k, k < in_features, other=0.0).to(tl.float32)
-        acc += now.to(tl.float32) * factor[None, :]
+        x_block = tl.load(x + k, k < in_features, other=0.0).to(tl.float32)
+        acc += current.to(tl.float32) * x_block[None, :]
         if GATED:
-            now = w_up
+            current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later, other=0.0)
-            acc_up += now.to(tl.float32) * factor[None, :]
+            acc_up += current.to(tl.float32) * x_block[None, :]
     dtype: tl.constexpr = y.dtype.element_ty
     inside = n < out_features
     result = tl.sum(acc, 1)
@@ -55,7 +60,7 @@ def _gemv(
 GEMV = KernelSpec(_gemv, ("x", "weight"), ("in_features", "out_features"), ("y",))
 
 
-# What measures fastest on an H200 for up to so many rows of the matrix.
+# What measures fastest on an H200: (largest out_features, block), None for all larger ones.
 BLOCKS = {
     "gated": ((None, GemvBlock(1, 1024, 4)),),
     "plain": ((5119, GemvBlock(4, 1024, 4)), (None, GemvBlock(8, 512, 4))),
@@ -63,7 +68,7 @@ BLOCKS = {
 
 
 def choose_block(out_features: int, gated: bool) -> GemvBlock:
-    """out_features: of the result, half the matrix's if gated"""
+    """The table's block.  out_features: of the result, half the matrix's if gated"""
     blocks = BLOCKS["gated" if gated else "plain"]
     return next(block for limit, block in blocks if limit is None or out_features <= limit)
 
@@ -77,8 +82,8 @@ def gemv(
 ) -> Tensor:
     """y = x @ weightᵀ for one row x; gated: silu(first half of y) * second half.
 
-    x: [1, in_features]; weight: [out_features, in_features], both of a float type -> [1, out_features], or half of it
-    if gated
+    x: [1, in_features]; weight: [out_features, in_features], both of a float type; block: None = the table's
+    -> [1, out_features], or half of it if gated
     """
     out_features = weight.shape[0] // (2 if gated else 1)
     block = block or choose_block(out_features, gated)

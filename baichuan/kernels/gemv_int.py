@@ -1,6 +1,18 @@
-"""One token times a matrix of 8-bit or 4-bit integers, the token being integers too: exact sums, four products an
-instruction, a fraction of the work of turning the weights into floats.  SmoothQuant's activations are single bytes,
-weight-only quantisation's are pairs of them (store_row.PAIRS): one or two digits to base 256.
+"""One token times a matrix of 8-bit or 4-bit integers, the token being integers too.
+
+Sums of integer products are exact, and one instruction, dp4a, adds four of them: a fraction of the work of turning the
+weights into floats.  The token comes as one int8 row (SmoothQuant) or as operand.Int16, two rows of int8.  These are
+the DIGITS of its numbers to base 256, and every digit is summed by itself:
+
+    y = x_scale * sum_groups scale * (256 * sum(high * w) + sum(low * w))      int32 sums, float32 from there on
+
+Weights are read as 32-bit words, each of four bytes.  A byte of 4-bit weights holds an even channel in its low nibble
+and the odd one after it in its high nibble.  Each nibble is moved to the upper half of a byte, where it counts 16 times
+its signed value; the factor 1 / 16 is applied at the end.  A word then meets two words of a deinterleaved token:
+
+    word of weights      w7 w6 | w5 w4 | w3 w2 | w1 w0
+    (word << 4) & F0..   w6 .  | w4 .  | w2 .  | w0 .       dp4a with the word  x6 x4 x2 x0  of even channels
+     word       & F0..   w7 .  | w5 .  | w3 .  | w1 .       dp4a with the word  x7 x5 x3 x1  of odd channels
 """
 
 from __future__ import annotations
@@ -15,13 +27,14 @@ from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_d
 from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
-# Rows are read in pieces of 16 bytes, so that in_features is a multiple of this, and for 4-bit weights the groups are.
+# A thread reads 16 bytes of a row at a time: in_features is a multiple of BYTE_CHANNELS, and a group of 4-bit weights
+# one of NIBBLE_CHANNELS.
 BYTE_CHANNELS, NIBBLE_CHANNELS = 16, 32
 
 
 @triton.jit
 def _add_dot4(acc, a, b):
-    """acc + the sum of the four products of signed bytes of the words a and b."""
+    """acc + a0 * b0 + a1 * b1 + a2 * b2 + a3 * b3 for the four signed bytes of the words a and b, in int32."""
     if INTERPRETED:
         for byte in tl.static_range(4):
             acc += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
@@ -33,6 +46,7 @@ def _add_dot4(acc, a, b):
 
 @triton.jit
 def _zeros(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
+    """A sum for each digit."""
     sums = ()
     for _ in tl.static_range(DIGITS):
         sums = sums + (tl.zeros((BLOCK_N, BLOCK_K), tl.int32),)
@@ -40,32 +54,39 @@ def _zeros(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _add_words(sums, w, xs, DIGITS: tl.constexpr, INT4: tl.constexpr):
-    """Each digit's sums with the products of the words of weights and its words of activations."""
+def _add_words(sums, w, x_words, DIGITS: tl.constexpr, INT4: tl.constexpr):
+    """Each digit's sums with the products of the weights in w and the digit's words of the token.
+
+    sums: [BLOCK_N, BLOCK_K] int32 for each digit; w: [BLOCK_N, BLOCK_K] words;
+    x_words: [BLOCK_K] for each digit or, with INT4, for each digit's even channels and then its odd ones
+    """
     result = ()
     for digit in tl.static_range(DIGITS):
-        if INT4:  # a nibble in the upper half of its byte is 16 times its signed value
-            acc = _add_dot4(sums[digit], (w << 4) & -0x0F0F0F10, xs[2 * digit][None, :])
-            acc = _add_dot4(acc, w & -0x0F0F0F10, xs[2 * digit + 1][None, :])
+        if INT4:
+            acc = _add_dot4(sums[digit], (w << 4) & -0x0F0F0F10, x_words[2 * digit][None, :])
+            acc = _add_dot4(acc, w & -0x0F0F0F10, x_words[2 * digit + 1][None, :])
         else:
-            acc = _add_dot4(sums[digit], w, xs[digit][None, :])
+            acc = _add_dot4(sums[digit], w, x_words[digit][None, :])
         result = result + (acc,)
     return result
 
 
 @triton.jit
-def _as_float(sums, DIGITS: tl.constexpr):
-    """The number whose digits were summed."""
-    number = sums[0].to(tl.float32)
+def _as_float(digits, DIGITS: tl.constexpr):
+    """The number of these digits to base 256, the highest one first."""
+    number = digits[0].to(tl.float32)
     for digit in tl.static_range(1, DIGITS):
-        number = 256.0 * number + sums[digit].to(tl.float32)
+        number = 256.0 * number + digits[digit].to(tl.float32)
     return number
 
 
 @triton.jit
 def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                 DIGITS: tl.constexpr):  # fmt: skip
-    """The sums of each four words, which never straddle groups, times their group's scale: [BLOCK_N, BLOCK_K / 4]."""
+    """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
+
+    A group is a multiple of four words.  scales: pointers [BLOCK_N, 1] to each row's first scale
+    """
     fours = ()
     for digit in tl.static_range(DIGITS):
         fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
@@ -76,6 +97,7 @@ def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def _row_sums(sums, DIGITS: tl.constexpr):
+    """The sums of whole rows, without a scale: [BLOCK_N] float32."""
     rows = ()
     for digit in tl.static_range(DIGITS):
         rows = rows + (tl.sum(sums[digit], 1),)
@@ -91,14 +113,14 @@ def _gemv_int(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
-    words = chunks * 4
+    words = chunks * 4  # of a row; the compiler sees that they are a multiple of four
     GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < out_features
     row = tl.minimum(n, out_features - 1).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     rows = (weight + row * words)[:, None]
-    # beyond the row any bits are numbers, and x is 0 there
+    # Beyond the row's end w may be anything, because x is 0 there.
     w = tl.load(rows + columns[None, :], (columns < words)[None, :])
     if GROUPED:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
@@ -115,30 +137,30 @@ def _gemv_int(
         else:
             up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
         up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
-    if DIGITS == 2 and not INT4:  # the others measure slower with it
+    if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     wait_for_inputs(OVERLAP)
     for start in range(0, words, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < words)[None, :]
-        xs = ()
+        x_words = ()
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
-            xs = xs + (tl.load(x + number * words + k, k < words, other=0),)
-        now = w
+            x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
+        current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
         if GROUPED:
-            part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), now, xs, DIGITS, INT4)
+            part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), current, x_words, DIGITS, INT4)
             total += _group_sums(part, scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
         else:
-            sums = _add_words(sums, now, xs, DIGITS, INT4)
+            sums = _add_words(sums, current, x_words, DIGITS, INT4)
         if GATED:
-            now = w_up
+            current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
             if GROUPED:
-                part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), now, xs, DIGITS, INT4)
+                part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), current, x_words, DIGITS, INT4)
                 up_total += _group_sums(part, up_scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
             else:
-                up_sums = _add_words(up_sums, now, xs, DIGITS, INT4)
+                up_sums = _add_words(up_sums, current, x_words, DIGITS, INT4)
     factor = tl.load(x_scale)
     if INT4:
         factor *= 0.0625
@@ -154,7 +176,8 @@ def _gemv_int(
 GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale"), ("chunks", "out_features"), ("y",))
 
 
-# What measures fastest on an H200, by the matrix's shape and by the numbers.
+# What measures fastest on an H200, by the matrix's shape and the integers: weights and token of one byte (w8a8), or an
+# operand.Int16 token and weights of 8 or 4 bits.
 BLOCKS = {
     "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(2, 256, 2)},
     "tall": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
@@ -164,7 +187,7 @@ BLOCKS = {
 
 
 def choose_block(in_features: int, out_features: int, kind: str, gated: bool) -> GemvBlock:
-    """kind: w8a8, int8 or int4"""
+    """The table's block.  out_features: of the result, half the matrix's if gated; kind: w8a8, int8 or int4"""
     if gated:
         shape = "gated"
     elif out_features >= 2 * in_features:
@@ -186,8 +209,8 @@ def gemv_int(
 
     x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved; gated: silu(first half of y) * second half;
     weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8,
-    each group a multiple of 32 channels; scale: [out_features], or [out_features, groups] for uint8; block: None = what
-    measured fastest -> [1, out_features], or half of it if gated
+    each group a multiple of 32 channels; scale: [out_features], or [out_features, groups] for uint8; block: None = the
+    table's -> [1, out_features], or half of it if gated
     """
     int4 = weight.dtype == torch.uint8
     assert x.scale is not None

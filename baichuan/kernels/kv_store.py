@@ -1,4 +1,4 @@
-"""Prefill's new keys and values, rotated if the model wants it, on their way into the KV cache."""
+"""New keys and values, with RoPE rotated, written to the KV cache before prefill_attention reads them there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCK_TOKENS = 16
 
 @triton.jit
 def as_cached(x, scale, dtype: tl.constexpr):
-    """x float32 as a cache of this dtype stores it."""
+    """x, float32, as a KV cache of this dtype stores it.  scale: read for int8 and e4m3"""
     if dtype == tl.int8 or dtype == tl.float8e4nv:
         return quantise(x, tl.load(scale), dtype)
     else:
@@ -76,7 +76,7 @@ STORE_KV = KernelSpec(
 
 
 def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step) -> None:
-    """Store the step's k and v in the cache, quantised where it is; with RoPE rotate q, in qkv itself, and k before.
+    """Store the step's k and v in the cache, quantised where it is.  With RoPE q and k are rotated first, q in place.
 
     qkv: [num_tokens, 3 * num_heads * head_dim]; cos, sin: [capacity, head_dim / 2] float32, unread without RoPE.
     """

@@ -1,4 +1,12 @@
-"""Attention of many new tokens a sequence to the KV cache, which holds them already."""
+"""Attention of many new tokens a sequence to the KV cache, which holds their keys and values already (kv_store.py).
+
+A program takes BLOCK_Q new tokens of one head and walks over their keys, BLOCK_K at a time.  Blocks of keys that all
+its queries see need no mask.  For 6 tokens, of which the last 4 are new, in blocks of 2 queries and 2 keys:
+
+    positions          keys 0 1    keys 2 3    keys 4 5
+    queries 2 3          all        masked
+    queries 4 5          all         all        masked
+"""
 
 from __future__ import annotations
 
@@ -20,7 +28,11 @@ def _attend_block(
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, with the running maximum and sum of online softmax (Milakov and Gimelshein, 2018)."""
+    """(acc, total, largest) with one more block of keys, by online softmax (Milakov and Gimelshein, 2018).
+
+    largest: the largest score so far; total, acc: the sums of exp2(score - largest) and of that times v.  Scores are
+    multiplied by log2(e), so that exp2 does for exp.
+    """
     keys = k_start + tl.arange(0, BLOCK_K)
     dims = tl.arange(0, DIM_BLOCK)
     offsets = keys[:, None] * HEAD_DIM + dims[None, :]
@@ -59,7 +71,7 @@ def _prefill_attention(
     head, row = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
-    block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the longest rows of the triangle start first
+    block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the last queries, which see most keys, start first
     if block >= 0:
         context = tl.load(context_lengths + row)
         tokens = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -117,7 +129,7 @@ def prefill_attention(
     -> [num_tokens, num_heads * head_dim]
     """
     out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
-    if qkv.dtype == torch.float32:  # twice the bytes a tile
+    if qkv.dtype == torch.float32:  # of which a tile has twice the bytes
         block_k, num_stages = 32, 1
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
     quantised = cache.k_scale is not None

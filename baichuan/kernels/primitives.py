@@ -1,7 +1,19 @@
-"""What several kernels share: waiting for inputs, converting 8-bit numbers.
+"""What several kernels share: overlapping with the kernel before, prefetching, converting 8-bit numbers.
 
-Conversions are written in PTX where Triton's own take several times the instructions; Triton's interpreter, which
-cannot run PTX, takes the plain definition beside it.
+Overlap is CUDA's programmatic dependent launch (CUDA C++ Programming Guide, same name): a kernel may start while the
+one before it on the stream is still running.  Each kernel calls two functions:
+
+    kernel A     |--------- work ---------|
+                     ^ start_dependents: B's programs may start as A's leave room
+    kernel B             |- loads weights -|........|--- work ---|
+                                           ^ wait_for_inputs: here B waits until all of A is done
+
+Everything that another kernel writes is read after wait_for_inputs.  A kernel that streams weights calls
+start_dependents first of all, so that the next one stands ready when it ends.  A short kernel calls it after
+wait_for_inputs: the weights that the next one asks for would delay its own inputs.
+
+Conversions are written in PTX where Triton's own take several times the instructions.  Triton's interpreter cannot run
+PTX and takes the plain definition beside it.
 """
 
 from __future__ import annotations
@@ -15,25 +27,21 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def start_dependents(OVERLAP: tl.constexpr):
-    """Let the next kernel begin; it still waits for this one's results.
-
-    A kernel that streams weights does so at its start, so that the next one stands ready.  A short one waits for its
-    own inputs first: the weights that the next one asks for would delay them.
-    """
+    """Let the next kernel on the stream start."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Every kernel before this one has ended and its results can be seen.  Only weights may be read earlier."""
+    """Wait until every kernel before this one has ended and its results can be read."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def prefetch(lines):
-    """Have the second-level cache ask memory for the 128 bytes at each of these pointers."""
+    """Bring the 128 bytes at each of these pointers into the L2 cache."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
@@ -47,7 +55,7 @@ def prefetch(lines):
 
 @triton.jit
 def _prefetch_run(address, BYTES: tl.constexpr):
-    """The same for BYTES from this address on, a multiple of 16 as BYTES is, in one instruction of one thread."""
+    """Bring BYTES from this address on into the L2 cache; both are multiples of 16.  One thread asks for them all."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred first;
@@ -66,25 +74,30 @@ def _prefetch_run(address, BYTES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_beginning(matrix, size, HALVES: tl.constexpr, OVERLAP: tl.constexpr):
-    """Have the second-level cache ask for the first numbers of a matrix of so many, HALVES: of a second one after it.
+def prefetch_beginning(matrix, size, GATED: tl.constexpr, OVERLAP: tl.constexpr):
+    """Bring this program's share of the first 2 MiB of a matrix of `size` numbers into the L2 cache.
 
-    The programs that run while the kernel before still does are the first ones, and so are the rows they will read.
-    More than 2 MiB in all would delay that kernel by more than it saves.
+    GATED: two matrices of that size lie one after the other, gate and up, and the first 1 MiB of each is brought.
+    The programs that run while the kernel before still does are the first ones, and the rows that they read come
+    first in the matrix.  More than 2 MiB would delay the kernel before by more than this one gains.
     """
     if OVERLAP:
-        BYTES: tl.constexpr = 2048 if HALVES else 4096
+        BYTES: tl.constexpr = 2048 if GATED else 4096
         NUMBERS: tl.constexpr = BYTES * 8 // matrix.dtype.element_ty.primitive_bitwidth
         begin = tl.program_id(0) * NUMBERS
         if begin + NUMBERS <= tl.minimum(size, 528 * NUMBERS):
             _prefetch_run((matrix + begin).to(tl.int64) & -16, BYTES)
-            if HALVES:
+            if GATED:
                 _prefetch_run((matrix + size + begin).to(tl.int64) & -16, BYTES)
 
 
 @triton.jit
 def int8_to_float32(x):
-    """x as float32, exactly.  The byte becomes the mantissa of 2^23 + 128 + x, from which 2^23 + 128 is taken."""
+    """int8 as float32, exactly.
+
+    The byte with its sign bit flipped is x + 128.  As low mantissa bits of 2^23 it makes 2^23 + 128 + x, from which
+    2^23 + 128 is subtracted.
+    """
     if INTERPRETED:
         return x.to(tl.float32)
     return tl.inline_asm_elementwise(
@@ -110,7 +123,7 @@ def int8_to_float32(x):
 
 @triton.jit
 def int8_to_float16(x):
-    """x as float16, exactly, by the mantissa of 1024 + 128 + x."""
+    """int8 as float16, exactly, in the same way: 1024 + 128 + x, less 1024 + 128."""
     if INTERPRETED:
         return x.to(tl.float16)
     return tl.inline_asm_elementwise(
@@ -133,7 +146,7 @@ def int8_to_float16(x):
 
 @triton.jit
 def to_float32(x):
-    """x as float32, exactly."""
+    """x, of any type, as float32, exactly."""
     if x.dtype == tl.int8:
         return int8_to_float32(x)
     else:

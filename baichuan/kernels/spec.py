@@ -1,4 +1,7 @@
-"""One record for each Triton kernel, for two consumers: PyTorch launches it, TensorRT takes its PTX ahead of time."""
+"""One record for each Triton kernel: launching it on a GPU, and compiling it ahead of time where there is none.
+
+Compiling is for the tests: it shows that every kernel compiles for each generation of GPU and fits its shared memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ TRITON_TYPES = {
 
 @dataclass(frozen=True)
 class GemvBlock:
-    """How a GEMV is cut up: each program takes block_n rows, block_k loads of them at a time."""
+    """How a GEMV is cut up: a program takes block_n rows of the weight, block_k loads of each at a time.  A load is a
+    number in gemv.py, a word of four bytes in gemv_int.py.
+    """
 
     block_n: int
     block_k: int
@@ -34,15 +39,15 @@ class GemvBlock:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel whose arguments are input pointers, int32 scalars, output pointers, then constexprs, in this order.
+    """A kernel whose arguments are pointers to inputs, int32 scalars, pointers to outputs, then constexprs.
 
-    An input that a constexpr switches off is still passed: any tensor stands for it, and it is not read.
+    Where a constexpr switches an input off, any tensor is passed in its place and is not read.
     """
 
     kernel: triton.runtime.JITFunction
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]
-    outputs: tuple[str, ...]  # an output may be written in part, and may lie in an input's memory
+    outputs: tuple[str, ...]  # which may be written in part, and may be an input too
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -61,8 +66,8 @@ class KernelSpec:
     ) -> None:
         """Run the kernel on the current stream.
 
-        Where the GPU can (compute capability 9.0 on), it starts while the kernel before it still runs; each kernel
-        waits for that one itself, by primitives.wait_for_inputs, which the constant OVERLAP switches on.
+        From compute capability 9.0 on it starts while the kernel before it still runs, and waits itself for that one's
+        results (primitives.py), which the constant OVERLAP switches on.
         """
         overlap = overlaps(inputs[0].device)
         self.kernel[tuple(grid)](
@@ -86,10 +91,10 @@ class KernelSpec:
         capability: int = 90,
         ones: Collection[str] = (),
     ):
-        """The kernel compiled ahead of time, no GPU needed: .asm["ptx"], .asm["cubin"], .metadata.
+        """The kernel compiled without a GPU: .asm["ptx"], .asm["cubin"], .metadata.
 
-        pointer_types: of the inputs, then of the outputs.  Pointers and scalars are taken as multiples of 16.
-        ones: scalars that are 1, which Triton makes constants, by itself where it launches
+        pointer_types: of the inputs, then of the outputs; pointers and scalars are taken as multiples of 16;
+        ones: the scalars that are 1, which become constants, as Triton makes them when it launches
         """
         inputs, outputs = pointer_types[: len(self.inputs)], pointer_types[len(self.inputs) :]
         types = [f"*{TRITON_TYPES[t]}" for t in inputs]
@@ -112,13 +117,13 @@ def plain_values(constants: Mapping[str, object]) -> dict[str, object]:
 
 @lru_cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device may start before the one before them has ended."""
+    """Whether a kernel on this device may start while the one before it still runs."""
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9,)
 
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have there; without a GPU, those of compute capability 9.0."""
+    """Bytes of shared memory that a program may have; without a GPU, those of compute capability 9.0."""
     if device.type != "cuda":
         return 227 << 10
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -1,4 +1,4 @@
-"""How products of several tokens are cut up among programs, and what measures fastest."""
+"""How the products of several tokens are cut up among programs, and what measures fastest."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from baichuan.kernels.spec import cdiv
 
 @dataclass(frozen=True)
 class Tile:
-    """How the product is cut up."""
+    """A program computes block_m rows of x times block_n output channels, block_k input channels at a time."""
 
-    block_m: int  # rows of x
-    block_n: int  # output channels
-    block_k: int  # input channels at a time
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
-    num_stages: int
-    max_programs: int = 264  # input channels are split among so many at most; a GPU runs about as many at once
-    splits: int = 1  # programs among which the input channels of one tile are divided
+    num_stages: int  # blocks of x and of the weight that are in flight or in use
+    max_programs: int = 264  # splitting goes no further than this; a GPU runs about as many at once
+    splits: int = 1  # programs that share the input channels of one tile (gemm_parts.py)
 
 
-PREFETCHED_LINES = tl.constexpr(4)  # of 128 bytes, of each row of a tile's weights
-BAND = tl.constexpr(8)  # blocks of rows whose programs run together: they share rows of x and of the weight
+PREFETCHED_LINES = tl.constexpr(4)  # lines of 128 bytes, of each row of a tile's weights
+BAND = tl.constexpr(8)  # blocks of rows in a band of place_of_tile
 
 
 @triton.jit
 def place_of_tile(num_rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(block of rows, block of output channels) of this program."""
+    """(block of rows, block of output channels) of this program.
+
+    Programs are numbered down the columns of bands of BAND blocks of rows, so that those that run at the same time
+    share rows of x and of the weight in the L2 cache.  With BAND = 2, for 4 blocks of rows and 3 of output channels:
+
+         0  2  4
+         1  3  5
+         6  8 10
+         7  9 11
+    """
     blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
     band = tl.program_id(0) // (BAND * blocks_n)
     band_height = tl.minimum(blocks_m - band * BAND, BAND)
@@ -41,9 +50,9 @@ def place_of_tile(num_rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def prefetch_weight(rows, first, width):
-    """Ask for the beginning of a tile's weights, which do not depend on what the kernels before compute.
+    """Bring the beginning of a tile's weights into the L2 cache, while the kernel before may still compute x.
 
-    rows: pointers [BLOCK_N, 1] to rows of `width` numbers, of which `first` is the first that the program reads
+    rows: pointers [BLOCK_N, 1] to rows of `width` numbers, which the program reads from number `first` on
     """
     LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
     columns = first + tl.arange(0, PREFETCHED_LINES) * LINE
@@ -52,14 +61,15 @@ def prefetch_weight(rows, first, width):
 
 @triton.jit
 def share_of_split(in_features, BLOCK_K: tl.constexpr):
-    """(first, end) of this program's input channels."""
+    """(first, end) of the input channels of this program's split."""
     share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     first = tl.program_id(1) * share
     return first, tl.minimum(first + share, in_features)
 
 
-# What measures fastest on an H200 for up to so many rows of x: by far most time goes into the weights where rows are
-# few, and into the tensor cores where they are many.
+# What measures fastest on an H200: (most rows of x, tile), None for any number.  With few rows the time goes into
+# reading the weights, with many into the tensor cores.  "bytes": x and weight both of 8 bits; "converted": an integer
+# weight becomes x's float type; "dense": both of a 16-bit float type.
 TILES = {
     "bytes": (
         (8, Tile(8, 64, 256, 4, 4)),
@@ -85,13 +95,13 @@ TILES = {
     ),
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
-MIN_STEPS = 4  # blocks of input channels that each split but the last has at least
+MIN_STEPS = 4  # a split has at least this many blocks of input channels; only the last may have fewer
 
 
 def choose_tile(
     num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> Tile:
-    """The tile for num_rows rows of x (for pairs, two a token)."""
+    """The table's tile for num_rows rows of x (operand.Int16 has two for each token), with its splits."""
     if x_dtype == torch.float32:
         kind = "float32"
     elif x_dtype == weight_dtype:
@@ -103,7 +113,7 @@ def choose_tile(
 
 
 def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Tile:
-    """The tile with the most splits that keep within its programs and MIN_STEPS; none of them is empty."""
+    """The tile with as many splits as max_programs and MIN_STEPS allow; no split is empty."""
     programs, steps = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), cdiv(in_features, tile.block_k)
     splits = max(min(tile.max_programs // programs, steps // MIN_STEPS), 1)
     return replace(tile, splits=cdiv(steps, cdiv(steps, splits)))
