@@ -27,6 +27,7 @@ from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
 from baichuan.generation.decoding import Generation
+from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
 from baichuan.text import chat
 from baichuan.text.printable import printable
@@ -81,16 +82,17 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
     check_world(engine, comm, args.model_version)
     text = open_text(engine, resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None)
     tokenizer = text.tokenizer if args.input_tokens and not args.streaming else require_text(engine, text)
-    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
     sampling = sampling_config(args, text.sampling)
-    roles = None
-    if args.chat:
-        roles = text.roles()
+    roles = text.roles() if args.chat else None
+    if roles:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *roles))
-        if args.input_text is None:
-            converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
-            return 0
-    prompts = read_prompts(args, tokenizer, roles, sampling.pad_id)
+    conversation = args.chat and args.input_text is None
+    prompts = [[0]] if conversation else read_prompts(args, tokenizer, roles, sampling.pad_id)
+    check_request(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
+    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
+    if conversation:
+        converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
+        return 0
     stream = None
     if args.streaming and comm.rank == 0:
         stream = TextPrinter(tokenizer, opening=f'Input: "{tokenizer.decode(prompts[0])}"\nOutput: "', closing='"')

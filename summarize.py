@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,25 @@ from baichuan.cli.common import (
     add_model_version,
     add_weight_copies,
     check_device,
+    only_rank_zero,
     run_script,
 )
-from baichuan.config import BYTES_PER_ELEMENT, SamplingConfig, to_json
+from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, SamplingConfig, to_json
 from baichuan.engine.folder import Engine, check_world, read_engine
 from baichuan.engine.runtime import open_session
 from baichuan.engine.self_check import float32_bytes
 from baichuan.engine.text import open_text, require_text
-from baichuan.errors import BaichuanError, ConfigError
+from baichuan.errors import ConfigError
 from baichuan.evaluation.datasets import load_samples
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import TOKENIZER, Rouge
-from baichuan.evaluation.sides import EngineSide, HfSide, Side, enough_memory
-from baichuan.evaluation.summary import Evaluation, Request
+from baichuan.evaluation.sides import EngineSide, HfSide, Side, check_hf_sampling, enough_memory
+from baichuan.evaluation.summary import Evaluation, Request, check_tasks
 from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
 from baichuan.executors.device import DEVICES, resolve_device
 from baichuan.executors.memory import require_host_memory
+from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
@@ -93,21 +95,24 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     check_device(args, comm)
     request = request_of(args)
     engines = open_engines(args, comm) if args.test_trt_llm else []
+    check_limits(args, request, engines)
+    hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines))
     loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
     tasks, data_settings = comm.broadcast_object(loaded)
-    sides = open_sides(args, comm, engines)
+    scoring = args.eval_ppl or (args.test_trt_llm and args.test_hf)
+    only_rank_zero(comm, lambda: check_tasks(tasks, request, [engine.spec for engine in engines], scoring))
+    sides = open_sides(args, comm, engines, hf)
     evaluation = Evaluation(
         sides,
         tasks,
         request,
         tokenizer,
         rouge=Rouge() if comm.rank == 0 else None,
-        scoring=args.eval_ppl or (args.test_trt_llm and args.test_hf),
+        scoring=scoring,
         reference=HfSide.key if engines and args.test_hf else None,
     )
-    only_rank_zero(comm, evaluation.check)
     settings = {**data_settings, **run_settings(args, request, comm)}
     run_all(evaluation, settings, output_dir, shows=comm.rank == 0)
     return verdict(args, comm, evaluation)
@@ -154,17 +159,13 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(sampling, args.batch_size, args.max_ite, args.output_len, args.max_input_length, args.eval_ppl)
 
 
-def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
-    """make()'s value on rank 0 and None elsewhere; its BaichuanError is raised on every rank."""
-    value = failure = None
-    if comm.rank == 0:
-        try:
-            value = make()
-        except BaichuanError as error:
-            failure = error
-    if failure := comm.broadcast_object(failure):
-        raise failure
-    return value
+def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
+    """Raise a BaichuanError for what no side could do whatever the articles are, before anything is loaded."""
+    for engine in engines:
+        check_request(engine.model, engine.build, [[0]], request.sampling, request.output_len)
+    if args.test_hf:
+        check_hf_sampling(request.sampling)
+        resolve_device(args.hf_device or args.device)
 
 
 def prepared_folder(output_dir: str | None) -> Path | None:
@@ -205,8 +206,10 @@ def load_tasks(
     return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
 
 
-def open_sides(args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine]) -> list[Side]:
-    """The engines on every rank, then the transformers model on rank 0."""
+def open_sides(
+    args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine], hf: tuple[Path, ModelConfig] | None
+) -> list[Side]:
+    """The engines on every rank, then the transformers model on rank 0.  hf: what find_hf found there."""
     sides: list[Side] = []
     for number, engine in enumerate(engines, start=1):
         session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
@@ -216,9 +219,8 @@ def open_sides(args: argparse.Namespace, comm: Communicator, engines: Sequence[E
     tell_apart(sides)
     if args.test_hf:
         near = session.executor.device if engines else None
-        version = args.model_version or (engines[0].model.model_version if engines else None)
-        hf = only_rank_zero(comm, lambda: open_hf(args, version, near))
-        sides += [hf] if hf else []
+        hf_side = only_rank_zero(comm, lambda: open_hf(args, *hf, near))
+        sides += [hf_side] if hf_side else []
     return sides
 
 
@@ -230,21 +232,23 @@ def tell_apart(sides: Sequence[Side]) -> None:
             side.label += f", {side.facts['engine_dir']}"
 
 
-def open_hf(args: argparse.Namespace, model_version: str | None, near: torch.device | None) -> HfSide:
-    """The transformers model; near: the engine's device, which it shares if that is a GPU.
+def find_hf(args: argparse.Namespace, engines: Sequence[Engine]) -> tuple[Path, ModelConfig]:
+    """The checkpoint's folder and its model, which must be of the engines' version."""
+    folder = resolve_folder(args.hf_model_dir)
+    version = args.model_version or (engines[0].model.model_version if engines else None)
+    return folder, read_model_config(folder, version, DTYPES[args.data_type])
 
-    model_version: None = what the checkpoint proves.
-    """
+
+def open_hf(args: argparse.Namespace, folder: Path, model: ModelConfig, near: torch.device | None) -> HfSide:
+    """The transformers model; near: the engine's device, which it shares if that is a GPU."""
     from baichuan.hf_model.modeling import load_hf_model
 
     kind = resolve_device(args.hf_device or args.device)
     device = near if near is not None and near.type == kind else torch.device(kind)
-    folder, dtype = resolve_folder(args.hf_model_dir), DTYPES[args.data_type]
-    model = read_model_config(folder, model_version, dtype)
-    size = float32_bytes(model) * BYTES_PER_ELEMENT[dtype] // BYTES_PER_ELEMENT["float32"]
+    size = float32_bytes(model) * BYTES_PER_ELEMENT[model.dtype] // BYTES_PER_ELEMENT["float32"]
     require_host_memory(size, f"the transformers model in {args.data_type}")  # it is read there, also for a GPU
     with enough_memory():
-        return HfSide(load_hf_model(folder, model_version, dtype, device), str(args.hf_model_dir))
+        return HfSide(load_hf_model(folder, model.model_version, model.dtype, device), str(args.hf_model_dir))
 
 
 def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:

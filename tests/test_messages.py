@@ -219,3 +219,43 @@ def test_the_device_reaches_the_executor(engine, monkeypatch):
 def test_a_tensorrt_plan_is_not_run_on_the_cpu():
     with pytest.raises(UnsupportedError, match="device cpu cannot run a TensorRT plan; leave --device out"):
         BACKENDS["tensorrt_rtx"].open_rank(SimpleNamespace(device="cpu"))
+
+
+# What cannot be done is said before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--output_len", "25"], "max_output_len 25 is out of the engine's range 1 to 24"),
+        (["--num_beams", "3"], "num_beams 3 is over the engine's max_beam_width 2"),
+        ([], "tokens and the engine takes 1 to 128"),
+        (["--batch_size", "5", "--max_input_length", "9"], "5 prompts do not fit an engine of max_batch_size 4"),
+        (["--test_hf", "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),
+        (["--test_hf", "--hf_model_dir", "/nowhere"], "/nowhere is no folder"),
+        (["--test_hf", "--hf_model_dir", str(goldens.checkpoint("v2_13b"))], "contradicts model_version v1_7b"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "-",
+)
+def test_summarize_checks_before_it_loads(engine, tmp_path, capsys, monkeypatch, flags, sentence):
+    def loaded(*_):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(summarize, "open_session", loaded)
+    rows = [{"article": "Rain fell. " * 40, "highlights": "Rain."}] * 5
+    (tmp_path / "articles.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--test_trt_llm", "--engine_dir", str(engine), "--dataset_path", str(tmp_path / "articles.jsonl")]
+    given += ["--hf_model_dir", str(goldens.checkpoint(VERSION)), "--output_len", "2", *flags]
+    assert sentence in last_line(summarize.main, given, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--max_output_len", "25", "--chat"], "max_output_len 25 is out of the engine's range 1 to 24"),
+        (["--max_output_len", "2", "--input_text", "word " * 200], "tokens and the engine takes 1 to 128"),
+    ],
+)
+def test_run_checks_before_it_loads(engine, capsys, monkeypatch, flags, sentence):
+    monkeypatch.setattr(run, "open_session", None)
+    assert sentence in last_line(run.main, ["--engine_dir", str(engine), *flags], capsys)

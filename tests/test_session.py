@@ -63,7 +63,7 @@ def test_rows_end_one_by_one_and_the_callback_hears_it(session, prompt, continua
     [
         ([[1]] * 9, {}, 1, "max_batch_size 8"),
         ([], {}, 1, "max_batch_size 8"),
-        ([[]], {}, 1, "prompt 0 has 0 tokens"),
+        ([[]], {}, 1, "prompt 0 is empty"),
         ([[1], [5] * 151], {}, 1, "prompt 1 has 151 tokens"),
         ([[1]], {}, 31, "max_output_len 31"),
         ([[1]], {}, 0, "max_output_len 0"),

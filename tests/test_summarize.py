@@ -24,7 +24,7 @@ from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.rouge import Rouge
 from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_log_likelihood
-from baichuan.evaluation.sides import EngineSide, HfSide
+from baichuan.evaluation.sides import EngineSide, HfSide, check_hf_sampling
 from baichuan.evaluation.summary import Evaluation, Request
 from baichuan.evaluation.tasks import make_task, prompt_text
 from baichuan.evaluation.wording import decoding
@@ -61,7 +61,6 @@ def compare(built: Engine, version: str, request: Request, samples=SAMPLES) -> E
         evaluation = Evaluation(
             sides, tasks, request, tokenizer, rouge() if first else None, scoring=True, reference="hf"
         )
-        evaluation.check()
         evaluation.warm_up()
         for batch in evaluation.batches():
             evaluation.run(batch)
@@ -169,7 +168,7 @@ def test_a_checkpoints_own_generation_settings_do_not_slip_in():
 def test_beams_with_a_penalty_are_refused_on_the_transformers_side():
     config = SamplingConfig(top_k=1, num_beams=2, repetition_penalty=1.1)
     with pytest.raises(ConfigError, match="repetition_penalty 1.1 with num_beams 2"):
-        hf_side("v1_7b").check([[1]], config, 5)
+        check_hf_sampling(config)
 
 
 def test_a_full_gpu_is_one_sentence(monkeypatch):

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -116,6 +117,19 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
     print(f"{parser.prog}: error{rank}: {message}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
+
+
+def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
+    """make()'s value on rank 0 and None elsewhere; its BaichuanError is raised on every rank."""
+    value = failure = None
+    if comm.rank == 0:
+        try:
+            value = make()
+        except BaichuanError as error:
+            failure = error
+    if failure := comm.broadcast_object(failure):
+        raise failure
+    return value
 
 
 def _configure_logging(level: str, comm: Communicator) -> None:

@@ -29,9 +29,6 @@ class Side(Protocol):
     facts: dict[str, Any]  # what it is, as JSON values: bytes and number of its weights, those of device_facts()
     max_score_tokens: int | None  # longest sequence for score(); None = no limit of its own
 
-    def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
-        """Raise ConfigError for a request that this side cannot take."""
-
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
     ) -> list[Generation]:
@@ -57,9 +54,6 @@ class EngineSide:
             "quant": to_json(engine.quant),
             "build": to_json(engine.build),
         }
-
-    def check(self, prompts, sampling, max_new_tokens) -> None:
-        self._session.check(prompts, sampling, max_new_tokens)
 
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
         return self._session.generate(prompts, sampling, max_new_tokens)
@@ -108,13 +102,6 @@ class HfSide:
             "dtype": dtype,
         }
 
-    def check(self, prompts, sampling, max_new_tokens) -> None:
-        if sampling.num_beams > 1 and sampling.repetition_penalty != 1.0:
-            raise ConfigError(
-                f"repetition_penalty {sampling.repetition_penalty} with num_beams {sampling.num_beams}: transformers "
-                "penalises log probabilities where the engine penalises logits; leave one out, or --test_hf"
-            )
-
     @enough_memory()
     @torch.inference_mode()
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
@@ -153,6 +140,15 @@ class HfSide:
     @torch.inference_mode()
     def score(self, ids) -> Tensor:
         return self.model(torch.tensor([ids], device=self.model.device)).logits[0].float()
+
+
+def check_hf_sampling(sampling: SamplingConfig) -> None:
+    """Raise ConfigError for what transformers does in another way than an engine."""
+    if sampling.num_beams > 1 and sampling.repetition_penalty != 1.0:
+        raise ConfigError(
+            f"repetition_penalty {sampling.repetition_penalty} with num_beams {sampling.num_beams}: transformers "
+            "penalises log probabilities where the engine penalises logits; leave one out, or --test_hf"
+        )
 
 
 class _Choice:

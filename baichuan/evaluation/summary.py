@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baichuan.config import SamplingConfig, require_range
+from baichuan.config import EngineSpec, SamplingConfig, require_range
 from baichuan.errors import ConfigError
 from baichuan.evaluation.rouge import KINDS, Interval, Rouge, interval
 from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_log_likelihood
 from baichuan.evaluation.sides import Side
 from baichuan.evaluation.tasks import Task
 from baichuan.generation.decoding import Generation
+from baichuan.generation.limits import check_request
 from baichuan.text.tokenizer import Tokenizer
 
 WARM_UP_TOKENS = 8  # untimed: kernels compile and graphs are captured in them
@@ -111,6 +112,22 @@ class SideFigures:
     agreement: SideAgreement | None  # with the reference; None for the reference itself and where there is none
 
 
+def batches_of(tasks: Sequence[Task], request: Request) -> list[Sequence[Task]]:
+    """The tasks by batch, at most request.max_iterations."""
+    starts = range(0, len(tasks), request.batch_size)[: request.max_iterations]
+    return [tasks[start : start + request.batch_size] for start in starts]
+
+
+def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[EngineSpec], scoring: bool) -> None:
+    """Raise ConfigError for a batch that an engine cannot take, and for texts that cannot be scored."""
+    for batch in batches_of(tasks, request):
+        for engine in engines:
+            prompts = [task.prompt for task in batch]
+            check_request(engine.model, engine.build, prompts, request.sampling, request.output_len)
+        if scoring and min(len(task.scored) for task in batch) < 2:
+            raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
+
+
 @dataclass
 class Evaluation:
     """Runs batches; an interruption leaves the complete ones.
@@ -131,18 +148,8 @@ class Evaluation:
     done: list[Batch] = field(default_factory=list)
 
     def batches(self) -> list[Sequence[Task]]:
-        """The tasks by batch, at most request.max_iterations."""
-        size = self.request.batch_size
-        starts = range(0, len(self.tasks), size)[: self.request.max_iterations]
-        return [self.tasks[start : start + size] for start in starts]
-
-    def check(self) -> None:
-        """Raise ConfigError if a side cannot take a batch."""
-        for batch in self.batches():
-            for side in self.sides:
-                side.check([task.prompt for task in batch], self.request.sampling, self.request.output_len)
-            if self.scoring and min(len(task.scored) for task in batch) < 2:
-                raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
+        """The tasks by batch."""
+        return batches_of(self.tasks, self.request)
 
     def warm_up(self) -> None:
         """A short untimed run of the first batch."""

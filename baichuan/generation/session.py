@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
-from baichuan.errors import ConfigError
 from baichuan.executors.base import Executor
 from baichuan.generation.beam import BeamSearch
 from baichuan.generation.decoding import Generation, Strategy, decode
+from baichuan.generation.limits import check_request
 from baichuan.generation.sampled import OnTokens, Sampled
 from baichuan.generation.sampling import Sampler, numbered_seeds
 from baichuan.records import Step
-from baichuan.text.tokenizer import check_ids
 
 
 @dataclass
@@ -92,31 +91,7 @@ class Session:
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
         """Raise ConfigError unless the engine can hold this request."""
-        limits = self.build
-        if not prompts or len(prompts) > limits.max_batch_size:
-            raise ConfigError(
-                f"{len(prompts)} prompts do not fit an engine of max_batch_size {limits.max_batch_size}; "
-                "give 1 to that many, or build with a larger --max_batch_size"
-            )
-        if sampling.num_beams > limits.max_beam_width:
-            raise ConfigError(
-                f"num_beams {sampling.num_beams} is over the engine's max_beam_width {limits.max_beam_width}; "
-                "use fewer, or build with a larger --max_beam_width"
-            )
-        if not 1 <= max_new_tokens <= limits.max_output_len:
-            raise ConfigError(
-                f"max_output_len {max_new_tokens} is out of the engine's range 1 to {limits.max_output_len}; "
-                "ask for less, or build with a larger --max_output_len"
-            )
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ConfigError(f"prompt {index} is empty; give it at least one word")
-            if not 1 <= len(prompt) <= limits.max_input_len:
-                raise ConfigError(
-                    f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {limits.max_input_len}; "
-                    "shorten it, or build with a larger --max_input_len"
-                )
-            check_ids(prompt, self.model.vocab_size, f"prompt {index}")
+        check_request(self.model, self.build, prompts, sampling, max_new_tokens)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
         """Logits of each prompt's last token and the step that made them, in chunks of at most max_num_tokens."""

@@ -1,0 +1,43 @@
+"""What an engine can be asked for; known from its record, before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.text.tokenizer import check_ids
+
+
+def check_request(
+    model: ModelConfig,
+    build: BuildConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+) -> None:
+    """Raise ConfigError unless the engine can hold this request."""
+    if not prompts or len(prompts) > build.max_batch_size:
+        raise ConfigError(
+            f"{len(prompts)} prompts do not fit an engine of max_batch_size {build.max_batch_size}; "
+            "give 1 to that many, or build with a larger --max_batch_size"
+        )
+    if sampling.num_beams > build.max_beam_width:
+        raise ConfigError(
+            f"num_beams {sampling.num_beams} is over the engine's max_beam_width {build.max_beam_width}; "
+            "use fewer, or build with a larger --max_beam_width"
+        )
+    if not 1 <= max_new_tokens <= build.max_output_len:
+        raise ConfigError(
+            f"max_output_len {max_new_tokens} is out of the engine's range 1 to {build.max_output_len}; "
+            "ask for less, or build with a larger --max_output_len"
+        )
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {index} is empty; give it at least one word")
+        if not 1 <= len(prompt) <= build.max_input_len:
+            raise ConfigError(
+                f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {build.max_input_len}; "
+                "shorten it, or build with a larger --max_input_len"
+            )
+        check_ids(prompt, model.vocab_size, f"prompt {index}")
