@@ -19,17 +19,20 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-lm")
 COMPILE_TIMEOUT_S = 300
+SLOWER = "matrix products run in PyTorch, several times slower than by the kernels that a C compiler makes"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a line in the log, where they cannot be had and PyTorch's have to do."""
+    """The compiled kernels; None, with a line in the log, where they cannot be had."""
     try:
         return ctypes.CDLL(str(compiled(cache_folder(), FLAGS)))
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
+        logger.warning("%s: %s failed (%s); update the compiler or set CC to another", SLOWER, error.cmd[0], said[0])
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.info("products run in PyTorch, several times slower: %s", reason.strip().splitlines()[0])
-        return None
+        logger.info("%s: %s", SLOWER, error)
+    return None
 
 
 def compiled(folder: Path, flags: tuple[str, ...]) -> Path:

@@ -13,6 +13,7 @@
 #define DEPTH  512          /* channels of a block; 127 * 127 * DEPTH < 2^24: exact for 8-bit integers */
 #define PITCH  (DEPTH + 16) /* so that rows of a block do not compete for places in the cache */
 #define TOKENS 512          /* of one pass over W */
+_Static_assert(DEPTH * 127 * 127 < 1 << 24, "a float sums the integers of a block exactly");
 
 static void pack_panel(const struct matrix *w, const struct rows *x, const float *scales, size_t first, size_t n,
                        struct operand *row, float *panel, float *panel_scales) {

@@ -9,8 +9,9 @@
 #else
 #define TOKENS 4
 #endif
-#define CHUNK                                                                                                          \
-    64 /* steps whose scales are read at once; integers stay below 2^24, up to which a float sums them exactly */
+#define AHEAD 8192 /* bytes: what a processor's own prefetching does not see in several short rows */
+#define CHUNK 64   /* steps whose scales are read at once */
+_Static_assert(2 * CHUNK * 127 * 127 < 1 << 24, "a lane sums the integers of a chunk exactly");
 
 /* Where the rows of W, or of its scales, begin; behind the last one stands the last one again. */
 INLINE void row_starts(const void *data, size_t bytes, size_t row, size_t rows, const char *starts[ROWS]) {
