@@ -137,6 +137,7 @@ def test_the_cache_changes_no_decision(version, settings):
     assert cached.tolist() == model(version).generate(batch, **common, **settings, use_cache=False).tolist()
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # versions before 5.24 know no other name
 @both_goldens
 def test_generate_goes_on_from_a_cache(version):
     """The ids and their mask are complete, and the model is given those that the cache lacks."""
