@@ -24,10 +24,14 @@ check: $(READY)
 	$(BIN)/python -m pytest tests/test_layers.py
 
 $(READY): requirements.txt pyproject.toml
+	@$(KNOWN)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+KNOWN = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit( \
+    "Python %d.%d is not 3.10 to 3.13; name one that is, as in make PYTHON=python3.13 demo" % v)'
 
 # pytest in the environment whose programs are in the folder $1, on the tests $2 or all
 pytest = PATH="$(CURDIR)/$1:$$PATH" OMP_NUM_THREADS=1 $1/python -m pytest -n $(JOBS) $(FLAGS) $2
@@ -43,12 +47,14 @@ lock: $(if $(filter $(BIN)/%,$(UV)),$(READY))
 
 # The ends of the ranges, each in an environment of its own: the newest of every package, and the oldest transformers.
 test-newest:
+	@$(KNOWN)
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[dev]'
 	$(call pytest,.venv-newest/bin)
 
 OLDEST = $(shell sed -nE 's/.*"(transformers)>=([0-9.]+),.*/\1==\2/p' pyproject.toml)
 test-oldest:
+	@$(KNOWN)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
 	$(call pytest,.venv-oldest/bin,tests/test_hf.py tests/test_beam.py tests/test_summarize.py)
