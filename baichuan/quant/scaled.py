@@ -13,13 +13,18 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude th
 def scale_for(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """absmax / limit, in float32: the scale that maps absmax to the type's largest value; 1 where absmax is 0."""
     absmax = absmax.float()
-    return torch.where(absmax > 0, absmax / LIMITS[dtype], 1)
+    return torch.where(absmax > 0, divided(absmax, LIMITS[dtype]), 1)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded to even on every device: a GPU would multiply by a number's reciprocal."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x / scale, clamped to the type's range and rounded to nearest even.  scale broadcasts against x -> x's shape."""
     limit = LIMITS[dtype]
-    q = (x.float() / scale).clamp_(-limit, limit)  # e4m3 has no infinity: a larger value would become NaN
+    q = (x.float() / scale.to(x.device)).clamp_(-limit, limit)  # e4m3 has no infinity: a larger value would become NaN
     return (q.round_() if dtype == torch.int8 else q).to(dtype)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from baichuan.config import ModelConfig
 from baichuan.errors import ConfigError
-from baichuan.quant.scaled import require_finite
+from baichuan.quant.scaled import divided, require_finite
 from baichuan.records import Int4Weight, Int8Weight
 
 GROUP_SIZES = (32, 64, 128)
@@ -41,7 +41,7 @@ def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     for block in _cache_blocks(rows):
         w = rows[block].float()
-        scale[block] = require_finite(w.abs().amax(-1)) / 127
+        scale[block] = divided(require_finite(w.abs().amax(-1)), 127)
         q[block] = (w / torch.where(scale[block] > 0, scale[block], 1)[:, None]).round_().clamp_(-127, 127)
     return q, scale
 

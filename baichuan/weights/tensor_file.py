@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from baichuan.errors import EngineError
 from baichuan.weights.rank_tensors import TensorBlocks
+
+WRITERS = 3  # threads; one alone copies into the page cache slower than a disk, or a GPU, gives and takes
 
 _TYPE_NAMES = {
     torch.float32: "F32",
@@ -30,7 +35,7 @@ def write_tensors(
     advance: Callable[[int], None],
     wrote: Callable[[int, int], None] = lambda start, size: None,
 ) -> None:
-    """Write the tensors; holds one block in memory.
+    """Write the tensors; holds a few blocks in memory.
 
     advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
     Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
@@ -43,22 +48,32 @@ def write_tensors(
         header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 64 + 56)  # the data starts at a multiple of 64
-    with open(path, "wb") as file:
+    data = 8 + len(encoded)
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(WRITERS) as pool:
+        pending: deque[Future] = deque()
 
-        def write(start: int, content) -> int:
-            file.seek(start)
-            size = file.write(content)
-            file.flush()
+        def write(start: int, content) -> tuple[int, int]:
+            done, view = 0, memoryview(content)
+            while done < len(view):
+                done += os.pwrite(file.fileno(), view[done:], start + done)
+            return start, done
+
+        def finish_one() -> None:
+            start, size = pending.popleft().result()
             wrote(start, size)
-            return size
+            advance(size)
 
-        data = write(0, struct.pack("<Q", len(encoded)) + encoded)
+        wrote(*write(0, struct.pack("<Q", len(encoded)) + encoded))
         for item in tensors:
             for block in item.blocks():
                 for name, rows in block.items():
-                    size = write(data + offsets[name], rows.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-                    offsets[name] += size
-                    advance(size)
+                    content = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                    pending.append(pool.submit(write, data + offsets[name], content))
+                    offsets[name] += content.nbytes
+                    if len(pending) > WRITERS:
+                        finish_one()
+        while pending:
+            finish_one()
         for name, entry in header.items():
             if offsets[name] != entry["data_offsets"][1]:
                 raise AssertionError(f"{name} has another size than its shape {entry['shape']}")
