@@ -151,7 +151,7 @@ def test_the_page_shows_figures_texts_and_where_the_sides_part(rouge, tmp_path):
     for side in values["sides"]:
         assert side["label"] in shown and f"{side['perplexity']:.4f}" in shown
         assert f"{side['rouge']['rouge1']['value']:.2f}" in shown
-    assert "1 of them cut to their end" in shown and "they part after 10 tokens" in shown
+    assert "1 of them cut to their end" in shown and "they part at token 11" in shown
     assert "the river <mark>ro</mark>" in html and "the river <mark>fe</mark>" in html
     assert "character by character" in shown and "not complete" not in shown
     assert "The run is not complete" in written(run(rouge), tmp_path, complete=False)[1]

@@ -35,7 +35,7 @@ td small { display: block; color: var(--quiet) }
 .name { display: inline-block; margin-right: 1em }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .45em }
 .side0 { fill: var(--side0); background: var(--side0) } .side1 { fill: var(--side1); background: var(--side1) }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; max-width: 52rem }
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font-size: 13px; font-family: inherit }
 svg .title { font-weight: 600 } svg .tick { fill: var(--quiet); font-size: 11px }
 svg .grid { stroke: var(--line) } svg .whisker { stroke: var(--ink) }

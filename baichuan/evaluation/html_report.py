@@ -140,7 +140,7 @@ def _article(sample: dict[str, Any], sides: Sequence[_Side], opened: bool) -> It
     note = ""
     if len(sides) == 2:
         same = _same(sample, *(side.key for side in sides))
-        note = "; identical" if same else f"; they part after {_prefix(sample, sides[0].key)} tokens"
+        note = "; identical" if same else f"; they part at token {_prefix(sample, sides[0].key) + 1}"
     yield f"<details{' open' if opened else ''}><summary>{text(sample['id'])} "
     yield f'<span class="quiet">ROUGE-1 {scores}{note}</span></summary><div class="texts">'
     cut = f"{sample['prompt_tokens']} tokens of prompt"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, VALUE_WIDTH = 360, 58  # pixels: as wide as a telephone shows without shrinking
-LABEL_WIDTH, LETTER = 84, 7.2  # of a label beside its bars, of a letter in the widest of the usual fonts
+LABEL_WIDTH, LETTER = 94, 7.2  # of a label beside its bars, of a letter in the widest of the usual fonts
 BAR_HEIGHT, BAR_GAP, GROUP_GAP, LABEL_HEIGHT, TOP, BOTTOM = 16, 3, 10, 19, 26, 22
 
 
