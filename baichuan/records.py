@@ -113,7 +113,7 @@ class AttentionSpec:
     rotary: bool  # RoPE, else ALiBi
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCache:
     """One layer's contiguous KV cache."""
 

@@ -33,6 +33,9 @@ class Communicator(Protocol):
     def all_gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors side by side along the last dimension, in rank order."""
 
+    def end_step(self) -> None:
+        """To be called when a step of the model has asked for its last sum, on every rank."""
+
     def gather_objects(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""
 
@@ -55,6 +58,9 @@ class Solo:
         return x
 
     all_reduce_max = all_gather = all_reduce
+
+    def end_step(self) -> None:
+        pass
 
     def gather_objects(self, value: Any) -> list:
         return [value]
@@ -82,6 +88,9 @@ class _Gathering:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._gather(x).unbind(0), dim=-1)
+
+    def end_step(self) -> None:
+        pass
 
 
 class Threads(_Gathering):

@@ -69,14 +69,13 @@ class CpuLinear:
 
     def __init__(self, kernels: Kernels, comm: Communicator):
         self.kernels, self.comm = kernels, comm
-        self._products: dict[int, tuple[Weight, Product]] = {}  # by the weight's id, which stays its own while kept
+        self._products: dict[Weight, Product] = {}
 
     def __call__(self, x: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
         """x: [num_tokens, in_features] -> [num_tokens, out_features]"""
-        known = self._products.get(id(weight))
-        if known is None:
-            known = self._products[id(weight)] = (weight, product_of(weight, "cpu")(weight))
-        product = known[1]
+        product = self._products.get(weight)
+        if product is None:
+            product = self._products[weight] = product_of(weight, "cpu")(weight)
         if product.matrix is None:
             return reference_linear(x, weight, out_dtype, self.comm)
         if product.many_rows and x.shape[0] > FEW_ROWS and product.dtype in (None, out_dtype):

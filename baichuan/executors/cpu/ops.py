@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class CpuOps(ReferenceOps):
         super().__init__(spec, comm, capacity)
         self.kernels = kernels
         self.multiply = CpuLinear(kernels, comm)
-        self._caches: dict[int, tuple] = {}
+        self._caches: dict[LayerCache, Any] = {}  # as the kernels take them
         self._step: tuple[Step | None, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
 
     def add_rms_norm(self, x, residual, weight, eps):
@@ -38,12 +40,12 @@ class CpuOps(ReferenceOps):
 
     def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step):
         rows, positions = self._places(step)
-        known = self._caches.get(id(cache))
-        if known is None:
-            known = self._caches[id(cache)] = (cache, cache_struct(cache, self.cos, self.sin, self.slopes))
-        self.kernels.store_tokens(known[1], qkv, rows, positions)
+        struct = self._caches.get(cache)
+        if struct is None:
+            struct = self._caches[cache] = cache_struct(cache, self.cos, self.sin, self.slopes)
+        self.kernels.store_tokens(struct, qkv, rows, positions)
         if step.max_new_tokens <= FEW_QUERIES:
-            return self.kernels.attend(known[1], qkv, rows, positions, step.max_context_length)
+            return self.kernels.attend(struct, qkv, rows, positions, step.max_context_length)
         return self.attend_stored(qkv.unflatten(-1, (3, spec.num_heads, -1))[:, 0], cache, step)
 
     def _places(self, step: Step) -> tuple[Tensor, Tensor]:

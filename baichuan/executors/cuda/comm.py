@@ -1,4 +1,4 @@
-"""How ranks talk that have a GPU each: NCCL, and for small messages each other's memory."""
+"""How ranks talk that have a GPU each: by NCCL and, for small sums, through each other's memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from baichuan.parallel.comm import Communicator, Solo, Threads
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT_BYTES = 256 << 10  # larger sums are NCCL's: there the bandwidth counts, and a ring sends each byte but twice
-SLOTS = 2  # buffers used in turn; see one_shot_all_reduce
+# Larger sums are NCCL's.  There bandwidth counts, and its ring sends every byte twice, whatever the number of ranks.
+ONE_SHOT_BYTES = 256 << 10
+BUFFERS = 2  # used in turn
 
 
 def gpu_of_rank(comm: Communicator) -> torch.device:
-    """One GPU a rank.  Raises UnsupportedError where there are fewer."""
+    """The rank's own GPU.  Raises UnsupportedError where the machine has fewer GPUs than ranks."""
     count = torch.cuda.device_count()
     if comm.local_size > count:
         raise UnsupportedError(
@@ -31,10 +32,9 @@ def gpu_of_rank(comm: Communicator) -> torch.device:
 
 
 def join_gpus(comm: Communicator) -> tuple[torch.device, Communicator]:
-    """This rank's GPU, which becomes the calling thread's current one, and how the ranks talk that have one each.
+    """(this rank's GPU, which becomes the thread's current one, the communicator of the ranks' GPUs).
 
-    Ranks that are threads of one process keep their own communicator, which no more needs a GPU for each of them: they
-    take turns on those that there are.
+    Ranks that are threads of one process keep their communicator and share the GPUs that there are.
     """
     if isinstance(comm, Threads):
         device = torch.device("cuda", comm.rank % torch.cuda.device_count())
@@ -64,7 +64,7 @@ class Nccl:
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._peers and x.nbytes <= ONE_SHOT_BYTES:
             return self._peers.all_reduce(x)
-        dist.all_reduce(x)  # NCCL adds in x's type, in the same order on every rank
+        dist.all_reduce(x)  # in x's type; every rank gets the same bits
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
@@ -77,6 +77,10 @@ class Nccl:
         dist.all_gather_into_tensor(gathered, x.contiguous())
         return torch.cat(gathered.unbind(0), dim=-1)
 
+    def end_step(self) -> None:
+        if self._peers:
+            self._peers.end_step()
+
     def gather_objects(self, value: Any) -> list:
         return self._host.gather_objects(value)
 
@@ -88,15 +92,27 @@ class Nccl:
 
 
 class _PeerMemory:
-    """Every rank's buffers and flags, mapped into this rank's memory."""
+    """Every rank's buffers and flags, mapped into this rank's memory.
+
+    kernels/all_reduce.py needs another buffer than in the call before, so that two are used in turn:
+
+        call      0    1    2    3
+        buffer    A    B    A    B
+
+    Two are enough.  A rank writes its A in call 2 only after every peer has set its flag of call 1, and a peer does so
+    after it has read everybody's A in call 0.
+
+    A captured graph keeps the buffers that its calls had.  Replayed, it follows on a step that ended with buffer B only
+    if every step makes an even number of calls, as this model's does: two a layer.  end_step checks that.
+    """
 
     def __init__(self, memory: Tensor, handle, rank: int, world_size: int):
         self._memory, self._handle = memory, handle  # both keep the mapping alive
         self.rank, self.world_size = rank, world_size
         bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=memory.device)
-        self._buffers = [bases + slot * ONE_SHOT_BYTES for slot in range(SLOTS)]
-        self._flags = bases + SLOTS * ONE_SHOT_BYTES
-        self._next = 0
+        self._buffers = [bases + number * ONE_SHOT_BYTES for number in range(BUFFERS)]
+        self._flags = bases + BUFFERS * ONE_SHOT_BYTES
+        self._next = 0  # buffer
 
     @classmethod
     def map(cls, host: Communicator, device: torch.device) -> _PeerMemory | None:
@@ -105,7 +121,7 @@ class _PeerMemory:
         try:
             import torch.distributed._symmetric_memory as symmetric_memory
 
-            memory = symmetric_memory.empty(SLOTS * ONE_SHOT_BYTES + flags, dtype=torch.uint8, device=device)
+            memory = symmetric_memory.empty(BUFFERS * ONE_SHOT_BYTES + flags, dtype=torch.uint8, device=device)
             memory.zero_()
             handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)
             torch.cuda.synchronize(device)
@@ -113,14 +129,18 @@ class _PeerMemory:
         except (ImportError, AttributeError, RuntimeError) as error:
             logger.debug("peer memory cannot be mapped: %s", error)
             found = None
-        everybody = all(host.gather_objects(found is not None))  # and every rank's flags are zero by now
-        if not everybody:
-            logger.info("the GPUs cannot map each other's memory; NCCL carries every message")
-        return found if everybody else None
+        # From here on every rank's flags are zero.
+        if all(host.gather_objects(found is not None)):
+            return found
+        logger.info("the GPUs cannot map each other's memory; NCCL carries every message")
+        return None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The slots alternate by call, also inside a captured graph: a model makes an even number of calls a step."""
-        slot, self._next = self._next, (self._next + 1) % SLOTS
-        start = slot * ONE_SHOT_BYTES
+        number, self._next = self._next, (self._next + 1) % BUFFERS
+        start = number * ONE_SHOT_BYTES
         own = self._memory[start : start + x.nbytes].view(x.dtype)
-        return one_shot_all_reduce(x, self._buffers[slot], self._flags, own, self.rank, self.world_size)
+        return one_shot_all_reduce(x, self._buffers[number], self._flags, own, self.rank, self.world_size)
+
+    def end_step(self) -> None:
+        """Raise AssertionError where the step made an odd number of calls: a replay would then use a buffer twice."""
+        assert self._next == 0, "a step of the model made an odd number of sums over the ranks"

@@ -56,4 +56,6 @@ class CudaExecutor:
         return self.graphs(self._run, step) if self.captures else self._run(step)
 
     def _run(self, step: Step) -> Tensor:
-        return forward(self.ops, self.config, self.weights, self.cache.layers, self.spec, step)
+        logits = forward(self.ops, self.config, self.weights, self.cache.layers, self.spec, step)
+        self.comm.end_step()
+        return logits
