@@ -105,6 +105,18 @@ def _row_sums(sums, DIGITS: tl.constexpr):
 
 
 @triton.jit
+def _add_block(sums, total, w, x_words, scales, k, words, WORDS_PER_GROUP: tl.constexpr, INT4: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+    """(sums, total) with the block of words from word k on: in total, scaled, where there are groups, else in sums."""
+    if WORDS_PER_GROUP > 0:
+        part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), w, x_words, DIGITS, INT4)
+        total += _group_sums(part, scales, k, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
+    else:
+        sums = _add_words(sums, w, x_words, DIGITS, INT4)
+    return sums, total
+
+
+@triton.jit
 def _gemv_int(
     x, x_scale, weight, scale,
     chunks, out_features,
@@ -122,6 +134,7 @@ def _gemv_int(
     rows = (weight + row * words)[:, None]
     # Beyond the row's end w may be anything, because x is 0 there.
     w = tl.load(rows + columns[None, :], (columns < words)[None, :])
+    scales, total, row_scale = scale, 0.0, 1.0
     if GROUPED:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
@@ -131,6 +144,7 @@ def _gemv_int(
     if GATED:
         up_rows = rows + out_features.to(tl.int64) * words
         w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
+        up_scales, up_total, up_scale = scale, 0.0, 1.0
         if GROUPED:
             up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
             up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
@@ -148,19 +162,13 @@ def _gemv_int(
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
         current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
-        if GROUPED:
-            part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), current, x_words, DIGITS, INT4)
-            total += _group_sums(part, scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
-        else:
-            sums = _add_words(sums, current, x_words, DIGITS, INT4)
+        sums, total = _add_block(sums, total, current, x_words, scales, start, words, WORDS_PER_GROUP, INT4,
+                                 BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
             current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
-            if GROUPED:
-                part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), current, x_words, DIGITS, INT4)
-                up_total += _group_sums(part, up_scales, start, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
-            else:
-                up_sums = _add_words(up_sums, current, x_words, DIGITS, INT4)
+            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, start, words,
+                                           WORDS_PER_GROUP, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
     factor = tl.load(x_scale)
     if INT4:
         factor *= 0.0625

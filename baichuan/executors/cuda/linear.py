@@ -1,5 +1,12 @@
 """`linear` on a GPU: for each type of weight and number of tokens the kernel that measures fastest
-(docs/performance.md), and the form in which it takes x.
+(docs/performance.md), and the form in which it takes its input.
+
+One function for each type of weight, by weights/types.py, chooses.  An example, INT4 in float16 with groups of 32:
+
+    1 token             gemv_int, x as 16-bit integers
+    2 to 32 tokens      gemm_int4, x in float16
+    33 tokens and more  cuBLAS with a dequantised copy of the weight, where memory is spare (dense_copies.py)
+    without a copy      gemm_int4 for up to 256 tokens, then cuBLAS with a copy that is made for the one product
 """
 
 from __future__ import annotations
@@ -23,25 +30,25 @@ from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
 
-# With more tokens than this a weight is dequantised at each product, unless a copy is kept (dense_copies.py).
+# Up to this many tokens our kernel is faster than cuBLAS with a weight that is dequantised for the one product.
 GEMM_ROWS = 256
-INT16_ROWS = 2048  # the same for 8-bit weights
-DENSE_ROWS = 64  # more tokens than this are left to cuBLAS
+INT16_ROWS = 2048  # the same for an INT8 weight and x as 16-bit integers
+DENSE_ROWS = 64  # up to this many our kernel is faster than cuBLAS with a dense weight
 
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """x @ Wᵀ of one weight and number of tokens, accumulated in float32 (W8A8: int32) and rounded once."""
+    """x @ Wᵀ for one weight and number of tokens, accumulated in float32 (W8A8: int32) and rounded once."""
 
-    form: Form  # of x
+    form: Form  # in which it takes x
     run: Callable[[Operand, torch.dtype], Tensor]  # (x, out_dtype) -> [num_tokens, out_features]
-    # silu(first half) * second half of the same, [num_tokens, out_features / 2]; None = the kernel cannot
+    # As run, with silu(first half) * second half of the product, [num_tokens, out_features / 2]; None = it cannot.
     run_gated: Callable[[Operand, torch.dtype], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What chooses between kernels beside the weight."""
+    """What decides between kernels, beside the weight."""
 
     num_tokens: int
     dtype: torch.dtype  # of x, the model's
@@ -51,16 +58,17 @@ class Choice:
 
     @property
     def gemv(self) -> bool:
-        """Whether one token makes a GEMV of the product."""
+        """Whether the product is a matrix times one token, for a kernel of ours."""
         return self.own_kernels and self.num_tokens == 1
 
     @property
     def int16(self) -> bool:
-        """Whether 16-bit integers can say what x says (operand.Int16)."""
+        """Whether 16-bit integers can hold what x holds (operand.Int16)."""
         return self.dtype in (torch.float16, torch.bfloat16)
 
 
 def choose_kernel(weight: Weight, choice: Choice) -> LinearKernel:
+    """By the function below that weights/types.py names.  Raises UnsupportedError for an unknown type of weight."""
     return product_of(weight, "cuda")(weight, choice)
 
 
@@ -120,7 +128,7 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
 
 
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
-    """By the tensor cores even for one token, which measures faster than a GEMV."""
+    """On the tensor cores even for one token, which measures faster than a GEMV."""
     q, scale, form = weight.weight, weight.scale, StaticScale(weight.weight.dtype, weight.input_scale)
     if choice.own_kernels:
         return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
@@ -136,7 +144,7 @@ def _integer_gemv(form: Form, stored: Tensor, scale: Tensor) -> LinearKernel:
 
 
 def _with_scales_over_ranks(weight: SmoothQuantWeight, comm: Communicator, kernel: LinearKernel) -> LinearKernel:
-    """The kernel for a rank's share of the input channels: a token's scale is that of all ranks' channels."""
+    """The kernel for a rank's share of the input channels, where a token's scale is by the channels of all ranks."""
 
     def run(x: Operand, out_dtype: torch.dtype) -> Tensor:
         return kernel.run(Operand(kernel.form, *quantise_input(x.values, weight, comm)), out_dtype)

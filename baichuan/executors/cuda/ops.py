@@ -1,7 +1,17 @@
 """ops.Ops on a GPU.
 
-The product of an op is chosen first (linear.py).  The kernel before it, which makes its input, then writes that in the
-form which the product takes: a norm and silu_mul quantise their results, and a GEMV applies silu_mul itself.
+Every op chooses its product first (linear.py).  The kernel that makes the product's input, a norm or silu_mul, then
+writes it in the form that the product takes, and a GEMV applies silu_mul itself.  The kernels of one layer:
+
+    INT8, one token       add_rms_norm -> Int16 | gemv_int            norm_linear
+                          decode_attention                            attention
+                          quantise_rows -> Int16 | gemv_int           linear
+                          add_rms_norm -> Int16 | gemv_int with silu  gated_mlp
+                          quantise_rows -> Int16 | gemv_int
+    float16, 300 tokens   add_rms_norm | cuBLAS                       norm_linear
+                          store_kv | prefill_attention                attention
+                          cuBLAS                                      linear
+                          add_rms_norm | cuBLAS | silu_mul | cuBLAS   gated_mlp
 """
 
 from __future__ import annotations
@@ -28,16 +38,16 @@ from baichuan.records import AttentionSpec, LayerCache, Step, Weight
 
 @dataclass(frozen=True)
 class Switches:
-    """What the user chooses about the kernels: build.py's flags, and run.py's --no_weight_copies."""
+    """The user's choices of kernels: build.py's flags, and run.py's --no_weight_copies."""
 
     own_attention: bool = True  # --use_gpt_attention_plugin; else PyTorch's
     own_gemm: bool = True  # --use_gemm_plugin; else PyTorch's
     split_keys: bool = True  # --multi_block_mode
-    keep_copies: bool = True  # of weight-only matrices, dequantised, in spare memory
+    keep_copies: bool = True  # dequantised copies of weight-only matrices in spare memory
 
 
 class CudaOps:
-    """ops.Ops for sequences of up to `capacity` tokens.  Nothing waits for the GPU with own_attention."""
+    """ops.Ops for sequences of up to `capacity` tokens.  With own_attention the host never waits for the GPU."""
 
     def __init__(
         self,
@@ -51,8 +61,9 @@ class CudaOps:
         self.comm, self.switches, self.copies = comm, switches, copies or DenseCopies()
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
-        unread = self.slopes, self.slopes
-        self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device) if spec.rotary else unread
+        self.cos = self.sin = self.slopes  # which no kernel reads with ALiBi
+        if spec.rotary:
+            self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
         if not switches.own_attention:
             self.library = ReferenceOps(spec, comm, capacity, device)
 
@@ -75,7 +86,7 @@ class CudaOps:
         return prefill_attention(qkv, self.slopes, cache, spec, step)
 
     def splits(self, step: Step, spec: AttentionSpec) -> int:
-        """Into how many blocks a decode step's keys are split."""
+        """Into how many splits a decode step's keys are cut."""
         if not self.switches.split_keys:
             return 1
         return choose_splits(step.batch_size * spec.num_heads)
@@ -118,6 +129,7 @@ class CudaOps:
         return kernel.run(normed, out_dtype), residual
 
     def _norm(self, x, residual, norm, eps: float, form: Form) -> tuple[Operand, Tensor]:
+        """(norm of x + residual in the given form, x + residual)"""
         if smoother_of(form) is None:
             return add_rms_norm(x, residual, norm, eps, form)
         normed, residual = add_rms_norm(x, residual, norm, eps)
