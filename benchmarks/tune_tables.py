@@ -1,7 +1,13 @@
 """The tables that say how the kernels cut products up: candidates for their entries, and the choice by measured times.
 
-An entry is a tuple of numbers, those of a GemvBlock, or of a Tile up to its max_programs.  What is timed for a tile is
-its first five numbers with the splits that follow.
+An example.  Point("v2_13b", "int8", "down", 4) is the product of 4 tokens with the INT8 down_proj of v2_13b.  As 16-bit
+integers the tokens are 8 rows, so that the kernel looks its tile up at the place ("tiles", "bytes", 8), which is
+tiles.TILES["bytes"] for at most 8 rows.  The entry there is (8, 64, 256, 4, 4, 264), a Tile's numbers up to its
+max_programs.  Many points share a place.  They are all timed with the present entry and with other candidates, and the
+place gets the entry with the least time over all of them.
+
+What is timed for a tile is its first five numbers and, in place of max_programs, the splits that follow from it for the
+product's shape: several entries may be timed as one.  An entry of a GEMV is a GemvBlock's three numbers.
 """
 
 from __future__ import annotations
@@ -17,15 +23,15 @@ from baichuan.kernels import gemv, gemv_int, tiles
 from benchmarks.kernel_cases import matrices
 
 Entry = tuple[int, ...]
-Place = tuple[str, str, int | str | None]  # module, and the two keys of the entry in its table
-LIBRARY: Entry = ()  # PyTorch's product, of the dequantised matrix where it is quantised
-MARGIN = 0.01  # what a candidate has to be faster by: times differ by less from run to run
+Place = tuple[str, str, int | str | None]  # module, and the two keys of an entry in its table
+LIBRARY: Entry = ()  # PyTorch's product, of a dequantised copy where the matrix is quantised
+MARGIN = 0.01  # a candidate is chosen if it is faster by more than this: times vary by less from run to run
 
 TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
 KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
-ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # each with its precision
+ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # and the precision that decides
 # Tokens that are timed; x as 16-bit integers (operand.Int16) has two rows for each.
 ROWS = {
     "float16": (1, 4, 16, 32, 64, 128, 256),
@@ -41,7 +47,7 @@ def _blocks(rows: Iterable[int], cuts: Iterable[tuple[int, int]]) -> tuple[Entry
     return tuple((block_n, *cut) for block_n, cut in product(rows, cuts))
 
 
-# Candidates beside the present entries.  By Triton 3.6 each compiles for compute capability 9.0.
+# Candidates beside the present entries, by module and first key.  Triton 3.6 compiles each for compute capability 9.0.
 PROGRAMS = (132, 264, 528)
 BLOCKS = {
     ("gemv", "gated"): _blocks((1, 2, 4), ((512, 2), (512, 4), (2048, 8))),
@@ -74,12 +80,12 @@ TILES = {
 
 @dataclass(frozen=True)
 class Point:
-    """One product, timed with every candidate for the entry that says how it is cut up."""
+    """One product that is timed."""
 
     version: str
-    precision: str
-    matrix: str
-    rows: int
+    precision: str  # one of ROWS
+    matrix: str  # one of kernel_cases.matrices
+    rows: int  # tokens
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +100,7 @@ class Point:
         """Where the kernels look the entry up."""
         if self.rows == 1 and self.precision in NUMBERS:
             return "gemv_int", SHAPES[self.matrix], NUMBERS[self.precision]
-        if self.rows == 1 and self.precision != "fp8":  # whose one row the tensor cores take
+        if self.rows == 1 and self.precision != "fp8":  # of which even one row is the tensor cores'
             gated = self.matrix == "gate_up"
             kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
             return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
@@ -110,7 +116,7 @@ def _limit(table: Iterable[tuple[int | None, object]], size: int) -> int | None:
 
 
 def points(versions: Iterable[str]) -> list[Point]:
-    """Few rows first, which are most of a generation's time."""
+    """The products of these versions, with few rows first: most of a generation's time is theirs."""
     every = [
         Point(version, precision, matrix, rows)
         for version in versions
@@ -128,7 +134,7 @@ def present(place: Place) -> Entry:
 
 
 def candidates(point: Point) -> tuple[Entry, ...]:
-    """What is timed, the present entry first; the library too where rows decide between it and the kernel."""
+    """What is timed for a point, the present entry first; LIBRARY last where a row limit decides between the two."""
     module, kind, limit = place = point.place
     if module != "tiles":
         return tuple(dict.fromkeys((present(place), *BLOCKS[module, kind])))
@@ -143,7 +149,7 @@ def _with_programs(cuts: Iterable[Entry]) -> list[Entry]:
 
 
 def _timed(point: Point, entry: Entry) -> Entry:
-    """What is timed for an entry of a table: a tile with the splits of tiles.choose_tile."""
+    """What is timed for a table's entry: of a tile, the first five numbers and the splits that the kernel would use."""
     if point.place[0] != "tiles":
         return entry
     out_features, in_features = point.shape
@@ -151,7 +157,7 @@ def _timed(point: Point, entry: Entry) -> Entry:
 
 
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
-    """The sum of a layer's first times by the sum of its second, the mean over layers."""
+    """(point, first time, second time)s: a layer's sum of first times by its sum of second times, mean over layers."""
     layers: dict[tuple, list[tuple[float, float]]] = {}
     for point, *both in pairs:
         layers.setdefault((point.version, point.precision, point.rows), []).append(tuple(both))
@@ -160,12 +166,15 @@ def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
 
 
 def _right(timed: Mapping[Entry, float | None]) -> dict[Entry, float]:
-    """The times of the kernels' candidates that computed what they should."""
+    """The times of our kernels' candidates that are right."""
     return {entry: time for entry, time in timed.items() if entry != LIBRARY and time is not None}
 
 
 def _cost(times: Times, entry: Entry) -> float:
-    """Time of one place's products by this entry, relative to each one's best; infinite if it is wrong or unknown."""
+    """The time that one place's products take by this entry, relative to each one's best.
+
+    Infinite where the entry is wrong for a product or was not timed with it.
+    """
     if any(time is None and each[:5] == entry[:5] for timed in times.values() for each, time in timed.items()):
         return math.inf
     right = {point: _right(timed) for point, timed in times.items()}
@@ -176,7 +185,7 @@ def _cost(times: Times, entry: Entry) -> float:
 
 
 def _best(now, costs: Mapping):
-    """The option of the least cost, or the present one where the gain is less than the margin."""
+    """The option that costs least; `now`, the present one, if that gains no more than MARGIN."""
     best = min(costs, key=costs.__getitem__)
     return best if costs[best] < (1 - MARGIN) * costs[now] else now
 
@@ -189,7 +198,7 @@ class Choice:
 
 
 def choose(times: Times) -> Choice:
-    """What the times say, and the present value of everything that they do not decide."""
+    """The best entries by these times, and present values where they decide nothing."""
     places: dict[Place, dict[Point, Mapping[Entry, float | None]]] = {}
     for point, timed in times.items():
         places.setdefault(point.place, {})[point] = timed
@@ -205,7 +214,7 @@ def choose(times: Times) -> Choice:
 
 
 def _entries(place: Place, times: Times) -> list[Entry]:
-    """The table's possible entries of which a time is known, and the present one."""
+    """The present entry, and every other that could stand at this place and was timed."""
     timed = [entry for each in times.values() for entry in each if entry]
     known = timed if place[0] != "tiles" else _with_programs(entry[:5] for entry in timed)
     return list(dict.fromkeys([present(place), *known]))
@@ -217,7 +226,7 @@ def _gain(now: float, best: float) -> str:
 
 
 def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry]) -> int:
-    """Up to how many rows the own kernel is faster than the library, as far as both were timed."""
+    """Up to how many rows our kernel is faster than the library, among those for which both were timed."""
     pairs: dict[int, list[tuple[Point, float, float]]] = {}
     for point, timed in times.items():
         if point.precision == ROW_LIMITS[name] and timed.get(LIBRARY) is not None:

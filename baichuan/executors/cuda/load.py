@@ -63,5 +63,10 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def tensors_of(record: Any) -> list[Tensor]:
     """Every tensor of a record and of the records in it."""
     found: list[Tensor] = []
-    map_tensors(record, lambda tensor: found.append(tensor) or tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(record, note)
     return found

@@ -160,13 +160,13 @@ def lower(
     return contract, ops
 
 
-def weight_names(weights: ModelWeights) -> dict[int, str]:
-    """Each tensor's name, as in an engine file, by its id()."""
-    names: dict[int, str] = {}
+def weight_names(weights: ModelWeights) -> dict[Tensor, str]:
+    """Each tensor's name, as in an engine file."""
+    names: dict[Tensor, str] = {}
 
     def visit(value, name: str) -> None:
         if isinstance(value, Tensor):
-            names[id(value)] = name
+            names[value] = name
         elif isinstance(value, tuple):
             for index, each in enumerate(value):
                 visit(each, f"{name}.{index}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from baichuan.executors.tensorrt.api import Api
 class Graph:
     """Methods take and return the network's tensors (ITensor); `constant` makes one of a PyTorch tensor.
 
-    names: what the constants are called, by id() of their tensors.
+    names: of the constants, by the tensors that they are made of.
     """
 
-    def __init__(self, api: Api, network, names: Mapping[int, str] | None = None):
+    def __init__(self, api: Api, network, names: Mapping[Tensor, str] | None = None):
         self.api, self.trt, self.network, self.names = api, api.trt, network, names or {}
         self.constants: dict[str, Tensor] = {}  # by layer name: TensorRT reads them from here while it builds
-        self._made: dict[tuple, tuple] = {}  # the constants' tensors in the network
+        self._made: dict[tuple[Tensor, tuple[int, ...]], Any] = {}  # the network's tensor of each tensor and shape
 
     def input(self, name: str, dtype: torch.dtype, shape: Sequence[int]):
         tensor = self.network.add_input(name, self.api.dtype(dtype), tuple(shape))
@@ -175,17 +176,17 @@ class Graph:
         return self._out(layer, kind)
 
     def _constant(self, tensor: Tensor, dtype, shape: Sequence[int]):
-        key = id(tensor), tuple(shape)
+        key = tensor, tuple(shape)  # tensors are hashed by identity
         if key in self._made:
-            return self._made[key][0]
+            return self._made[key]
         held = tensor.detach().contiguous()
         layer = self.network.add_constant(tuple(shape), self.trt.Weights(dtype, held.data_ptr(), math.prod(shape)))
-        name = self.names.get(id(tensor), f"constant {len(self.constants)}")
+        name = self.names.get(tensor, f"constant {len(self.constants)}")
         self.check(layer, f"constant {name}")
         layer.name = name if name not in self.constants else f"{name} as {tuple(shape)}"
         self.constants[layer.name] = held
-        self._made[key] = layer.get_output(0), tensor  # the tensor too, whose id must not be given away
-        return layer.get_output(0)
+        self._made[key] = layer.get_output(0)
+        return self._made[key]
 
     def _out(self, layer, what: str):
         self.check(layer, what)
