@@ -21,6 +21,7 @@ doctor: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
 $(READY): requirements.txt pyproject.toml

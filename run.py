@@ -86,19 +86,19 @@ def run(args: argparse.Namespace, comm: Communicator) -> int:
     roles = text.roles() if args.chat else None
     if roles:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *roles))
-    conversation = args.chat and args.input_text is None
+    conversation = roles and args.input_text is None
     prompts = [[0]] if conversation else read_prompts(args, tokenizer, roles, sampling.pad_id)
     check_request(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
     session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
-    if conversation:
-        converse(session, tokenizer, roles, sampling, args.max_output_len, args.system, comm)
+    if roles and args.input_text is None:
+        converse(session, require_text(engine, text), roles, sampling, args.max_output_len, args.system, comm)
         return 0
     stream = None
     if args.streaming and comm.rank == 0:
-        stream = TextPrinter(tokenizer, opening=f'Input: "{tokenizer.decode(prompts[0])}"\nOutput: "', closing='"')
-    results = session.generate(
-        prompts, sampling, args.max_output_len, stream and stream.push, keep_logits=bool(args.output_logits_npy)
-    )
+        own = require_text(engine, text)
+        stream = TextPrinter(own, opening=f'Input: "{own.decode(prompts[0])}"\nOutput: "', closing='"')
+    on_tokens = stream.push if stream else None
+    results = session.generate(prompts, sampling, args.max_output_len, on_tokens, bool(args.output_logits_npy))
     if comm.rank == 0:
         if stream:
             stream.finish()
@@ -153,6 +153,7 @@ def read_prompts(
         if args.streaming and len(prompts) > 1:
             raise ConfigError(f"--streaming prints one text and {len(prompts)} prompts are given; give one")
         return prompts
+    assert tokenizer is not None, "texts have required one"
     texts = args.input_text or [DEFAULT_TEXT]
     if roles is None:
         return [tokenizer.encode(text) for text in texts]
@@ -162,8 +163,9 @@ def read_prompts(
 
 def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
     """Text, or the ids themselves without a tokenizer or where it lacks one of them."""
-    has_all = tokenizer is not None and max(ids, default=0) < tokenizer.vocab_size
-    return tokenizer.decode(ids) if has_all else " ".join(map(str, ids))
+    if tokenizer is None or max(ids, default=0) >= tokenizer.vocab_size:
+        return " ".join(map(str, ids))
+    return tokenizer.decode(ids)
 
 
 def print_results(prompts: list[list[int]], results: list[Generation], tokenizer: Tokenizer | None) -> None:

@@ -187,6 +187,7 @@ def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine]) -> Token
     if owner and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
         folder = None
     if not engines:
+        assert folder is not None, "check_flags has required one"
         return Tokenizer(folder)
     fallback = folder or (owner.folder if owner else None)  # for engines without one
     texts = [open_text(each, folder if MODEL_NAME in each.text_files else fallback) for each in engines]

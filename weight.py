@@ -67,11 +67,11 @@ def read_model(source: WeightSource, model_version: str | None, dtype: str) -> M
 
     Raises ConfigError where the folder contradicts model_version or leaves it open, CheckpointError where it is none.
     """
-    if source.folder is None:
-        raise ConfigError("dummy weights have no checkpoint to read; take a ModelConfig from config.PRESETS")
     if source.binary_folder:
         return read_binary_model(source.binary_folder, model_version, dtype)
-    return read_model_config(source.hub_folder, model_version, dtype)
+    if source.hub_folder:
+        return read_model_config(source.hub_folder, model_version, dtype)
+    raise ConfigError("dummy weights have no checkpoint to read; take a ModelConfig from config.PRESETS")
 
 
 def rank_tensors(

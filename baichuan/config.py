@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from baichuan.errors import ConfigError
 
@@ -92,8 +93,8 @@ class ModelConfig:
                 )
 
 
-_7B = dict(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=11008)
-_13B = dict(hidden_size=5120, num_layers=40, num_heads=40, intermediate_size=13696)
+_7B: dict[str, Any] = dict(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=11008)
+_13B: dict[str, Any] = dict(hidden_size=5120, num_layers=40, num_heads=40, intermediate_size=13696)
 PRESETS = {
     "v1_7b": ModelConfig("v1_7b", vocab_size=64000, **_7B),
     "v1_13b": ModelConfig("v1_13b", vocab_size=64000, **_13B),
@@ -225,14 +226,14 @@ def to_json(record) -> dict:
 
 def from_json(cls, values: dict):
     """A record of type `cls`; raises ConfigError for missing, unknown or wrongly typed fields."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
+    types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(types)):
         raise ConfigError(f"{cls.__name__} has no field {unknown[0]}; the file was written by another version")
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
     for name, value in values.items():
-        kind = kinds.get(fields[name].type, object)
+        kind = kinds.get(types[name], object)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, not of type {fields[name].type}")
+            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, not of type {types[name]}")
     try:
         return cls(**values)
     except TypeError as error:

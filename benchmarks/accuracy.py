@@ -164,7 +164,8 @@ def executor_of(case: Case, model: ModelConfig) -> ReferenceExecutor:
 
 def measure(case: Case, model: ModelConfig, evaluation: list, reference: list) -> Figures:
     executor = executor_of(case, model)
-    positions = kl = top1 = nll = targets = 0
+    positions = targets = 0
+    kl = top1 = nll = 0.0
     for ids, exact in zip(evaluation, reference, strict=True):
         logits = all_logits(executor, ids)
         agreement = agreement_of(exact, logits)

@@ -73,8 +73,9 @@ def decode(args: argparse.Namespace) -> None:
         for _ in range(4):  # the first of each warms up
             ours.append(engine_ms(session, args.steps))
             theirs.append(peer_ms(peer, args.steps))
-        ours, theirs = min(ours[1:]), min(theirs[1:])
-        print(f"decode {dtype}: {ours:.2f} ms a step, transformers {theirs:.2f} ms: ratio {theirs / ours:.2f}")
+        engine, transformers = min(ours[1:]), min(theirs[1:])
+        ratio = transformers / engine
+        print(f"decode {dtype}: {engine:.2f} ms a step, transformers {transformers:.2f} ms: ratio {ratio:.2f}")
 
 
 def engine_ms(session, steps: int) -> float:

@@ -109,7 +109,8 @@ def _bar(result: dict) -> Bar:
 
 def chart(title: str, panels: dict[int, Sequence[Bar]]) -> str:
     """An SVG file: a title, a legend, and for each batch size its bars from 0 over an axis of their own."""
-    parts, y = [], TOP
+    y = TOP
+    parts: list[str] = []
     left = math.ceil(28 + LETTER * max(len(bar.label) for bars in panels.values() for bar in bars))
     for batch, bars in panels.items():
         parts += _panel(f"Batch {batch}", bars, left, y)

@@ -45,7 +45,7 @@ def run(argv: Sequence[str], folder: Path, timeout_s: float) -> Measured:
         ) as process,
     ):
         lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
         reader.start()
         code = None
         try:

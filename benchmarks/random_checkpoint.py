@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +25,7 @@ from baichuan.weights.dummy import dummy_checkpoint
 from demo.lessons import EOS_ID, ROLES, read_articles
 from demo.train import VOCAB_SIZE, train_tokenizer, write_json
 
-SMALL = dict(num_layers=3, hidden_size=256, num_heads=8, intermediate_size=512, vocab_size=VOCAB_SIZE)
+SMALL: dict[str, Any] = dict(num_layers=3, hidden_size=256, num_heads=8, intermediate_size=512, vocab_size=VOCAB_SIZE)
 SHARDS = {True: 2, False: 9}  # by whether it is small
 
 
@@ -50,7 +51,7 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
     in_safetensors = args.model_version == "v1_7b"  # as the released version is stored
     model = replace(model, dtype="float16" if in_safetensors else "bfloat16")
     name = "model{}.safetensors" if in_safetensors else "pytorch_model{}.bin"
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, tensors in shards(model, name, SHARDS[args.small]):
         save_file(tensors, folder / file) if in_safetensors else torch.save(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)

@@ -126,8 +126,8 @@ class Walk:
         if not everything:
             return [*commands, Command(f"run {name}", self._run(engine), leaves=(engine, *leaves))]
         prompts, ids = self.folder / "prompts.csv", self.folder / "ids.csv"
-        files = ("--input_tokens", prompts, "--output_csv", ids, "--output_npy", ids.with_suffix(".npy"))
-        files = (*files, "--output_logits_npy", self.folder / "logits.npy")
+        arrays = ("--output_npy", ids.with_suffix(".npy"), "--output_logits_npy", self.folder / "logits.npy")
+        files = ("--input_tokens", prompts, "--output_csv", ids, *arrays)
         ways = {
             "run, first time": self._run(engine),
             "run, second time": self._run(engine),

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +38,10 @@ from demo import lessons
 logger = logging.getLogger("baichuan.demo")
 
 VOCAB_SIZE = 1600
-SIZES = {True: dict(hidden_size=256, num_heads=8), False: dict(hidden_size=320, num_heads=10)}  # by VERSIONS' rotary
+SIZES: dict[bool, dict[str, Any]] = {  # by VERSIONS' rotary
+    True: dict(hidden_size=256, num_heads=8),
+    False: dict(hidden_size=320, num_heads=10),
+}
 PEAK_LEARNING_RATE = 4e-3
 SEED, STEPS = 0, 120
 IGNORED = -100  # cross_entropy's label for padding

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def _run_layer(ops, layer: LayerWeights, model: ModelConfig, spec: AttentionSpec
 
 def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterator[tuple[int, Step]]:
     """The samples in steps of up to `limit` tokens, at least one sample each, with the number of tokens before."""
-    first, batch, size = 0, [], 0
+    batch: list[Sequence[int]] = []
+    first, size = 0, 0
     for sample in samples:
         if batch and size + len(sample) > limit:
             yield first, Step.of(batch, device=device)
@@ -153,12 +155,12 @@ class _Buffers:
 
     def load(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}"
-        norms = {name: self._read(name, [f"{prefix}.{norm}.weight"]) for name, norm in NORMS.items()}
-        linears = {
+        fields: dict[str, Any] = {name: self._read(name, [f"{prefix}.{norm}.weight"]) for name, norm in NORMS.items()}
+        fields |= {
             name: DenseWeight(self._read(name, [f"{prefix}.{module}.weight" for module in linear.modules]))
             for name, linear in LINEARS.items()
         }
-        return LayerWeights(**norms, **linears)
+        return LayerWeights(**fields)
 
     def _read(self, name: str, hub_names: list[str]) -> Tensor:
         sources = [self.checkpoint[hub_name] for hub_name in hub_names]

@@ -95,13 +95,13 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
 
 def _write_all(writer: BinaryWriter, ranges: Sequence[LayerRanges], processes: int) -> list[dict[str, list[float]]]:
     """Write every array; returns max|W| of each layer's matrices by hub name, see BinaryWriter.write_linear."""
-    tasks = {
+    tasks: dict[Any, Callable[[], Any]] = {
         (layer, name): partial(writer.write_linear, layer, name, ranges[layer])
         for layer in range(len(ranges))
         for name in LINEARS
     }
     tasks |= {(None, name): partial(writer.write_global, name) for name in GLOBAL_NAMES}
-    found = [{} for _ in ranges]
+    found: list[dict[str, list[float]]] = [{} for _ in ranges]
     with Progress("writing", len(tasks), "matrix") as progress:
         for (layer, _), result in run_tasks(tasks, min(processes, len(tasks)), "use fewer, e.g. --processes 1"):
             if layer is not None:

@@ -64,7 +64,7 @@ def add_model_version(parser: argparse.ArgumentParser, text: str, default: str |
     parser.add_argument("--model_version", choices=tuple(VERSIONS), default=default, help=text)
 
 
-def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+def add_device(parser: argparse._ActionsContainer, what: str) -> None:
     text = f"what {what} (auto: a GPU where PyTorch can use one)"
     parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
 
@@ -78,7 +78,7 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         )
 
 
-def add_weight_copies(parser: argparse.ArgumentParser) -> None:
+def add_weight_copies(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--no_weight_copies",
         action="store_true",

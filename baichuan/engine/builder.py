@@ -162,7 +162,7 @@ def _in_processes(tasks: Mapping[int, Callable[[], Any]], progress: Progress) ->
         watcher.join()
 
 
-_counter = None  # of a writing process, set once when it starts: a shared counter reaches a process in no other way
+_counter: Any = None  # of a writing process, set when it starts: a shared counter reaches a process in no other way
 
 
 def _remember_counter(counter) -> None:

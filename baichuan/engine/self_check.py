@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from baichuan.config import ModelConfig
 from baichuan.engine.folder import Engine
@@ -39,8 +40,8 @@ def all_logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     return executor.forward(Step.of([ids], all_outputs=True, device=executor.device)).cpu().clone()
 
 
-def float_logits(float_model: nn.Module, ids: Sequence[int]) -> Tensor:
-    """What check_engine expects, from the checkpoint's float32 model in transformers, wherever it lies."""
+def float_logits(float_model: Any, ids: Sequence[int]) -> Tensor:
+    """What check_engine expects, from the checkpoint's float32 transformers.PreTrainedModel, wherever it lies."""
     with torch.inference_mode():
         return float_model(torch.tensor([ids], device=float_model.device)).logits[0].float().cpu()
 

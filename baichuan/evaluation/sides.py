@@ -27,7 +27,10 @@ class Side(Protocol):
     key: str  # its name in files: engine (of several: engine_1, engine_2, ...), hf
     label: str  # its name for people
     facts: dict[str, Any]  # what it is, as JSON values: bytes and number of its weights, those of device_facts()
-    max_score_tokens: int | None  # longest sequence for score(); None = no limit of its own
+
+    @property
+    def max_score_tokens(self) -> int | None:
+        """The longest sequence for score(); None = no limit of its own."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
@@ -114,7 +117,7 @@ class HfSide:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         if sampling.num_beams > 1:
-            choose = _Temperature(sampling.temperature)
+            choose: _Temperature | _Choice = _Temperature(sampling.temperature)
         else:
             configs = numbered_seeds(sampling, len(prompts))
             choose = _Choice(Sampler(configs, prompts, self.model.config.vocab_size, max_new_tokens, device))

@@ -194,13 +194,14 @@ class Evaluation:
         return SideFigures(rouge, latency_s, new_tokens, speed, perplexity, self._agreement(key))
 
     def _agreement(self, key: str) -> SideAgreement | None:
-        if key == self.reference or self._reference() is None:
+        reference = self._reference()
+        if reference is None or key == reference.key:
             return None
-        pairs = [(sample.summaries[key], sample.summaries[self.reference]) for sample in self.samples]
+        pairs = [(sample.summaries[key], sample.summaries[reference.key]) for sample in self.samples]
         score = sum((batch.work[key].score for batch in self.done), Score())
         return SideAgreement(
             sum(ours.ids == theirs.ids for ours, theirs in pairs),
-            sum(ours.identical_prefix for ours, _ in pairs) / len(pairs),
+            sum(ours.identical_prefix or 0 for ours, _ in pairs) / len(pairs),
             score.kl / self.scored_tokens,
             score.same_choice / self.scored_tokens,
         )
@@ -214,21 +215,25 @@ class Evaluation:
         expected = reference.score(task.scored)[:-1] if reference else None
         scores = {}
         for side in self.sides:
-            logits = expected if side is reference else side.score(task.scored)[:-1]
+            if side is reference and expected is not None:
+                scores[side.key] = Score(negative_log_likelihood(expected, task.scored[1:]))
+                continue
+            logits = side.score(task.scored)[:-1]
             nll, kl, same = negative_log_likelihood(logits, task.scored[1:]), 0.0, 0.0
-            if reference and side is not reference:
+            if expected is not None:
                 agreement = agreement_of(reference=expected, other=logits)
                 kl, same = positions * agreement.kl, positions * agreement.top1
             scores[side.key] = Score(nll, kl, same)
         return scores
 
     def _judge(self, tasks: Sequence[Task], generated: dict[str, list[Generation]]) -> list[SampleResult]:
+        assert self.rouge is not None, "rank 0 judges, which has one"
         highlights = [task.sample.highlights for task in tasks]
         summaries = {}
         for key, generations in generated.items():
             texts = [self.tokenizer.decode(each.ids) for each in generations]
             scores = self.rouge.score(texts, highlights)
-            expected = generated.get(self.reference) if key != self.reference else None
+            expected = generated.get(self.reference) if self.reference and key != self.reference else None
             summaries[key] = [
                 Summary(
                     text,

@@ -28,7 +28,10 @@ class Executor(Protocol):
     """One rank of a model that is ready to run.  Every rank returns the same logits."""
 
     device: torch.device  # where Step's tensors must lie, and where the logits appear
-    cache: Cache  # from reset() on
+
+    @property
+    def cache(self) -> Cache:
+        """From reset() on."""
 
     def reset(self, batch_size: int, capacity: int) -> None:
         """Forget every sequence and make room in the cache for batch_size sequences of up to capacity tokens each.

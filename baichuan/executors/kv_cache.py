@@ -9,14 +9,14 @@ from torch import Tensor
 
 from baichuan.config import QuantConfig
 from baichuan.executors.memory import KV_DTYPES, require_memory
-from baichuan.records import AttentionSpec, LayerCache, ModelWeights
+from baichuan.records import AttentionSpec, LayerCache, LayerWeights, ModelWeights
 
 
 @dataclass(frozen=True)
 class KVCache:
     """executors.base.Cache: what each layer keeps of the sequences that are being generated."""
 
-    layers: tuple[LayerCache, ...]  # all of one shape
+    layers: tuple[LayerCache, ...] = ()  # all of one shape; none before there is room for any sequence
 
     @classmethod
     def allocate(
@@ -30,20 +30,20 @@ class KVCache:
         shape = torch.Size((2, batch_size, spec.num_heads, capacity, spec.head_dim))  # k, v
         size = len(weights.layers) * shape.numel() * dtype.itemsize
         require_memory(size, f"a KV cache of {batch_size} x {capacity} tokens", device)
-        return cls(
-            tuple(
-                LayerCache(*torch.zeros(shape, dtype=dtype, device=device), layer.k_scale, layer.v_scale)
-                for layer in weights.layers
-            )
-        )
+
+        def zeros(layer: LayerWeights) -> LayerCache:
+            k, v = torch.zeros(shape, dtype=dtype, device=device)
+            return LayerCache(k, v, layer.k_scale, layer.v_scale)
+
+        return cls(tuple(map(zeros, weights.layers)))
 
     @property
     def batch_size(self) -> int:
-        return self.layers[0].k.shape[0]
+        return self.layers[0].k.shape[0] if self.layers else 0
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].k.shape[2]
+        return self.layers[0].k.shape[2] if self.layers else 0
 
     @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:

@@ -24,7 +24,7 @@ class TorchBackend:
 
     name, title = "torch", "PyTorch"
     packed = True
-    flags = ()
+    flags: tuple[str, ...] = ()
 
     def require_installed(self) -> None:
         pass

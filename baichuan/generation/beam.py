@@ -80,7 +80,8 @@ class BeamSearch:
         ends = {self.config.eos_id, *self.config.stop_ids}
         count = min((1 + len(ends)) * beams, scores.numel())  # enough that num_beams of them go on
         values, places = scores.flatten().topk(count)
-        running, choices = [], []
+        running: list[Hypothesis] = []
+        choices: list[tuple[int, int]] = []
         last = self._length == self.max_new_tokens
         for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
             parent, token = divmod(place, scores.shape[1])

@@ -70,7 +70,7 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad_id: int) -> None:
 
 def write_logits(path: Path, generations: Sequence[Generation]) -> None:
     """float32 [sequences, steps, vocab_size]; NaN after a sequence's last step."""
-    logits = [generation.logits for generation in generations]
+    logits = [generation.logits for generation in generations if generation.logits is not None]
     _save(path, torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=float("nan")).numpy())
 
 

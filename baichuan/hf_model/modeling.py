@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ class NormHead(nn.Linear):
     def _cached(self) -> Tensor:
         weight = self.weight
         key = (weight.data_ptr(), weight.device, weight.dtype, None if weight.is_inference() else weight._version)
-        if key != self._key:
+        if self._normalised is None or key != self._key:
             self._normalised, self._key = self._normalise(), key
         return self._normalised
 
@@ -231,11 +232,12 @@ def load_hf_model(
         config.dtype, loaded_as = None, "auto"
     disable_progress_bar()  # transformers' own, which would break a script's lines
     try:
-        model, found = BaichuanForCausalLM.from_pretrained(
+        loaded: Any = BaichuanForCausalLM.from_pretrained(
             folder, config=config, dtype=loaded_as, local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({error}); is the download complete?") from None
+    model, found = loaded
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(found[kind]):
             raise CheckpointError(f"{folder} has {kind.replace('_', ' ')}: {', '.join(names[:3])}; download it again")

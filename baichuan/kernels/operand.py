@@ -61,6 +61,12 @@ class Operand:
     values: Tensor  # [num_tokens, in_features]; Int16: [2 * num_tokens, in_features]
     scale: Tensor | None = None  # [num_tokens] or [1] float32; None where the values are x itself
 
+    @property
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """The values and their scale, of a form that has one."""
+        assert self.scale is not None, self.form
+        return self.values, self.scale
+
     @staticmethod
     def allocate(form: Form, x: Tensor, num_tokens: int, width: int) -> Operand:
         """Room for `width` columns, on x's device and, where the form keeps it, in x's dtype."""

@@ -10,9 +10,15 @@ from baichuan.quant.scaled import LIMITS, quantise
 
 def quantise_kv(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x as the cache stores it: quantise(x, scale), or x itself in a cache of its own dtype."""
-    return quantise(x, scale, dtype) if dtype in LIMITS else x.to(dtype)
+    if dtype not in LIMITS:
+        return x.to(dtype)
+    assert scale is not None, "an 8-bit cache has scales"
+    return quantise(x, scale, dtype)
 
 
 def dequantise_kv(x: Tensor, scale: Tensor | None) -> Tensor:
     """What attention sees of the cached x, in float32."""
-    return x.float() * scale if x.dtype in LIMITS else x.float()
+    if x.dtype not in LIMITS:
+        return x.float()
+    assert scale is not None, "an 8-bit cache has scales"
+    return x.float() * scale

@@ -49,7 +49,9 @@ def sampling_defaults(model_version: str, folder: Path | None) -> SamplingConfig
 
     Raises CheckpointError for a value that cannot be used.
     """
-    values = read_settings(folder) if folder else {}
+    if folder is None:
+        return SAMPLING_DEFAULTS[model_version]
+    values = read_settings(folder)
     given = {key: values[key] for key in SAMPLING_KEYS if values.get(key) is not None}
     if values.get("do_sample") is False:
         given |= GREEDY

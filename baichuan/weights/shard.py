@@ -35,7 +35,7 @@ NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm
 def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint in the hub's format, by name."""
     hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    in_layer = {
+    in_layer: dict[str, tuple[int, ...]] = {
         "self_attn.W_pack": (3 * hidden, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "mlp.gate_proj": (inter, hidden),
@@ -44,7 +44,7 @@ def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config.num_layers):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in in_layer.items()}
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}

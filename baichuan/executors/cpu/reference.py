@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +24,9 @@ class ReferenceOps(ComposedOps):
 
     def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device | str = "cpu"):
         self.comm = comm
-        self.slopes = self.cos = self.sin = None
+        self.slopes: Tensor | None = None  # of ALiBi
+        self.cos: Any = None  # of RoPE, as sin
+        self.sin: Any = None
         if spec.rotary:
             self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
         else:
@@ -115,10 +119,10 @@ class ReferenceExecutor:
     ):
         self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
-        self.cache: KVCache | None = None
+        self.cache = KVCache()
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        self.cache = None  # the old one makes room before the new one is asked for
+        self.cache = KVCache()  # the old one makes room before the new one is asked for
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         self.ops = self.make_ops(capacity)
 

@@ -123,7 +123,7 @@ class _PeerMemory:
 
             memory = symmetric_memory.empty(BUFFERS * ONE_SHOT_BYTES + flags, dtype=torch.uint8, device=device)
             memory.zero_()
-            handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)
+            handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)  # type: ignore[arg-type]  # joined by now
             torch.cuda.synchronize(device)
             found = cls(memory, handle, host.rank, host.world_size)
         except (ImportError, AttributeError, RuntimeError) as error:

@@ -24,6 +24,9 @@ class CudaExecutor:
     Caches and graphs outlive reset() as long as the next request fits into them.
     """
 
+    ops: CudaOps  # these two from reset() on
+    graphs: StepGraphs
+
     def __init__(
         self,
         config: ModelConfig,
@@ -37,14 +40,16 @@ class CudaExecutor:
         self.device = weights.embedding.device
         self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
         self.captures = self.switches.own_attention and self.comm.capturable
-        self.cache: KVCache | None = None
+        self.cache = KVCache()
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums are float32 (ops.py)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        if self.cache and batch_size <= self.cache.batch_size and capacity <= self.cache.capacity:
+        if batch_size <= self.cache.batch_size and capacity <= self.cache.capacity:
             return
-        self.cache = self.ops = self.graphs = None  # the old ones make room before memory is asked for
+        self.cache = KVCache()  # what is old makes room before memory is asked for
+        for name in ("ops", "graphs"):
+            vars(self).pop(name, None)
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)

@@ -69,7 +69,8 @@ class _Captured:
         self.context_lengths = torch.zeros(size.sequences, dtype=torch.int32, device=device)
         self.output_rows = torch.zeros(size.sequences, dtype=torch.int64, device=device)
         self.cu_seqlens = torch.arange(size.sequences + 1, dtype=torch.int32, device=device)  # what decode steps have
-        self.rows, self.loaded_rows = 0, None
+        self.rows = 0
+        self.loaded_rows: Tensor | None = None
         static = replace(
             step,
             tokens=self.tokens,

@@ -121,7 +121,7 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
     elif choice.own_kernels:
         kernel = LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
     else:
-        kernel = LinearKernel(form, lambda x, out_dtype: int8_product(x.values, x.scale, q, scale, out_dtype))
+        kernel = LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
     if weight.input_scale is None and weight.smoother is not None and choice.comm.world_size > 1:
         return _with_scales_over_ranks(weight, choice.comm, kernel)
     return kernel
@@ -132,7 +132,7 @@ def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
     q, scale, form = weight.weight, weight.scale, StaticScale(weight.weight.dtype, weight.input_scale)
     if choice.own_kernels:
         return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
-    return LinearKernel(form, lambda x, out_dtype: fp8_product(x.values, x.scale, q, scale, out_dtype))
+    return LinearKernel(form, lambda x, out_dtype: fp8_product(*x.scaled, q, scale, out_dtype))
 
 
 def _integer_gemv(form: Form, stored: Tensor, scale: Tensor) -> LinearKernel:

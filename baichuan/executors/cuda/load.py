@@ -23,7 +23,8 @@ def load_on_gpu(record: Any, device: torch.device) -> Any:
     Raises UnsupportedError where they do not fit.
     """
     require_device_memory(sum(each.nbytes for each in tensors_of(record)), "the engine's weights", device)
-    local, pieces = threading.local(), []
+    local = threading.local()
+    pieces: list[tuple[Tensor, Tensor]] = []  # source, target
 
     def on_device(tensor: Tensor) -> Tensor:
         target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -54,7 +55,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple):
         return tuple(map_tensors(each, change) for each in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: map_tensors(each, change) for name, each in fields.items()})
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ from baichuan.executors.tensorrt.plan import require_gpus
 from baichuan.executors.tensorrt.plan_writer import BuildOptions, plan_memory, write_plan
 
 
-@dataclass(frozen=True)
 class TensorRtBackend:
     """executors.backend.Backend"""
 
-    name: str  # the Python module's, too
     title = "TensorRT"
     packed = False
-    flags = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
+    flags: tuple[str, ...] = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
+
+    def __init__(self, name: str):
+        self.name = name  # the Python module's, too
 
     def require_installed(self) -> None:
         load(self.name)

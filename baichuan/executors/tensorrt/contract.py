@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -84,11 +85,11 @@ class Contract:
                 Profile(each["name"], {name: tuple(sizes) for name, sizes in each["sizes"].items()})
                 for each in values["profiles"]
             )
-            rest = {key: values[key] for key in ("module", "version", "kv_mode", "capacity")}
-            lists = {key: tuple(values[key]) for key in ("targets", "debug")}
+            rest: dict[str, Any] = {key: values[key] for key in ("module", "version", "kv_mode", "capacity")}
+            rest |= {key: tuple(values[key]) for key in ("targets", "debug")}
         except (KeyError, TypeError) as error:
             raise EngineError(f"the engine's TensorRT contract is incomplete ({error}); build it again") from None
-        return Contract(**rest, **specs, profiles=profiles, **lists)
+        return Contract(inputs=specs["inputs"], outputs=specs["outputs"], profiles=profiles, **rest)
 
 
 FREE_SLOT = 1 << 30  # key position of a slot that holds nothing: later than any query
@@ -98,6 +99,8 @@ def make_contract(config: ModelConfig, quant: QuantConfig, build: BuildConfig, m
     """The interface of a plan for these settings."""
     grows = quant.kv_cache != "none"
     heads, head_dim = config.num_heads // build.world_size, config.head_dim
+    past: tuple[int | str, ...]
+    present: tuple[int | str, ...]
     if grows:
         kv_dtype = str(KV_DTYPES[quant.kv_cache]).removeprefix("torch.")
         past, present = (("past", "batch", heads, head_dim), ("new", "batch", heads, head_dim))

@@ -19,7 +19,9 @@ COLOURS = {
 
 def write_svg(graph: Graph, path: Path) -> None:
     """Every input and layer of the network with its type and shape, and a curve from each to those that read it."""
-    network, rows, lines, curves = graph.network, {}, [], []
+    network, rows = graph.network, {}
+    lines: list[str] = []
+    curves: list[str] = []
 
     def add_row(kind: str, name: str, tensor) -> int:
         row = len(lines)

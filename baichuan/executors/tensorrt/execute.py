@@ -12,7 +12,7 @@ from torch import Tensor
 from baichuan.errors import UnsupportedError
 from baichuan.executors.memory import require_device_memory
 from baichuan.executors.tensorrt.contract import Contract, TensorSpec
-from baichuan.executors.tensorrt.kv_buffers import kv_buffers
+from baichuan.executors.tensorrt.kv_buffers import GrowingBuffers, InPlaceBuffers, kv_buffers
 from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_runs
 from baichuan.executors.tensorrt.plan import Plan, open_plan
 from baichuan.parallel.comm import Communicator
@@ -34,9 +34,10 @@ def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: S
 class TensorRtExecutor:
     """executors.base.Executor over one rank's plan."""
 
+    cache: InPlaceBuffers | GrowingBuffers  # from reset() on
+
     def __init__(self, plan: Plan, contract: Contract):
         self.plan, self.contract, self.device = plan, contract, plan.device
-        self.cache = None
 
     def reset(self, batch_size: int, capacity: int) -> None:
         largest = self.contract.profiles[GENERATION].largest("batch")
@@ -45,7 +46,7 @@ class TensorRtExecutor:
                 f"{batch_size} sequences of {capacity} tokens do not fit a plan for {largest} of "
                 f"{self.contract.capacity}; ask for less, or build with larger limits"
             )
-        self.cache = None  # the old cache makes room before the new one is asked for
+        vars(self).pop("cache", None)  # the old cache makes room before the new one is asked for
         if self.device.type == "cuda":
             size = self.contract.cache_bytes(batch_size)
             require_device_memory(size, f"a KV cache of {batch_size} x {self.contract.capacity} tokens", self.device)
@@ -59,9 +60,10 @@ class TensorRtExecutor:
         fits = step.batch_size <= context.largest("batch")
         max_new = context.largest("new") if fits else 1
         max_outputs = context.largest("outputs") if fits else step.batch_size
-        vocab_size = self.contract.outputs[-1].shape[-1]
+        vocab_size = int(self.contract.outputs[-1].shape[-1])
         logits = torch.empty(step.output_rows.shape[0], vocab_size, device=self.device)
         for run in prefill_runs(step, max_new, max_outputs):
+            assert run.destinations is not None, "a prefill's runs say whose outputs they have"
             logits[run.destinations] = self._run(run)[: run.destinations.shape[0]].float()
         return logits
 

@@ -43,7 +43,7 @@ class TensorRtOps(ComposedOps):
         self.graph, self.inputs, self.build = graph, inputs, build
         self.ranks, self.capacity = build.world_size, build.max_seq_len
         self.mask = None  # made by the first layer, shared by all
-        self.tables = None  # cos and sin
+        self.tables: tuple[Any, Any] | None = None  # cos and sin
         self.residuals: list[Any] = []  # of every norm, in order
 
     def embedding(self, tokens, weight):
@@ -68,8 +68,8 @@ class TensorRtOps(ComposedOps):
         q, k, v = (g.take(qkv, part, axis=0) for part in range(3))  # each [batch, heads, new, head_dim]
         q = g.cast(q, torch.float32)
         if spec.rotary:
-            k = g.cast(k, torch.float32)
-            q, k = (g.rotary(each, *self._rope(spec), step.positions, spec.head_dim) for each in (q, k))
+            k, (cos, sin) = g.cast(k, torch.float32), self._rope(spec)
+            q, k = (g.rotary(each, cos, sin, step.positions, spec.head_dim) for each in (q, k))
         q = g.binary("PROD", q, g.scalar(spec.head_dim**-0.5, q))
         q, k = g.cast(q, dtype), g.cast(k, dtype)
         update = self._update_in_place if cache.k_scale is None else self._grow
@@ -108,7 +108,8 @@ class TensorRtOps(ComposedOps):
 
     def _rope(self, spec: AttentionSpec):
         if self.tables is None:
-            self.tables = tuple(map(self.graph.constant, position.rope_table(self.capacity, spec.head_dim)))
+            cos, sin = position.rope_table(self.capacity, spec.head_dim)
+            self.tables = self.graph.constant(cos), self.graph.constant(sin)
         return self.tables
 
     def _update_in_place(self, new, past, present: str, _):
@@ -153,7 +154,9 @@ def lower(
     inputs = {each.name: graph.input(each.name, each.torch_dtype, _dims(each)) for each in contract.inputs}
     ops = TensorRtOps(graph, inputs, build)
     caches = [_layer_tensors(graph, inputs, index, layer) for index, layer in enumerate(weights.layers)]
-    nothing = dict(cu_seqlens=None, context_lengths=None, max_new_tokens=0, max_context_length=0)  # padded, not packed
+    nothing: dict[str, Any] = dict(
+        cu_seqlens=None, context_lengths=None, max_new_tokens=0, max_context_length=0
+    )  # padded, not packed
     step = Step(inputs["input_ids"], inputs["positions"], output_rows=inputs["output_rows"], **nothing)
     logits = forward(ops, config, weights, caches, spec, step)
     graph.output(graph.cast(logits, getattr(torch, build.logits_dtype)), "logits")
@@ -184,9 +187,6 @@ def _dims(spec: TensorSpec) -> tuple[int, ...]:
 
 def _layer_tensors(graph: Graph, inputs: dict[str, Any], index: int, layer: LayerWeights) -> LayerTensors:
     names = f"k.{index}", f"v.{index}"
-    return LayerTensors(
-        *(inputs[f"past_{name}"] for name in names),
-        *(f"present_{name}" for name in names),
-        layer.k_scale,
-        layer.v_scale,
-    )
+    past_k, past_v = (inputs[f"past_{name}"] for name in names)
+    present_k, present_v = (f"present_{name}" for name in names)
+    return LayerTensors(past_k, past_v, present_k, present_v, layer.k_scale, layer.v_scale)

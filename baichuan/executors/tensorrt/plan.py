@@ -51,12 +51,13 @@ class Plan:
 
     def run(self) -> None:
         """Enqueue the bound tensors' run, after the work of PyTorch's current stream and before its next."""
-        caller = self.stream and torch.cuda.current_stream(self.device)
-        if caller:
-            self.stream.wait_stream(caller)
+        if self.stream is None:
+            self._check(self.context.execute_async_v3(self._handle), "the run")
+            return
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
         self._check(self.context.execute_async_v3(self._handle), "the run")
-        if caller:
-            caller.wait_stream(self.stream)
+        caller.wait_stream(self.stream)
 
     @property
     def _handle(self) -> int:
@@ -102,7 +103,7 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
         if not context.set_communicator(capsule):
             raise UnsupportedError(f"{api.name} {api.version} takes no NCCL communicator; build with --backend torch")
     plan = Plan(api, context, device, torch.cuda.Stream(device), (runtime, engine, config, capsule))
-    if cache:  # kernels are compiled while the plan runs, too
+    if cache and cache_path:  # kernels are compiled while the plan runs, too
         weakref.finalize(plan, _save_cache, cache, cache_path)
     return plan
 

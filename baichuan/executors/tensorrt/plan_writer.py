@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import ConfigError, UnsupportedError
@@ -163,9 +164,11 @@ def _mark_debug(graph: Graph, residuals: Sequence) -> tuple[str, ...]:
 
 
 def _writer(api: Api, file):
-    class Writer(api.trt.IStreamWriter):
+    base: Any = api.trt.IStreamWriter
+
+    class Writer(base):
         def __init__(self):
-            api.trt.IStreamWriter.__init__(self)
+            base.__init__(self)
             self.failure: OSError | None = None
 
         def write(self, data):
@@ -179,11 +182,13 @@ def _writer(api: Api, file):
 
 
 def _monitor(api: Api, progress: Progress):
-    class Monitor(api.trt.IProgressMonitor):
+    base: Any = api.trt.IProgressMonitor
+
+    class Monitor(base):
         """Counts the steps of the outermost phase."""
 
         def __init__(self):
-            api.trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self.outermost = None
 
         def phase_start(self, name, parent, steps):

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def read_fp8_scales(path: Path, num_layers: int) -> list[LayerScales]:
 
 def write_fp8_scales(path: Path, layers: list[LayerScales]) -> None:
     """The inverse of read_fp8_scales."""
-    values = {}
+    values: dict[str, Any] = {}
     for index, layer in enumerate(layers):
         for kind, scales in (("activation", layer.activation), ("weights", layer.weights)):
             for module, scale in scales.items():

@@ -15,7 +15,7 @@ from baichuan.config import ModelConfig, QuantConfig
 from baichuan.weights.shard import LINEARS
 
 CONFIG_NAME = "config.ini"
-STORAGE_TYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}  # config.ini's weight_data_type
+STORAGE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}  # config.ini's weight_data_type
 FLOAT32, INT8 = np.dtype("<f4"), np.dtype("i1")
 
 GLOBAL_NAMES = {

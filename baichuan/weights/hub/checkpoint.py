@@ -139,7 +139,8 @@ def _open_shards(folder: Path, form: Format) -> dict[str, TensorSource]:
     where = read_json_object(path, MAX_CONFIG_BYTES).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to files; download it again")
-    tensors, homes = {}, {}
+    tensors: dict[str, TensorSource] = {}
+    homes: dict[str, str] = {}  # the shard of each tensor
     for shard in sorted(set(where.values())):
         if shard != Path(shard).name or shard in ("", "..") or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{path} points at {shard!r}; a shard is a file of the same folder")
