@@ -220,7 +220,7 @@ def open_sides(
     tell_apart(sides)
     if args.test_hf:
         near = session.executor.device if engines else None
-        hf_side = only_rank_zero(comm, lambda: open_hf(args, *hf, near))
+        hf_side = only_rank_zero(comm, lambda: hf and open_hf(args, *hf, near))
         sides += [hf_side] if hf_side else []
     return sides
 
