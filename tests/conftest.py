@@ -1,6 +1,7 @@
 """Before any test is imported: kernels run in Triton's interpreter where there is no GPU, programs that tests start
 find the project where it is not installed, and tests of libraries that a GPU machine may lack are left out there."""
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,3 +29,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("released_tokenizers"):
             item.add_marker(pytest.mark.skip(reason=NO_RELEASED_TOKENIZERS))
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """A script's --log_level ends with its test."""
+    yield
+    logging.getLogger("baichuan").setLevel(logging.NOTSET)
