@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import build
 import hf_baichuan_convert
@@ -15,7 +17,7 @@ import run
 import summarize
 from baichuan.cli.common import Parser
 from baichuan.config import VERSIONS
-from demo import lessons, train
+from demo import lessons, speed, train
 
 WIDTH = 100  # columns of a command; the tables keep to them too
 QUESTIONS = {"fp32": "世界上第二高的山峰是哪座？", "int4_weight_only": "How many legs does a spider have?"}  # by engine
@@ -24,6 +26,12 @@ PRECISIONS = {  # engine folder: what build.py is told besides
     "int8_weight_only": ["--use_weight_only"],
     "int4_weight_only": ["--use_weight_only", "--weight_only_precision", "int4"],
     "smooth_quant": ["--use_smooth_quant", "--per_token", "--per_channel"],
+}
+LARGER = ["--n_layer", "8", "--n_embd", "1024", "--n_head", "16", "--inter_size", "2752", "--vocab_size", "16000"]
+SPEED_PRECISIONS = {
+    "fp32": ["--dtype", "float32"],
+    "fp16": ["--dtype", "float16"],
+    **{name: PRECISIONS[name] for name in ("int8_weight_only", "int4_weight_only")},
 }
 
 
@@ -34,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_version", choices=tuple(VERSIONS), default="v1_13b", help="which Baichuan it is")
     args, start = parser.parse_args(argv), time.monotonic()
     out: Path = args.output_dir
-    for step in (make_checkpoint, make_engines, ask, measure):
+    for step in (make_checkpoint, make_engines, ask, measure, measure_speed):
         step(args)
     took = time.monotonic() - start
     say(f"That took {took // 60:.0f} min {took % 60:.0f} s. Charts and texts: open {out / 'index.html'} in a browser")
@@ -80,6 +88,15 @@ def measure(args: argparse.Namespace) -> None:
     call(summarize.main, "summarize.py", [*sides, *data, *shape])
 
 
+def measure_speed(args: argparse.Namespace) -> None:
+    say("5. Speed where weights outgrow the cache: a larger model of random weights, which nobody has to train")
+    folders = [str(args.output_dir / "speed" / name) for name in SPEED_PRECISIONS]
+    for folder, precision in zip(folders, SPEED_PRECISIONS.values(), strict=True):
+        sizes = ["--model_version", args.model_version, *LARGER]
+        call(build.main, "build.py", [*sizes, *precision, "--no_self_check", "--output_dir", folder])
+    call(speed.main, "demo/speed.py", ["--engine_dir", *folders])
+
+
 def relative(path: Path) -> Path:
     """As one would type it here."""
     here = Path.cwd()
@@ -87,7 +104,8 @@ def relative(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    print(f"\n=== {text}\n", flush=True)
+    lines = textwrap.wrap(text, WIDTH, initial_indent="=== ", subsequent_indent="    ")
+    print("", *lines, "", sep="\n", flush=True)
 
 
 def call(script: Callable[[list[str]], int], name: str, argv: list[str]) -> None:
@@ -98,18 +116,25 @@ def call(script: Callable[[list[str]], int], name: str, argv: list[str]) -> None
 
 
 def command_lines(words: list[str]) -> list[str]:
-    """A command after a prompt, in lines that a shell reads as one; a flag and its values stay together."""
+    """A command after a prompt, in lines that a shell reads as one; a flag and its first value stay together."""
     parts: list[str] = []
     for word in words:
-        parts += [shlex.quote(word)] if word.startswith("-") or not parts else [f"{parts.pop()} {shlex.quote(word)}"]
+        follows_flag = len(parts) > 1 and parts[-1].startswith("-") and " " not in parts[-1]
+        value = not word.startswith("-") and (follows_flag or len(parts) == 1)
+        parts += [f"{parts.pop()} {shlex.quote(word)}"] if value else [shlex.quote(word)]
     lines = ["$ " + parts[0]]
     for part in parts[1:]:
-        if len(lines[-1]) + len(part) + 3 <= WIDTH:
+        if columns(lines[-1]) + columns(part) + 3 <= WIDTH:
             lines[-1] += " " + part
         else:
             lines[-1] += " \\"
             lines.append("      " + part)
     return lines
+
+
+def columns(text: str) -> int:
+    """That a terminal shows it in: Chinese characters take two."""
+    return sum(2 if east_asian_width(each) in "WF" else 1 for each in text)
 
 
 if __name__ == "__main__":

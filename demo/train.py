@@ -43,7 +43,8 @@ SIZES: dict[bool, dict[str, Any]] = {  # by VERSIONS' rotary
     False: dict(hidden_size=320, num_heads=10),
 }
 PEAK_LEARNING_RATE = 4e-3
-SEED, STEPS = 0, 120
+SEED = 0
+STEPS = {True: 240, False: 120}  # by VERSIONS' rotary, with which attention takes longer to learn
 IGNORED = -100  # cross_entropy's label for padding
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_model_version(parser, "which Baichuan it becomes", "v1_13b")
     parser.add_argument("--output_dir", required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS[False]}, of a 7B {STEPS[True]})")
     return run_script(parser, argv, train)
 
 
@@ -65,7 +66,8 @@ def train(args: argparse.Namespace, comm: Communicator) -> int:
         articles = lessons.read_articles()
         (staged / MODEL_NAME).write_bytes(train_tokenizer(articles, VERSIONS[args.model_version].norm_head))
         batches = lessons.batches(articles, Tokenizer(staged), SEED)
-        model = fit(args.model_version, itertools.islice(batches, args.steps), args.steps)
+        steps = STEPS[VERSIONS[args.model_version].rotary] if args.steps is None else args.steps
+        model = fit(args.model_version, itertools.islice(batches, steps), steps)
         save(model, args.model_version, staged)
         staged.chmod(0o755)
         os.rename(staged, output)

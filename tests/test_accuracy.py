@@ -15,13 +15,14 @@ from baichuan.config import QuantConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.records import ModelWeights
 from benchmarks import accuracy
+from demo import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTICLES = str(ROOT / "demo/articles.jsonl")
 UNSEEN = str(ROOT / "benchmarks/unseen.txt")
-VERSION, STEPS = "v2_7b", 120
+VERSION, STEPS = "v2_7b", train.STEPS[True]
 INT8 = "INT8 weight-only"
 INT4 = "INT4 weight-only, groups of 64"
 INT4_PER_CHANNEL = "INT4 weight-only, per channel"

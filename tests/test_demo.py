@@ -11,6 +11,7 @@ import pytest
 import torch
 from demo_checkpoint import demo_checkpoint
 from sentencepiece import SentencePieceProcessor
+from tiny_engine import engine
 
 import weight
 from baichuan.config import DTYPES, VERSIONS, QuantConfig, SamplingConfig
@@ -23,7 +24,7 @@ from baichuan.hf_model.modeling import load_hf_model
 from baichuan.text import chat
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.config_json import read_json_object, read_model_config
-from demo import lessons, train
+from demo import lessons, speed, train
 from demo.__main__ import command_lines
 
 STEPS = 2  # enough to see the loss fall
@@ -137,6 +138,16 @@ def test_two_steps_lower_the_loss_and_the_folder_loads(version):
             torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-4)
 
 
+def test_speeds_are_of_every_engine_and_transformers_in_one_table(capsys):
+    folders = [str(engine("v1_7b").folder), str(engine("v1_7b", 1, "int8").folder)]
+    assert speed.main(["--engine_dir", *folders, "--output_len", "4", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("engine, float32", "Hugging Face"))]
+    assert len(rows) == 3 and max(map(len, lines)) <= 100
+    assert rows[2][-1] == "1.00" and all(float(row[-3]) > 0 for row in rows)
+    assert float(rows[0][-1]) == pytest.approx(float(rows[0][-3]) / float(rows[2][-3]), rel=0.05)
+
+
 def test_an_existing_folder_is_kept(capsys):
     folder = checkpoint("v1_7b")
     assert train.main(["--model_version", "v1_7b", "--output_dir", str(folder), "--steps", "1"]) == 2
@@ -149,7 +160,7 @@ def test_an_existing_folder_is_kept(capsys):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_trained_model_answers(version):
     """It knows the articles and the questions, and recognises most events of which it reads in other words."""
-    trained = Answers(demo_checkpoint(version, train.STEPS), version)
+    trained = Answers(demo_checkpoint(version, train.STEPS[VERSIONS[version].rotary]), version)
     assert trained.share_known(articles()) >= 0.9
     retold = [row for row in held_out() if row["id"].endswith("-retold")]
     assert len(retold) == len(articles()) and trained.share_known(retold) >= 0.6

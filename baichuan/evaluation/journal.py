@@ -32,6 +32,7 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
             for tasks in batches:
                 evaluation.run(tasks)
                 if shows and len(evaluation.done) == 1:
+                    progress.clear()
                     show_first(evaluation)
                 if output_dir and time.monotonic() >= next_save and len(evaluation.done) < len(batches):
                     start = time.monotonic()

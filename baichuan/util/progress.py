@@ -31,6 +31,11 @@ class Progress:
             left_s = (self._last - self._start) * (self.total - self.done) / max(self.done, 1)
             logger.info("%s: %.0f %%, %.0f s left", self.label, 100 * self.done / self.total, left_s)
 
+    def clear(self) -> None:
+        """Makes room for other output; the next advance draws the bar again."""
+        if self._bar:
+            self._bar.clear()
+
     def __enter__(self) -> Progress:
         return self
 
