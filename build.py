@@ -38,7 +38,9 @@ CHECK_TEXT = "世界上第二高的山峰是哪座？"
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, f"must agree with the checkpoint (default: what it proves; dummies: {DUMMY_VERSION})")
+    add_model_version(
+        parser, f"must agree with the checkpoint (default: found from its files; dummy weights: {DUMMY_VERSION})"
+    )
     build_flags.add_flags(parser)
     return run_script(parser, argv, build)
 

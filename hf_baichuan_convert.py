@@ -30,30 +30,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--in-file", "--in_file", "-i", required=True, help="checkpoint: a folder, or the hub's id")
-    parser.add_argument("--out-dir", "--out_dir", "-o", required=True, help="the folder written is OUT_DIR/{tp}-gpu")
+    parser.add_argument(
+        "--in-file", "--in_file", "-i", required=True, help="checkpoint in Hugging Face format: a folder or a hub id"
+    )
+    parser.add_argument("--out-dir", "--out_dir", "-o", required=True, help="write the folder OUT_DIR/{tp}-gpu")
     parser.add_argument(
         "--tensor-parallelism",
         "--tensor_parallelism",
         "-tp",
         type=int,
         default=ConvertRequest.tp_size,
-        help="ranks of the engine",
+        help="number of ranks of the engine",
     )
-    parser.add_argument("--processes", "-p", type=int, default=ConvertRequest.processes, help="processes that write")
+    parser.add_argument(
+        "--processes", "-p", type=int, default=ConvertRequest.processes, help="number of processes that write"
+    )
     parser.add_argument(
         "--calibrate-kv-cache",
         "--calibrate_kv_cache",
         "-kv",
         action="store_true",
-        help="scales for an INT8 or FP8 KV cache, and for FP8 weights",
+        help="calibrate the scales for an INT8 or FP8 KV cache and for FP8 weights",
     )
     parser.add_argument(
         "--smoothquant",
         "-sq",
         type=float,
         metavar="ALPHA",
-        help="SmoothQuant of this strength, in [0, 1]; KV scales too",
+        help="calibrate for SmoothQuant with this strength, 0 to 1, and the KV cache as well",
     )
     parser.add_argument(
         "--storage-type",
@@ -61,17 +65,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "-t",
         choices=tuple(STORAGE_TYPES),
         default=ConvertRequest.storage_type,
-        help="of weights that are not quantised",
+        help="data type of weights that are not quantised",
     )
-    add_model_version(parser, "must agree with the checkpoint (default: what it proves)")
+    add_model_version(parser, "must agree with the checkpoint (default: found from its files)")
     add_device(parser, "calibrates")
     parser.add_argument(
         "--calib_dataset",
         default=DEFAULT_DATASET,
-        help="texts: a json, jsonl, csv, parquet or txt file, or the hub's id of a data set",
+        help="texts: a json, jsonl, csv, parquet or txt file, or the hub id of a data set",
     )
-    parser.add_argument("--calib_size", type=int, default=512, help="texts to calibrate on")
-    parser.add_argument("--calib_max_length", type=int, default=512, help="tokens of a text, the rest is cut off")
+    parser.add_argument("--calib_size", type=int, default=512, help="number of texts")
+    parser.add_argument("--calib_max_length", type=int, default=512, help="tokens per text; the rest is cut off")
 
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:

@@ -39,30 +39,34 @@ logger = logging.getLogger("baichuan.run")
 DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
 FILE_FLAGS = ("input_tokens", "output_csv", "output_npy", "output_logits_npy")
 SAMPLING_FLAGS = {
-    "num_beams": "continuations that beam search keeps; 1 = sample, or take the likeliest with --top_k 1",
-    "top_k": "sample from this many likeliest tokens; 0 = all",
-    "top_p": "sample from the likeliest tokens with this probability together; 0 or 1 = all",
-    "temperature": "divides the logits: below 1 is bolder, 0 = greedy",
-    "repetition_penalty": "over 1 makes tokens that were there less likely",
-    "length_penalty": "beam search: over 0 favours longer continuations",
+    "num_beams": "beams of beam search; 1 means sampling, or greedy decoding with --top_k 1",
+    "top_k": "sample from this many of the likeliest tokens; 0 means all",
+    "top_p": "sample from the likeliest tokens that together have this probability; 0 or 1 means all",
+    "temperature": "lower values favour likely tokens more; 0 means greedy decoding",
+    "repetition_penalty": "values above 1 make tokens that occurred before less likely",
+    "length_penalty": "beam search: values above 0 favour longer continuations",
     "random_seed": "the same seed gives the same text",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, "the engine must be of it")
-    parser.add_argument("--max_output_len", type=int, required=True, help="tokens of the continuation at most")
-    parser.add_argument("--engine_dir", default=ENGINE_DIR, help="folder that build.py wrote")
-    parser.add_argument("--tokenizer_dir", help="for an engine without a tokenizer: the checkpoint's folder or hub id")
+    add_model_version(parser, "must agree with the engine, which knows its version")
+    parser.add_argument("--max_output_len", type=int, required=True, help="most new tokens")
+    parser.add_argument("--engine_dir", default=ENGINE_DIR, help="engine folder written by build.py")
+    parser.add_argument(
+        "--tokenizer_dir", help="checkpoint folder or hub id; only needed if the engine has no tokenizer"
+    )
     parser.add_argument("--input_text", nargs="+", help=f"one prompt or several (default: {DEFAULT_TEXT})")
-    parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with a row each, or FILE.npy")
-    parser.add_argument("--output_csv", help="file for prompt and continuation as ids, a row each")
-    parser.add_argument("--output_npy", help="the same as an int32 array, padded")
-    parser.add_argument("--output_logits_npy", help="file for the logits each token was chosen from, float32")
-    parser.add_argument("--streaming", action="store_true", help="print the text as it is made")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message; none: a conversation")
-    parser.add_argument("--system", help="chat: what the model is told first")
+    parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with one row per prompt, or FILE.npy")
+    parser.add_argument("--output_csv", help="write prompt and continuation as ids, one row per prompt")
+    parser.add_argument("--output_npy", help="write the same as a padded int32 array")
+    parser.add_argument("--output_logits_npy", help="write the logits from which each token was chosen, float32")
+    parser.add_argument("--streaming", action="store_true", help="print the text while it is generated")
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a user message; without a prompt, hold a conversation"
+    )
+    parser.add_argument("--system", help="chat: system message")
     add_device(parser, "runs the engine")
     add_weight_copies(parser)
     group = parser.add_argument_group(

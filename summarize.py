@@ -13,16 +13,13 @@ from typing import Any
 import torch
 
 from baichuan.cli.common import (
-    ENGINE_DIR,
     Parser,
-    add_device,
-    add_model_version,
-    add_weight_copies,
     check_device,
     only_rank_zero,
     run_script,
 )
-from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, SamplingConfig, to_json
+from baichuan.cli.summarize_flags import DTYPES, add_flags, check_flags, request_of
+from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine, check_world, read_engine
 from baichuan.engine.runtime import open_session
 from baichuan.engine.self_check import float32_bytes
@@ -35,58 +32,23 @@ from baichuan.evaluation.sides import EngineSide, HfSide, Side, check_hf_samplin
 from baichuan.evaluation.summary import Evaluation, Request, check_tasks
 from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
-from baichuan.executors.device import DEVICES, resolve_device
+from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import require_host_memory
 from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
 from baichuan.weights.hub.config_json import read_model_config
+from baichuan.weights.hub.version import require_tokenizer
 
 logger = logging.getLogger("baichuan.summarize")
 
 BELOW_THRESHOLD = 1  # exit code
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, "engine and checkpoint must be of it")
-    sides = parser.add_argument_group("sides: either or both")
-    sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
-    sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
-    sides.add_argument(
-        "--engine_dir", nargs="+", default=[ENGINE_DIR], help="folders that build.py wrote: one side each"
-    )
-    sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
-    sides.add_argument("--tokenizer_dir", help="tokenizer.model or its folder, where engine and checkpoint have none")
-    sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="of the transformers model")
-    add_device(sides, "runs the engine and the transformers model")
-    add_weight_copies(sides)
-    sides.add_argument("--hf_device", choices=DEVICES, help="of the transformers model (default: --device)")
-    work = parser.add_argument_group("articles")
-    work.add_argument(
-        "--dataset_path", help="json, jsonl, csv or parquet file or folder; none: the hub's cnn_dailymail"
-    )
-    work.add_argument("--batch_size", type=int, default=DEFAULTS.batch_size, help="articles of one batch")
-    work.add_argument("--max_ite", type=int, default=DEFAULTS.max_iterations, help="batches at most")
-    work.add_argument("--output_len", type=int, default=DEFAULTS.output_len, help="tokens of a summary at most")
-    work.add_argument(
-        "--max_input_length", type=int, default=DEFAULTS.max_input_length, help="tokens of a prompt: its last ones"
-    )
-    choice = parser.add_argument_group("decoding, the same on both sides")
-    choice.add_argument("--num_beams", type=int, default=DEFAULTS.sampling.num_beams, help="1 = no beam search")
-    choice.add_argument("--top_k", type=int, default=DEFAULTS.sampling.top_k, help="1 = greedy, 0 = all tokens")
-    choice.add_argument("--top_p", type=float, default=DEFAULTS.sampling.top_p, help="0 or 1 = all tokens")
-    for name in ("temperature", "repetition_penalty", "length_penalty"):
-        choice.add_argument(f"--{name}", type=float, default=getattr(DEFAULTS.sampling, name))
-    choice.add_argument("--random_seed", type=int, default=DEFAULTS.sampling.random_seed)
-    judging = parser.add_argument_group("judging")
-    judging.add_argument("--eval_ppl", action="store_true", help="perplexity of articles with their highlights")
-    judging.add_argument("--check_accuracy", action="store_true", help="exit code 1 if the engine's ROUGE-1 is too low")
-    judging.add_argument("--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="for --check_accuracy")
-    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and the report")
+    add_flags(parser)
     return run_script(parser, argv, summarize)
 
 
@@ -98,7 +60,7 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     check_limits(args, request, engines)
     hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
-    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines))
+    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))
     loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
     tasks, data_settings = comm.broadcast_object(loaded)
     scoring = args.eval_ppl or (args.test_trt_llm and args.test_hf)
@@ -133,32 +95,6 @@ def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
     return engines
 
 
-def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
-    """Raise ConfigError for flags that exclude or lack each other."""
-    if not (args.test_trt_llm or args.test_hf):
-        raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
-    if args.test_hf and not args.hf_model_dir:
-        raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
-    if args.check_accuracy and not args.test_trt_llm:
-        raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
-    if comm.world_size > 1 and not args.test_trt_llm:
-        raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
-
-
-def request_of(args: argparse.Namespace) -> Request:
-    """Raises ConfigError for values out of range."""
-    sampling = SamplingConfig(
-        num_beams=args.num_beams,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        temperature=args.temperature,
-        repetition_penalty=args.repetition_penalty,
-        length_penalty=args.length_penalty,
-        random_seed=args.random_seed,
-    )
-    return Request(sampling, args.batch_size, args.max_ite, args.output_len, args.max_input_length, args.eval_ppl)
-
-
 def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
     """Raise a BaichuanError for what no side could do whatever the articles are, before anything is loaded."""
     for engine in engines:
@@ -179,7 +115,7 @@ def prepared_folder(output_dir: str | None) -> Path | None:
     return folder
 
 
-def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine]) -> Tokenizer:
+def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model: ModelConfig | None) -> Tokenizer:
     """The engines' own, which another one that is given must equal; or else --tokenizer_dir's or the checkpoint's."""
     owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
     given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
@@ -188,7 +124,10 @@ def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine]) -> Token
         folder = None
     if not engines:
         assert folder is not None, "check_flags has required one"
-        return Tokenizer(folder)
+        tokenizer = Tokenizer(folder)
+        if hf_model:
+            require_tokenizer(tokenizer, str(given), hf_model)
+        return tokenizer
     fallback = folder or (owner.folder if owner else None)  # for engines without one
     texts = [open_text(each, folder if MODEL_NAME in each.text_files else fallback) for each in engines]
     return [require_text(*pair) for pair in zip(engines, texts, strict=True)][0]

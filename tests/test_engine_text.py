@@ -76,6 +76,12 @@ def test_another_tokenizer_is_refused(engine, capsys):
     refused(summarize.main, given, sentence, capsys)
 
 
+def test_a_foreign_tokenizer_is_not_given_to_transformers_alone(capsys):
+    given = ["--test_hf", "--hf_model_dir", str(goldens.checkpoint(VERSION)), "--data_type", "fp32"]
+    sentence = "is not of a v2_13b model: tokenizer.model with a space before the text"
+    refused(summarize.main, [*given, "--tokenizer_dir", str(goldens.checkpoint(OTHER))], sentence, capsys)
+
+
 @pytest.mark.parametrize("name", TEXT_FILES)
 def test_a_changed_text_file_is_refused(engine, tmp_path, capsys, name):
     shutil.copytree(engine, tmp_path / "engine")

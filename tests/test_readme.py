@@ -128,7 +128,7 @@ def test_every_command_runs(checkpoints, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "code", "sentence"),
     [
-        (lambda words: [*words, "--dtyp", "float16"], 2, "unrecognized arguments: --dtyp float16"),
+        (lambda words: [*words, "--dtyp", "float16"], 2, "unrecognized arguments: --dtyp, did you mean --dtype?"),
         (lambda words: [*words, "--world_size", "3"], 2, "num_heads 10 is not divisible by"),
         (lambda words: [*words, "--model_version", "v2_7b"], 2, "contradicts"),
     ],

@@ -114,6 +114,16 @@ def last_line(capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def test_build_refuses_a_resized_second_version_as_the_first(tmp_path, capsys):
+    """Refused by config.json alone: no weights are needed."""
+    values = hub_folders.hub_values(replace(PRESETS["v2_13b"], vocab_size=125760))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").touch()
+    assert build.main(build_flags(tmp_path, tmp_path / "engine", "--model_version", "v1_13b")) == 2
+    sentence = "vocab_size 125760 (fits v2_7b, v2_13b); use --model_version v2_13b"
+    assert sentence in last_line(capsys) and not (tmp_path / "engine").exists()
+
+
 def test_build_refuses_another_version(tmp_path, capsys):
     folder = checkpoint(tmp_path, "v1_13b", "v1")
     assert build.main(build_flags(folder, tmp_path / "engine", "--model_version", "v2_13b")) == 2

@@ -52,27 +52,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model_dir", help="checkpoint in the hub's format: a folder, or an id such as baichuan-inc/..."
+        "--model_dir",
+        help="checkpoint in Hugging Face format: a folder or a hub id such as baichuan-inc/Baichuan2-7B-Chat",
     )
-    group.add_argument("--bin_model_dir", help="folder that hf_baichuan_convert.py wrote, e.g. OUT/1-gpu")
-    group.add_argument("--dtype", choices=DTYPES, default="float16", help="of activations and of dense weights")
+    group.add_argument("--bin_model_dir", help="calibrated folder written by hf_baichuan_convert.py, such as OUT/1-gpu")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float16",
+        help="data type of activations and of weights that are not quantised",
+    )
     for flag, field in SIZE_FLAGS.items():
-        group.add_argument(f"--{flag}", type=int, help=f"{field} of dummy weights (default: the version's)")
-    group.add_argument("--hidden_act", choices=("silu",), help="activation of the MLP")
+        group.add_argument(f"--{flag}", type=int, help=f"{field} of dummy weights (default: that of the version)")
+    group.add_argument("--hidden_act", choices=("silu",), help="activation function of the MLP")
 
 
 def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     for name, text in {
-        "world_size": "ranks, one a GPU: tensor parallelism",
-        "max_batch_size": "sequences of one call",
-        "max_input_len": "tokens of a prompt",
-        "max_output_len": "tokens of a continuation",
-        "max_beam_width": "beams of a sequence",
-        "max_num_tokens": "tokens that go through the model at once; 0 = max_batch_size * max_input_len",
+        "world_size": "number of ranks (tensor parallelism), one per GPU",
+        "max_batch_size": "most sequences per call",
+        "max_input_len": "most tokens per prompt",
+        "max_output_len": "most new tokens per sequence",
+        "max_beam_width": "most beams per sequence",
+        "max_num_tokens": "most tokens in one pass through the model; 0 means max_batch_size * max_input_len",
     }.items():
         group.add_argument(f"--{name}", type=int, default=_BUILD[name], help=text)
-    group.add_argument("--gpus_per_node", type=int, default=8, help="an engine's ranks all run on one node")
+    group.add_argument(
+        "--gpus_per_node",
+        type=int,
+        default=8,
+        help="upper limit of --world_size: all ranks of an engine run on one node",
+    )
 
 
 def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,14 +92,14 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("auto", *BACKEND_NAMES),
         default="auto",
-        help="torch: runs on CPUs and GPUs (auto); tensorrt, tensorrt_rtx: a TensorRT plan a rank",
+        help="auto means torch, which runs on CPUs and GPUs; the others write one TensorRT plan per rank",
     )
-    group.add_argument("--output_dir", default=ENGINE_DIR, help="the engine folder")
+    group.add_argument("--output_dir", default=ENGINE_DIR, help="folder for the engine")
     group.add_argument(
         "--logits_dtype",
         choices=("float16", "float32"),
         default=_BUILD["logits_dtype"],
-        help="precision that logits are rounded to",
+        help="precision to which logits are rounded",
     )
     for name in ("gpt_attention_plugin", "gemm_plugin"):
         group.add_argument(
@@ -97,7 +108,7 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
             choices=SWITCH,
             const="on",
             default="on",
-            help="our fused kernels (on, or the dtype), or the library's own (off)",
+            help="use our fused kernels (on, or the data type) or those of the library (off)",
         )
     group.add_argument(
         "--multi_block_mode",
@@ -105,47 +116,61 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="on",
         default="on",
-        help="decode attention splits long caches over several blocks of the GPU",
+        help="let decode attention split a long KV cache over several blocks of the GPU",
     )
-    add_device(group, "quantises and checks the engine, and has the memory that it must fit")
-    group.add_argument("--remove_input_padding", action="store_true", help="prompts are packed; always so with torch")
-    group.add_argument("--parallel_build", action="store_true", help="one process a rank")
-    group.add_argument("--no_self_check", action="store_true", help="do not compare the engine with the checkpoint")
+    add_device(group, "quantises and checks the engine, and must have the memory to run it")
+    group.add_argument(
+        "--remove_input_padding", action="store_true", help="pack prompts without padding; torch always does"
+    )
+    group.add_argument("--parallel_build", action="store_true", help="build every rank in a process of its own")
+    group.add_argument(
+        "--no_self_check", action="store_true", help="skip the comparison of the finished engine with the checkpoint"
+    )
     for name, text in ALWAYS_ON.items():
         group.add_argument(f"--{name}", action="store_true", help=text)
     for name in ("paged_kv_cache", "use_inflight_batching"):
         group.add_argument(f"--{name}", action="store_true", help="refused: " + NOT_BUILT[name].split(";")[0])
     group.add_argument("--tokens_per_block", type=int, help="refused: " + NOT_BUILT["tokens_per_block"].split(";")[0])
-    group.add_argument("--visualize", action="store_true", help="TensorRT: write the network as a graph file")
-    group.add_argument("--enable_debug_output", action="store_true", help="TensorRT: mark every layer's output")
+    group.add_argument("--visualize", action="store_true", help="TensorRT: draw the network into a file")
     group.add_argument(
-        "--timing_cache", help="TensorRT: file that keeps kernel timings between builds (default: model.cache)"
+        "--enable_debug_output",
+        action="store_true",
+        help="TensorRT: make the output of every layer an output of the network",
     )
-    group.add_argument("--compute_capability", nargs="+", help="TensorRT-RTX: GPUs to build for, e.g. 8.9 12.0")
+    group.add_argument(
+        "--timing_cache", help="TensorRT: file that keeps kernel timings from build to build (default: model.cache)"
+    )
+    group.add_argument(
+        "--compute_capability", nargs="+", help="TensorRT-RTX: compute capabilities to build for, such as 8.9 12.0"
+    )
 
 
 def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
-    group.add_argument("--use_weight_only", action="store_true", help="INT8 or INT4 weights, activations in the dtype")
+    group.add_argument("--use_weight_only", action="store_true", help="INT8 or INT4 weights, activations in --dtype")
     group.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int8")
     group.add_argument(
         "--weight_only_group_size",
         type=int,
         choices=(0, 32, 64, 128),
-        help="INT4: input channels that share a scale, 0 = all (default: 32 where it divides a rank's share)",
+        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
     )
-    group.add_argument("--quantize_lm_head", action="store_true", help="weight-only: lm_head too")
+    group.add_argument("--quantize_lm_head", action="store_true", help="weight-only: quantise lm_head as well")
     group.add_argument(
-        "--use_smooth_quant", action="store_true", help="INT8 weights and activations, from --bin_model_dir"
+        "--use_smooth_quant", action="store_true", help="INT8 weights and activations; needs --bin_model_dir"
     )
-    group.add_argument("--per_token", "--per-token", action="store_true", help="SmoothQuant: activation scales a token")
     group.add_argument(
-        "--per_channel", "--per-channel", action="store_true", help="SmoothQuant: weight scales a channel"
+        "--per_token", "--per-token", action="store_true", help="SmoothQuant: one activation scale per token"
     )
-    group.add_argument("--int8_kv_cache", action="store_true", help="INT8 KV cache, scales from --bin_model_dir")
+    group.add_argument(
+        "--per_channel", "--per-channel", action="store_true", help="SmoothQuant: one weight scale per output channel"
+    )
+    group.add_argument("--int8_kv_cache", action="store_true", help="INT8 KV cache; needs --bin_model_dir")
     group.add_argument("--enable_fp8", action="store_true", help="FP8 (e4m3) weights and activations")
     group.add_argument("--fp8_kv_cache", action="store_true", help="FP8 (e4m3) KV cache")
-    group.add_argument("--quantized_fp8_model_path", help="FP8 scales as .npz, in the old example's format")
+    group.add_argument(
+        "--quantized_fp8_model_path", help="FP8 scales, an .npz file in the format of the TensorRT-LLM example"
+    )
 
 
 def check_flags(args: argparse.Namespace, backend: Backend) -> None:
@@ -228,7 +253,7 @@ def quant_config(args: argparse.Namespace, model: ModelConfig) -> QuantConfig:
     weights = kinds[chosen[0]] if chosen else "none"
     if weights == "smooth_quant" and not (args.per_token and args.per_channel):
         logger.warning(
-            "SmoothQuant with one scale a tensor is far less accurate than with scales a token and a channel "
+            "SmoothQuant with one scale per tensor is far less accurate than with scales per token and per channel "
             "(MMLU 29.4 against 54.5 was reported); add --per_token --per_channel unless you know that it suffices"
         )
     group_size = args.weight_only_group_size

@@ -31,6 +31,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults where there are any: a switch that is off and a flag left out say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         nothing = action.default is None or action.default is False
         return action.help if nothing else super()._get_help_string(action)
 
@@ -42,7 +44,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
         self.add_argument("--version", action="version", version=f"Baichuan engines {__version__}")
-        self.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="least severe message to print")
+        self.add_argument(
+            "--log_level", choices=LOG_LEVELS, default="info", help="print messages of this severity and above"
+        )
 
     def parse_args(self, args=None, namespace=None):
         """An empty value, most likely of a shell variable that is not set, is an error and not a flag left out."""
@@ -65,7 +69,7 @@ def add_model_version(parser: argparse.ArgumentParser, text: str, default: str |
 
 
 def add_device(parser: argparse._ActionsContainer, what: str) -> None:
-    text = f"what {what} (auto: a GPU where PyTorch can use one)"
+    text = f"device that {what}; auto takes a GPU if PyTorch can use one"
     parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
 
 
@@ -82,8 +86,8 @@ def add_weight_copies(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--no_weight_copies",
         action="store_true",
-        help="INT8 and INT4 weights on a GPU: leave spare memory free; else it holds dequantised copies, which make "
-        "large batches and long prompts faster",
+        help="do not fill spare GPU memory with dequantised copies of INT8 and INT4 weights, which speed up large "
+        "batches and long prompts",
     )
 
 

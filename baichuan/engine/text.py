@@ -55,7 +55,7 @@ def require_text(engine: Engine, text: EngineText) -> Tokenizer:
         why = "it has dummy weights" if engine.dummy else f"what it was built from had no {MODEL_NAME}"
         raise ConfigError(
             f"text needs a tokenizer and the engine in {engine.folder} has none, for {why}; give --tokenizer_dir, the "
-            f"folder with {MODEL_NAME}, or ids"
+            f"folder with {MODEL_NAME}, or prompts as ids (run.py --input_tokens)"
         )
     return text.tokenizer
 

@@ -1,0 +1,108 @@
+"""summarize.py's flags, and the request that they make.  Every default is a dataclass's."""
+
+from __future__ import annotations
+
+import argparse
+
+from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_weight_copies
+from baichuan.config import SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.evaluation.summary import Request
+from baichuan.executors.device import DEVICES
+from baichuan.parallel.comm import Communicator
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for add in (_add_side_flags, _add_article_flags, _add_decoding_flags, _add_judging_flags):
+        add(parser)
+
+
+def _add_side_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_version(parser, "must agree with the engine and the checkpoint")
+    sides = parser.add_argument_group("sides: either or both")
+    sides.add_argument("--test_trt_llm", action="store_true", help="measure the engine")
+    sides.add_argument("--test_hf", action="store_true", help="measure the checkpoint as a transformers model")
+    sides.add_argument(
+        "--engine_dir", nargs="+", default=[ENGINE_DIR], help="engine folders written by build.py, one side each"
+    )
+    sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
+    sides.add_argument(
+        "--tokenizer_dir", help="folder with tokenizer.model; only needed if neither engine nor checkpoint has one"
+    )
+    sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="data type of the transformers model")
+    add_device(sides, "runs the engine and the transformers model")
+    add_weight_copies(sides)
+    sides.add_argument(
+        "--hf_device", choices=DEVICES, help="device of the transformers model (default: that of --device)"
+    )
+
+
+def _add_article_flags(parser: argparse.ArgumentParser) -> None:
+    work = parser.add_argument_group("articles")
+    work.add_argument(
+        "--dataset_path", help="json, jsonl, csv or parquet file or folder (default: cnn_dailymail from the hub)"
+    )
+    work.add_argument("--batch_size", type=int, default=DEFAULTS.batch_size, help="articles per batch")
+    work.add_argument("--max_ite", type=int, default=DEFAULTS.max_iterations, help="most batches")
+    work.add_argument("--output_len", type=int, default=DEFAULTS.output_len, help="most tokens per summary")
+    work.add_argument(
+        "--max_input_length",
+        type=int,
+        default=DEFAULTS.max_input_length,
+        help="tokens per prompt that are kept, its last ones",
+    )
+
+
+def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_argument_group("decoding, the same on both sides")
+    choice.add_argument("--num_beams", type=int, default=DEFAULTS.sampling.num_beams, help="1 means no beam search")
+    choice.add_argument(
+        "--top_k", type=int, default=DEFAULTS.sampling.top_k, help="1 means greedy decoding, 0 all tokens"
+    )
+    choice.add_argument("--top_p", type=float, default=DEFAULTS.sampling.top_p, help="0 or 1 means all tokens")
+    for name in ("temperature", "repetition_penalty", "length_penalty"):
+        choice.add_argument(f"--{name}", type=float, default=getattr(DEFAULTS.sampling, name))
+    choice.add_argument("--random_seed", type=int, default=DEFAULTS.sampling.random_seed)
+
+
+def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    judging = parser.add_argument_group("judging")
+    judging.add_argument(
+        "--eval_ppl", action="store_true", help="measure the perplexity of the articles with their highlights"
+    )
+    judging.add_argument(
+        "--check_accuracy", action="store_true", help="end with exit code 1 if ROUGE-1 of the engine is too low"
+    )
+    judging.add_argument(
+        "--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="lowest ROUGE-1 that --check_accuracy accepts"
+    )
+    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and the report")
+
+
+def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
+    """Raise ConfigError for flags that exclude or lack each other."""
+    if not (args.test_trt_llm or args.test_hf):
+        raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
+    if args.test_hf and not args.hf_model_dir:
+        raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
+    if args.check_accuracy and not args.test_trt_llm:
+        raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
+    if comm.world_size > 1 and not args.test_trt_llm:
+        raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Raises ConfigError for values out of range."""
+    sampling = SamplingConfig(
+        num_beams=args.num_beams,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        repetition_penalty=args.repetition_penalty,
+        length_penalty=args.length_penalty,
+        random_seed=args.random_seed,
+    )
+    return Request(sampling, args.batch_size, args.max_ite, args.output_len, args.max_input_length, args.eval_ppl)
