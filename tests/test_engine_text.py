@@ -72,7 +72,7 @@ def test_another_tokenizer_is_refused(engine, capsys):
     foreign = str(goldens.checkpoint(OTHER))
     sentence = "(1000 pieces) is not the tokenizer of the engine in"
     refused(run.main, ["--engine_dir", str(engine), *TEXT, "--tokenizer_dir", foreign], sentence, capsys)
-    given = ["--test_trt_llm", "--engine_dir", str(engine), "--tokenizer_dir", foreign]
+    given = ["--test_trt_llm", "--engine_dir", str(engine), "--tokenizer_dir", foreign, "--output_len", "2"]
     refused(summarize.main, given, sentence, capsys)
 
 
@@ -97,7 +97,7 @@ def test_a_changed_text_file_is_refused(engine, tmp_path, capsys, name):
 def test_an_engine_without_a_tokenizer_asks_for_one_that_fits(bare, capsys):
     sentence = f"the engine in {bare} has none, for what it was built from had no tokenizer.model; give --tokenizer_dir"
     refused(run.main, ["--engine_dir", str(bare), *TEXT], sentence, capsys)
-    refused(summarize.main, ["--engine_dir", str(bare), "--test_trt_llm"], sentence, capsys)
+    refused(summarize.main, ["--engine_dir", str(bare), "--test_trt_llm", "--output_len", "2"], sentence, capsys)
     own, foreign = goldens.checkpoint(VERSION), goldens.checkpoint(OTHER)
     assert run.main(["--engine_dir", str(bare), *TEXT, "--tokenizer_dir", str(own / "tokenizer.model")]) == 0
     sentence = "is not of a v2_13b model: tokenizer.model with a space before the text (fits v1_7b, v1_13b)"
