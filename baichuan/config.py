@@ -154,7 +154,7 @@ class BuildConfig:
         if 0 < self.max_num_tokens < self.max_rows:
             raise ConfigError(
                 f"max_num_tokens {self.max_num_tokens} is below the {self.max_rows} rows of max_batch_size and "
-                "max_beam_width, each of which gets a token a step; raise it, or leave it 0"
+                "max_beam_width, each of which gets one token per step; raise it, or leave it 0"
             )
 
     @property

@@ -75,7 +75,7 @@ def decode(args: argparse.Namespace) -> None:
             theirs.append(peer_ms(peer, args.steps))
         engine, transformers = min(ours[1:]), min(theirs[1:])
         ratio = transformers / engine
-        print(f"decode {dtype}: {engine:.2f} ms a step, transformers {transformers:.2f} ms: ratio {ratio:.2f}")
+        print(f"decode {dtype}: {engine:.2f} ms per step, transformers {transformers:.2f} ms: ratio {ratio:.2f}")
 
 
 def engine_ms(session, steps: int) -> float:

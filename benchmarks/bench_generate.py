@@ -3,7 +3,7 @@
     python benchmarks/bench_generate.py --model_version v1_7b v2_13b --precision float16 int8 --batch_size 1 64
     mpirun -n 2 python benchmarks/bench_generate.py --tp 1 2
 
-Prints, for each combination, ms a decode step and tokens a second of greedy generation through session.Session, the
+Prints, for each combination, ms per decode step and tokens per second of greedy generation through session.Session, the
 bytes that a step must read on each GPU (weights, and keys and values at the middle of the output) over its time, as a
 share of the copy bandwidth measured in this run, and the prefill's time and rate on each GPU.  With --tp 1 N the first
 rank measures alone while the others wait, then all measure together.
@@ -179,7 +179,7 @@ def build_limits(args: argparse.Namespace, comm: Communicator, batch: int) -> Bu
 
 
 def measure(args: argparse.Namespace, session: Session, batch: int) -> tuple[float, float, float]:
-    """Medians over the runs: ms of the prefill, ms of a decode step, new tokens a second of the whole run."""
+    """Medians over the runs: ms of the prefill, ms of a decode step, new tokens per second of the whole run."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(session.model.vocab_size, (batch, args.input_len), generator=generator).tolist()
     runs = []

@@ -162,7 +162,7 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     static = torch.full((1,), 0.03, device=device)
     kinds = {
         "float16": (PLAIN, ROUNDED[torch.float16]),
-        "to int8, a scale a token": (Int8PerToken(), NEIGHBOUR),
+        "to int8, a scale per token": (Int8PerToken(), NEIGHBOUR),
         "to int8, one scale": (StaticScale(torch.int8, static), NEIGHBOUR),
         "to e4m3": (StaticScale(torch.float8_e4m3fn, static), NEIGHBOUR),
         "to int16": (Int16(), INT16_STEPS + ROUNDED[torch.float16]),
@@ -214,7 +214,7 @@ def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     width = sizes.model.intermediate_size
     kinds = {
         "float16": (PLAIN, ROUNDED[torch.float16]),
-        "to int8, a scale a token": (Int8PerToken(), NEIGHBOUR),
+        "to int8, a scale per token": (Int8PerToken(), NEIGHBOUR),
         "to int16": (Int16(), INT16_STEPS + ROUNDED[torch.float16]),
     }
     for tokens in sizes.tokens:

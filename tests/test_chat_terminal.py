@@ -114,7 +114,7 @@ def test_commands(terminal, tmp_path):
     say(terminal, "Hello")
     assert [message["role"] for message in saved(terminal, tmp_path)] == ["system", "user", "assistant"]
     say(terminal, "/system -", r"\[no system message\]")
-    say(terminal, "/sytem x", r"\[/sytem is no command; /help lists them(.|\n)+\]")
+    say(terminal, "/sytem x", r"\[/sytem is not a command; /help lists them(.|\n)+\]")
     say(terminal, "/reset all", r"\[/reset takes nothing and 'all' was given; leave it out\]")
     say(terminal, "/save", r"\[/save needs a file's name\]")
     say(terminal, "/save /nowhere/x", r"\[/nowhere/x cannot be written \(No such file or directory\);(.|\n)+\]")
@@ -196,7 +196,7 @@ def test_a_conversation_ends_with_its_input_and_with_a_line_that_cannot_be_sent(
 def test_a_conversation_without_an_input_ends(engine, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as Python sets it where descriptor 0 is closed
     assert run.main(chat_flags(engine)) == 0
-    assert capsys.readouterr().out.startswith("A line is a message")
+    assert capsys.readouterr().out.startswith("Each line is a message")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_conversation_without_an_input_ends(engine, capsys, monkeypatch):
     [
         (["--max_output_len", "5000"], "max_output_len 5000 is out of the engine's range 1 to 4000"),
         (["--system", "word " * 200], "the system message leaves no room"),
-        (["--num_beams", "3"], "num_beams 3 is over the engine's max_beam_width 2"),
+        (["--num_beams", "3"], "num_beams 3 exceeds the engine's max_beam_width 2"),
     ],
 )
 def test_limits_are_checked_before_the_first_message(engine, capsys, more, sentence):

@@ -280,5 +280,5 @@ def test_offline_is_one_sentence(tmp_path, monkeypatch):
 def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name in ("missing", "./missing/folder", str(tmp_path / "missing"), str(tmp_path / "file"), "", "a/b/c"):
-        with pytest.raises(CheckpointError, match="is no folder and no hub id"):
+        with pytest.raises(CheckpointError, match="is neither a folder nor a hub id"):
             resolve_folder(name)

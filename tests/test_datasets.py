@@ -170,7 +170,7 @@ def test_limits_on_what_is_read_at_once(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     monkeypatch.setattr(datasets, "MAX_ARRAY_BYTES", 20)
     monkeypatch.setattr(datasets, "MAX_LINE_BYTES", 20)
-    with pytest.raises(ConfigError, match="more than 20 bytes; write one object a line"):
+    with pytest.raises(ConfigError, match="more than 20 bytes; write one object per line"):
         load_samples(tmp_path / "a.json", 1)
     with pytest.raises(ConfigError, match="line 1 has more than 20 bytes"):
         load_samples(tmp_path / "a.jsonl", 1)

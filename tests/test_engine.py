@@ -126,7 +126,7 @@ def test_a_sealed_config_that_names_other_files_is_refused_and_deletes_none(fold
     values["baichuan"]["files"] = {name: values["baichuan"]["files"].get(name, entry) for name in names}
     del values["sha256"]
     path.write_text(json.dumps(manifest.seal(values)))
-    refused(folder, "one file a rank")
+    refused(folder, "one file per rank")
     tiny_engine.build(folder, VERSION)  # replaces the engine before, and deletes its files
     assert notes.exists()
 

@@ -228,7 +228,7 @@ def test_a_tensorrt_plan_is_not_run_on_the_cpu():
     ("flags", "sentence"),
     [
         (["--output_len", "25"], "max_output_len 25 is out of the engine's range 1 to 24"),
-        (["--num_beams", "3"], "num_beams 3 is over the engine's max_beam_width 2"),
+        (["--num_beams", "3"], "num_beams 3 exceeds the engine's max_beam_width 2"),
         ([], "tokens and the engine takes 1 to 128"),
         (["--batch_size", "5", "--max_input_length", "9"], "5 prompts do not fit an engine of max_batch_size 4"),
         (["--test_hf", "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),

@@ -147,7 +147,7 @@ def test_fp8_scales_beside_a_checkpoint(workflow, kv_folder, capsys):
         (["-kv", "--calib_size", "0"], "calib_size 0 is out of range"),
         (["-kv", "--calib_dataset", "missing.json"], "--calib_dataset missing.json does not exist"),
         (["-kv", "--model_version", "v1_7b"], "contradicts model_version v1_7b"),
-        (["-kv", "-i", "nowhere"], "nowhere is no folder and no hub id"),
+        (["-kv", "-i", "nowhere"], "nowhere is neither a folder nor a hub id"),
     ],
 )
 def test_wrong_flags_of_the_conversion(workflow, tmp_path, capsys, flags, message):

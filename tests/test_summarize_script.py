@@ -119,7 +119,7 @@ def test_check_accuracy(articles, capsys, threshold, code):
         (lambda given: [*given, "--output_len", "65"], "max_output_len 65 is out of the engine's range 1 to 64"),
         (lambda given: [*given, "--batch_size", "9", "--max_ite", "1"], None),  # four articles are one batch of four
         (lambda given: [*given, "--num_beams", "2", "--top_k", "3"], "num_beams 2 searches and does not sample"),
-        (lambda given: [*given, "--num_beams", "5"], "num_beams 5 is over the engine's max_beam_width 4"),
+        (lambda given: [*given, "--num_beams", "5"], "num_beams 5 exceeds the engine's max_beam_width 4"),
         (lambda given: [*given, "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),
         (lambda given: [*given, "--dataset_path", "/nowhere.json"], "dataset_path /nowhere.json does not exist"),
         (lambda given: [*given, "--model_version", "v1_13b"], "holds a v1_7b model, not v1_13b"),

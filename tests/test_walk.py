@@ -92,5 +92,5 @@ def check_small_walk(folder, version):
     done = measured_process.run(program, walk.ROOT, timeout_s=600)
     assert done.code == 0, done.output
     assert [path.name for path in (folder / version).glob("engine-*")] == [], "engines go as soon as they were used"
-    for said in ("self-check against the float32 weights", "ms a step", "| summarize, both sides |"):
+    for said in ("self-check against the float32 weights", "ms per step", "| summarize, both sides |"):
         assert said in done.output

@@ -47,7 +47,9 @@ def chat(
     session.check([conversation.ask("")], sampling, max_new_tokens)
     if comm.rank == 0:
         if session.model.model_version == "v1_7b":
-            logger.warning("Baichuan-7B was published without a chat version; unless yours was tuned, it does not chat")
+            logger.warning(
+                "Baichuan-7B was published without a chat version; one that was not tuned for chat only continues text"
+            )
         with open_reader(comm.world_size) as reader:
             _Chat(session, tokenizer, conversation, sampling, max_new_tokens, comm, reader).run()
         comm.broadcast_object(None)
@@ -92,7 +94,7 @@ class _Chat:
     def _obey(self, name: str, value: str) -> bool:
         takes_value = {command[1:].split()[0]: " " in command for command in COMMANDS}
         if name not in takes_value:
-            raise ConfigError(f"/{name} is no command; /help lists them, and a space before it makes it a message")
+            raise ConfigError(f"/{name} is not a command; /help lists them, and a space before it makes it a message")
         if value and not takes_value[name]:
             raise ConfigError(f"/{name} takes nothing and {value!r} was given; leave it out")
         match name:

@@ -46,7 +46,7 @@ class LineReader:
     """
 
     interactive = False
-    keys = "A line is a message, exit leaves"
+    keys = "Each line is a message, exit leaves"
 
     def __enter__(self) -> LineReader:
         return self

@@ -81,7 +81,7 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
     cache = full_kv_cache_bytes(request.model, request.quant, request.build)
     logger.info(
         "engine: %.2f GB on disk; building it takes up to %.1f GB of host memory; running it at full size takes "
-        "%.2f GB of weights and %.2f GB of KV cache a rank",
+        "%.2f GB of weights and %.2f GB of KV cache per rank",
         *(each / 1e9 for each in (sum(sizes), processes * memory, max(sizes), cache)),
     )
     require_host_memory(processes * memory, f"a build with {processes} process(es)")

@@ -73,7 +73,7 @@ def staging(output_dir: Path) -> Iterator[Path]:
         raise ConfigError(f"output_dir {output_dir} cannot be made ({error.strerror}); choose another folder") from None
     if _holds_another_config(output_dir / CONFIG_NAME):
         raise ConfigError(
-            f"output_dir {output_dir} holds a {CONFIG_NAME} that is no engine's and would be overwritten; "
+            f"output_dir {output_dir} holds a {CONFIG_NAME} that is not an engine's and would be overwritten; "
             "choose another folder"
         )
     _remove_abandoned(output_dir)
@@ -129,7 +129,7 @@ def read_engine(folder: Path) -> Engine:
         raise EngineError(f"engine_dir {folder} {stranger}")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is no engine's config.json")
+            raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is not an engine's config.json")
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); build an engine into {folder} first") from None
@@ -149,7 +149,7 @@ def read_engine(folder: Path) -> Engine:
     except (ConfigError, KeyError) as error:
         raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
     if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
-        raise EngineError(f"{path} does not list one file a rank; build the engine again")
+        raise EngineError(f"{path} does not list one file per rank; build the engine again")
     if not set(text_files) <= set(TEXT_FILES):
         raise EngineError(f"{path} lists text files that no engine has; build the engine again")
     return Engine(folder, model, quant, build, files, contract, text_files, dummy)

@@ -45,8 +45,8 @@ class Dataset:
 def load_samples(path: Path | None, limit: int) -> Dataset:
     """The first `limit` usable rows of `path`, or of cnn_dailymail's test split where path is None.
 
-    path: a .json (an array, or one object a line), .jsonl, .csv or .parquet file, or a folder of them; of a folder with
-    files named test*, only those are read.  Columns: article, highlights and, if there is one, id.
+    path: a .json (an array, or one object per line), .jsonl, .csv or .parquet file, or a folder of them; of a folder
+    with files named test*, only those are read.  Columns: article, highlights and, if there is one, id.
     Raises ConfigError where that is not what is there.
     """
     if path is None:
@@ -148,7 +148,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _json_array(path: Path, file) -> Iterator[Row]:
     content = file.read(MAX_ARRAY_BYTES + 1)
     if len(content) > MAX_ARRAY_BYTES:
-        raise ConfigError(f"{path} is a JSON array of more than {MAX_ARRAY_BYTES} bytes; write one object a line")
+        raise ConfigError(f"{path} is a JSON array of more than {MAX_ARRAY_BYTES} bytes; write one object per line")
     for number, row in enumerate(_parse(content, str(path))):
         yield _json_row(row, f"{path} row {number}")
 
@@ -157,7 +157,7 @@ def _json_lines(path: Path, file) -> Iterator[Row]:
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         place = f"{path} line {number}"
         if len(line) > MAX_LINE_BYTES:
-            raise ConfigError(f"{place} has more than {MAX_LINE_BYTES} bytes; give one article a line")
+            raise ConfigError(f"{place} has more than {MAX_LINE_BYTES} bytes; give one article per line")
         if line.strip():
             yield _json_row(_parse(line, place), place)
 
@@ -168,7 +168,7 @@ def _parse(content: bytes, place: str):
     except UnicodeDecodeError as error:
         raise _not_utf8(place, f"byte {error.start} (0x{content[error.start]:02x})") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place} is not JSON ({error}); give an array of objects, or one object a line") from None
+        raise ConfigError(f"{place} is not JSON ({error}); give an array of objects, or one object per line") from None
 
 
 def _json_row(row, place: str) -> Row:

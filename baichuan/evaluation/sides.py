@@ -72,7 +72,7 @@ def enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UnsupportedError(
-            "the GPU's memory does not suffice for the transformers model beside what is there; "
+            "the GPU's memory is too small for the transformers model beside what it already holds; "
             "use a smaller --batch_size, --hf_device cpu, or one run for each side"
         ) from None
 

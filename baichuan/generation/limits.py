@@ -24,7 +24,7 @@ def check_request(
         )
     if sampling.num_beams > build.max_beam_width:
         raise ConfigError(
-            f"num_beams {sampling.num_beams} is over the engine's max_beam_width {build.max_beam_width}; "
+            f"num_beams {sampling.num_beams} exceeds the engine's max_beam_width {build.max_beam_width}; "
             "use fewer, or build with a larger --max_beam_width"
         )
     if not 1 <= max_new_tokens <= build.max_output_len:

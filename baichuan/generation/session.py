@@ -36,7 +36,7 @@ class Timing:
         decoded = stepped / max(self.decode_s, 1e-9)
         return (
             f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
-            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms a step"
+            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"
         )
 
 

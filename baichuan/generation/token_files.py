@@ -38,7 +38,7 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
         raise ConfigError(f"input_tokens {path} does not hold token ids ({error}); give integers only") from None
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ConfigError(f"input_tokens {path} holds no prompt; give one row of ids a prompt")
+        raise ConfigError(f"input_tokens {path} holds no prompt; give one row of ids per prompt")
     return prompts
 
 

@@ -103,7 +103,7 @@ def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None), out: 
 def check_group_size(group_size: int, in_features: int, name: str) -> None:
     """Raise ConfigError unless a rank's `in_features` input channels of the linear `name` are whole groups."""
     if in_features % 2:
-        raise ConfigError(f"a rank holds {in_features} input channels of {name} and INT4 packs two a byte; use INT8")
+        raise ConfigError(f"a rank holds {in_features} input channels of {name} and INT4 packs two per byte; use INT8")
     if in_features % (group_size or 1) == 0:
         return
     fitting = [size for size in GROUP_SIZES if size < group_size and in_features % size == 0]

@@ -1,4 +1,4 @@
-"""The backends `tensorrt` and `tensorrt_rtx`: a TensorRT plan a rank."""
+"""The backends `tensorrt` and `tensorrt_rtx`: a TensorRT plan per rank."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def open_plan(path: Path, contract: Contract, comm: Communicator, cache_path: Pa
         engine = runtime.deserialize_cuda_engine(data)
     api.log.raise_errors(f"loading {path}")
     if engine is None:
-        raise EngineError(f"{path} is no plan that {api.name} {api.version} can load; build the engine again")
+        raise EngineError(f"{path} is not a plan that {api.name} {api.version} can load; build the engine again")
     check_interface(engine, contract, api, path)
     config, cache = _runtime_config(api, engine, contract, cache_path)
     context = engine.create_execution_context(config) if config else engine.create_execution_context()

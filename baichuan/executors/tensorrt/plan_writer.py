@@ -149,7 +149,7 @@ def _raise_errors(api: Api, config: ModelConfig, build: BuildConfig) -> None:
         api.log.errors.clear()
         raise UnsupportedError(
             f"{api.name} has no fused attention for {config.num_heads // build.world_size} heads of {config.head_dim} "
-            f"dimensions a rank in {config.dtype}; build with --use_gpt_attention_plugin off to let it be decomposed"
+            f"dimensions per rank in {config.dtype}; build with --use_gpt_attention_plugin off to let it be decomposed"
         )
     api.log.raise_errors("the build")
 

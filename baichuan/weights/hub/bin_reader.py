@@ -31,7 +31,7 @@ def open_bin(path: Path) -> dict[str, TensorSource]:
     except Exception as error:  # a damaged pickle is a program with errors of any type
         raise CheckpointError(f"{path} is a damaged .bin file ({_first_line(error)}); download it again") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__}, not tensors by name; it is no checkpoint")
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not tensors by name; it is not a checkpoint")
     return {name: _source(path, name, value) for name, value in values.items()}
 
 
@@ -44,7 +44,7 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); download it again") from None
     if start != b"PK\x03\x04":
         raise CheckpointError(
-            f"{path} is no zip archive: it is damaged, or PyTorch before 1.6 wrote it and it cannot be memory-mapped; "
+            f"{path} is not a zip archive: it is damaged, or of PyTorch before 1.6, and cannot be memory-mapped; "
             "convert it once with torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
     try:
@@ -64,7 +64,7 @@ def _check_archive(path: Path) -> None:
 def _source(path: Path, name: str, value) -> TensorSource:
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized or not isinstance(name, str):
-        raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__} that is no plain tensor with a name")
+        raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__} that is not a plain tensor with a name")
     tensor = value.detach()
     return TensorSource(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
 

@@ -66,7 +66,7 @@ def resolve_folder(name: str) -> Path:
         raise CheckpointError(f"{name} {stranger}")
     if not name or not folder.is_dir():
         raise CheckpointError(
-            f"{name} is no folder and no hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"
+            f"{name} is neither a folder nor a hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"
         )
     found = [form.files(folder) for form in FORMATS if form.files(folder)]
     if len(found) > 1:

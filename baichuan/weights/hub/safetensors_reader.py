@@ -38,5 +38,7 @@ def open_safetensors(path: Path) -> dict[str, TensorSource]:
 
 def _source(path: Path, name: str, rows) -> TensorSource:
     if rows.get_dtype() not in _DTYPES:
-        raise CheckpointError(f"{path} holds {name} as {rows.get_dtype()}, which is no known type; download it again")
+        raise CheckpointError(
+            f"{path} holds {name} as {rows.get_dtype()}, which is not a known type; download it again"
+        )
     return TensorSource(tuple(rows.get_shape()), _DTYPES[rows.get_dtype()], lambda start, stop: rows[start:stop])
