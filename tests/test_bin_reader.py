@@ -43,9 +43,9 @@ def test_code_in_a_bin_file_is_not_run(tmp_path):
     "content, message",
     [
         ([torch.zeros(1)], "holds a list"),
-        ({"state_dict": {UP: torch.zeros(1)}}, "'state_dict', a dict that is no plain tensor"),
-        ({UP: torch.zeros(3, 3).to_sparse()}, f"'{UP}', a Tensor that is no plain tensor"),
-        ({UP: torch.zeros(3, device="meta")}, "no plain tensor"),
+        ({"state_dict": {UP: torch.zeros(1)}}, "'state_dict', a dict that is not a plain tensor"),
+        ({UP: torch.zeros(3, 3).to_sparse()}, f"'{UP}', a Tensor that is not a plain tensor"),
+        ({UP: torch.zeros(3, device="meta")}, "not a plain tensor"),
         ({1: torch.zeros(3)}, "holds 1, a Tensor"),
     ],
 )
@@ -59,7 +59,7 @@ def test_a_bin_file_of_old_pytorch_is_refused_with_the_way_to_convert_it(tmp_pat
     path = tmp_path / "pytorch_model.bin"
     torch.save(hub_folders.tensors(CONFIG), path, _use_new_zipfile_serialization=False)
     with pytest.raises(
-        CheckpointError, match=r"PyTorch before 1.6 .* torch.save\(torch.load\(FILE, weights_only=True\)"
+        CheckpointError, match=r"PyTorch before 1.6 .* convert it once with torch.save\(torch.load\(FILE, weights_only=True\)"
     ):
         open_checkpoint(tmp_path, CONFIG)
     torch.save(torch.load(path, weights_only=True), path)  # the remedy works

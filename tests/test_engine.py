@@ -185,7 +185,7 @@ def test_a_checkpoint_is_not_built_over(tmp_path):
     """Its config.json would be the engine's."""
     shutil.copytree(goldens.checkpoint(VERSION), tmp_path / "checkpoint")
     before = snapshot(tmp_path / "checkpoint")
-    with pytest.raises(ConfigError, match="is no engine's and would be overwritten"):
+    with pytest.raises(ConfigError, match="is not an engine's and would be overwritten"):
         tiny_engine.build(tmp_path / "checkpoint", VERSION)
     assert snapshot(tmp_path / "checkpoint") == before
 

@@ -182,7 +182,7 @@ def name_of(value: list[str] | str) -> str:
 BUILD_ERRORS = [
     (["--model_version", "v3_7b"], "invalid choice: 'v3_7b'"),
     (["--model_version", "v2_13b"], "v2_13b"),
-    (["--model_dir", "/nowhere"], "/nowhere is no folder"),
+    (["--model_dir", "/nowhere"], "/nowhere is neither a folder"),
     (["--model_dir", ""], "model_dir"),
     (["--bin_model_dir", "/nowhere"], "/nowhere"),
     (["--bin_model_dir", ""], "bin_model_dir"),

@@ -44,8 +44,8 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); download it again") from None
     if start != b"PK\x03\x04":
         raise CheckpointError(
-            f"{path} is not a zip archive: it is damaged, or of PyTorch before 1.6, and cannot be memory-mapped; "
-            "convert it once with torch.save(torch.load(FILE, weights_only=True), FILE)"
+            f"{path} is not a zip archive, so that it cannot be memory-mapped: it is damaged, or PyTorch before 1.6 "
+            "wrote it; convert it once with torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
     try:
         with zipfile.ZipFile(path) as archive:
