@@ -59,7 +59,7 @@ def test_a_bin_file_of_old_pytorch_is_refused_with_the_way_to_convert_it(tmp_pat
     path = tmp_path / "pytorch_model.bin"
     torch.save(hub_folders.tensors(CONFIG), path, _use_new_zipfile_serialization=False)
     with pytest.raises(
-        CheckpointError, match=r"PyTorch before 1.6 .* convert it once with torch.save\(torch.load\(FILE, weights_only=True\)"
+        CheckpointError, match=r"PyTorch before 1.6 .* once with torch.save\(torch.load\(FILE, weights_only=True\)"
     ):
         open_checkpoint(tmp_path, CONFIG)
     torch.save(torch.load(path, weights_only=True), path)  # the remedy works
