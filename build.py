@@ -114,7 +114,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = 
 
     def check(engine: Engine) -> None:
         if source.folder is None:
-            logger.info("self-check skipped: dummy weights mean nothing that the engine could be compared with")
+            logger.info("self-check skipped: dummy weights leave nothing to compare the engine with")
             return
         size = self_check.float32_bytes(model)
         on_gpu = resolve_device(device) == "cuda" and size * GPU_SLACK < free_device_memory(torch.device("cuda"))

@@ -232,7 +232,7 @@ def test_a_tensorrt_plan_is_not_run_on_the_cpu():
         ([], "tokens and the engine takes 1 to 128"),
         (["--batch_size", "5", "--max_input_length", "9"], "5 prompts do not fit an engine of max_batch_size 4"),
         (["--test_hf", "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),
-        (["--test_hf", "--hf_model_dir", "/nowhere"], "/nowhere is no folder"),
+        (["--test_hf", "--hf_model_dir", "/nowhere"], "/nowhere is neither a folder"),
         (["--test_hf", "--hf_model_dir", str(goldens.checkpoint("v2_13b"))], "contradicts model_version v1_7b"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "-",

@@ -194,7 +194,7 @@ def check_flags(args: argparse.Namespace, backend: Backend) -> None:
         )
     if args.world_size > args.gpus_per_node:
         raise ConfigError(
-            f"world_size {args.world_size} is over gpus_per_node {args.gpus_per_node} and an engine's ranks run on one "
+            f"world_size {args.world_size} exceeds gpus_per_node {args.gpus_per_node} and an engine's ranks run on one "
             "node; use fewer ranks or raise --gpus_per_node"
         )
     for name in ("gpt_attention_plugin", "gemm_plugin"):

@@ -78,7 +78,8 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
     resolve_device(args.device)
     if comm.rank == 0 and args.device == "auto" and (reason := unusable_gpu()):
         logger.warning(
-            "running on the CPU: %s; python -m baichuan.doctor says what to do, --device cpu that it is meant", reason
+            "running on the CPU: %s; python -m baichuan.doctor says what to do, --device cpu that this is intended",
+            reason,
         )
 
 
