@@ -28,7 +28,7 @@ figure { margin: 0 }
 .quiet { color: var(--quiet) }
 .warn { color: var(--warn); font-weight: 600 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal }
 thead th { color: var(--quiet); font-weight: 500; font-size: .85rem }
 td small { display: block; color: var(--quiet) }
@@ -46,10 +46,11 @@ svg .grid { stroke: var(--line) } svg .whisker { stroke: var(--ink) }
 mark { background: var(--mark); color: inherit }
 details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
-@media (max-width: 56rem) {
+@media (max-width: 70rem) {
   body { padding: 1rem }
   .figures thead { display: none }
   .figures, .figures tbody, .figures tr, .figures td { display: block }
+  .figures { max-width: 30rem }
   .figures tr { padding: .6rem 0; border-bottom: 1px solid var(--line) }
   .figures td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0 }
   .figures td:first-child { display: block; font-weight: 600 }
