@@ -11,6 +11,7 @@ from baichuan.errors import ConfigError
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # weights/types.py has what belongs to each
 BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # executors/registry.py has what they do
+DEVICES = ("auto", "cpu", "cuda")  # executors/device.py says what auto is
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

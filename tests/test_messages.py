@@ -17,6 +17,7 @@ import hf_baichuan_convert
 import run
 import summarize
 from baichuan import __version__
+from baichuan.cli import generate
 from baichuan.config import SamplingConfig
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
@@ -257,5 +258,5 @@ def test_summarize_checks_before_it_loads(engine, tmp_path, capsys, monkeypatch,
     ],
 )
 def test_run_checks_before_it_loads(engine, capsys, monkeypatch, flags, sentence):
-    monkeypatch.setattr(run, "open_session", None)
+    monkeypatch.setattr(generate, "open_session", None)
     assert sentence in last_line(run.main, ["--engine_dir", str(engine), *flags], capsys)

@@ -18,6 +18,7 @@ from baichuan.text.chat import ChatRoles
 from baichuan.text.printable import printable
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.files import atomic_path
+from baichuan.util.processes import seconds_since_start
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def chat(
     the engine cannot hold."""
     conversation = Conversation(tokenizer, roles, session.build.max_input_len, system)
     session.check([conversation.ask("")], sampling, max_new_tokens)
+    session.warm_up([conversation.ask("")], sampling, max_new_tokens)
+    logger.info("ready in %.1f s", seconds_since_start())
     if comm.rank == 0:
         if session.model.model_version == "v1_7b":
             logger.warning(

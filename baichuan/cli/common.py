@@ -1,4 +1,7 @@
-"""What the scripts share: argument parsing, logging, exit codes."""
+"""What the scripts share: argument parsing, logging, exit codes.
+
+PyTorch takes seconds to import; what answers --help and wrong flags does without it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from baichuan import __version__
 from baichuan.cli.suggest import unknown_flag
-from baichuan.config import VERSIONS
+from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
-from baichuan.executors.device import DEVICES, resolve_device, unusable_gpu
-from baichuan.parallel.comm import Communicator, world_of_this_process
+
+if TYPE_CHECKING:
+    from baichuan.parallel.comm import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ def add_device(parser: argparse._ActionsContainer, what: str) -> None:
 
 def check_device(args: argparse.Namespace, comm: Communicator) -> None:
     """Raise UnsupportedError for --device cuda without a GPU; warn of a GPU that is there and cannot be used."""
+    from baichuan.executors.device import resolve_device, unusable_gpu
+
     resolve_device(args.device)
     if comm.rank == 0 and args.device == "auto" and (reason := unusable_gpu()):
         logger.warning(
@@ -95,6 +99,11 @@ def add_weight_copies(parser: argparse._ActionsContainer) -> None:
 def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
     """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2."""
     args = parser.parse_args(argv)
+
+    import torch
+
+    from baichuan.parallel.comm import world_of_this_process
+
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
     try:
@@ -147,4 +156,6 @@ def _configure_logging(level: str, comm: Communicator) -> None:
 
 
 def _share_cores(ranks: int) -> None:
+    import torch
+
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

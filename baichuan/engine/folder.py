@@ -7,9 +7,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from baichuan import __version__
@@ -169,11 +171,35 @@ def check_world(engine: Engine, comm: Communicator, model_version: str | None = 
         )
 
 
+@contextmanager
+def verified_meanwhile(engine: Engine, comm: Communicator) -> Iterator[None]:
+    """Check this rank's file, its size first and its digests while the block reads it.
+
+    At the end every rank raises EngineError when one rank's file is not right: nothing may come of it before.
+    """
+    path = engine.rank_file(comm.rank)
+    _agree(comm, partial(manifest.require_size, path, engine.files[path.name]))
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(manifest.verify, path, engine.files[path.name])
+        try:
+            yield
+        except EngineError:
+            checked.result()  # the digests know better than a reader that stumbles over what is damaged
+            raise
+        _agree(comm, checked.result)
+
+
 def verify_rank_file(engine: Engine, comm: Communicator) -> None:
     """Check size and digest of this rank's file; every rank raises EngineError when one rank's file is not right."""
-    path, failure = engine.rank_file(comm.rank), None
+    with verified_meanwhile(engine, comm):
+        pass
+
+
+def _agree(comm: Communicator, check: Callable[[], None]) -> None:
+    """Run the check; every rank raises EngineError when it fails on one."""
+    failure = None
     try:
-        manifest.verify(path, engine.files[path.name])
+        check()
     except BaichuanError as error:
         failure = str(error)
     if failures := [each for each in comm.gather_objects(failure) if each]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from baichuan.engine.folder import Engine, check_world, read_engine, verify_rank_file
+from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
 from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.generation.session import Session
@@ -29,14 +29,15 @@ def open_session(
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
-    verify_rank_file(engine, comm)
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
-    return Session(open_executor(engine, comm, keep_copies, device), engine.model, engine.build)
+    with verified_meanwhile(engine, comm):
+        executor = open_executor(engine, comm, keep_copies, device)
+    return Session(executor, engine.model, engine.build)
 
 
 def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:
-    """The executor that the engine was built for, over this rank's file, which is taken as verified."""
+    """The executor that the engine was built for, over this rank's file, which is verified by others."""
     path = engine.rank_file(comm.rank)
     digests = engine.files[path.name]["sha256"]
     job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies)

@@ -6,11 +6,9 @@ import os
 
 import torch
 
-from baichuan.config import require_choice
+from baichuan.config import DEVICES, require_choice
 from baichuan.errors import UnsupportedError
 from baichuan.util.nvidia import driver_gpus
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(name: str) -> str:

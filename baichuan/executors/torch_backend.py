@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,11 @@ class TorchBackend:
     def open_rank(self, job: RankToOpen) -> Executor:
         """On this rank's GPU or on the CPU."""
         spec, build, comm = job.spec, job.spec.build, job.comm
+        on_cpu = resolve_device(job.device) == "cpu"
+        if not on_cpu:
+            threading.Thread(target=_start_gpu, args=(comm.local_rank,), daemon=True).start()
         weights = assemble(read_tensors(job.path), spec.model, spec.quant)
-        if resolve_device(job.device) == "cpu":
+        if on_cpu:
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
             return CpuExecutor(spec.model, spec.quant, weights, comm)
         from baichuan.executors.cuda.capability import require_numbers  # these import Triton, which CPUs do without
@@ -62,3 +66,9 @@ class TorchBackend:
         require_numbers(spec.quant, spec.model.dtype, device)
         switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.keep_copies)
         return CudaExecutor(spec.model, spec.quant, load_on_gpu(weights, device), comm, switches)
+
+
+def _start_gpu(index: int) -> None:
+    """What the first use of a GPU takes, while modules are imported and the file is opened."""
+    if index < torch.cuda.device_count():
+        torch.zeros(1, device=f"cuda:{index}")

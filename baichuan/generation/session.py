@@ -18,6 +18,8 @@ from baichuan.generation.sampled import OnTokens, Sampled
 from baichuan.generation.sampling import Sampler, numbered_seeds
 from baichuan.records import Step
 
+WARM_UP_TOKENS = 4  # of a prefill, a first step that is captured, and steps that are replayed
+
 
 @dataclass
 class Timing:
@@ -81,6 +83,13 @@ class Session:
         self.timing.decode_s = time.perf_counter() - start
         self.timing.new_tokens = len(prompts) * sampling.num_beams * (self.timing.decode_steps + 1)
         return strategy.results()
+
+    def warm_up(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
+        """On a GPU, do now what the first `generate` of such prompts would do beside its work: take memory for the
+        cache, compile kernels or load them, capture graphs."""
+        if self.executor.device.type == "cuda":
+            self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
+            self.generate(prompts, sampling, min(WARM_UP_TOKENS, max_new_tokens))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits after every token of each sequence, each [len(sequence), vocab_size] float32."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError, UnsupportedError
 from baichuan.hf_model.config import BaichuanConfig
+from baichuan.hf_model.gpu_loading import fill
 from baichuan.model.position import alibi_slopes, rope_at, rotate
 from baichuan.weights.hub.checkpoint import IGNORED, read_model_config
 from baichuan.weights.source import TensorSource
@@ -226,23 +226,20 @@ def load_hf_model(
 
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
-    config, device = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype)), torch.device(device)
-    loaded_as = getattr(torch, dtype)
-    if device.type == "cuda":  # which converts faster, and the host need not hold more than the files do
-        config.dtype, loaded_as = None, "auto"
+    config = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype))
+    if torch.device(device).type == "cuda":
+        with torch.device("meta"):
+            model = BaichuanForCausalLM(config)
+        fill(model, Path(folder), getattr(torch, dtype), torch.device(device), model._keys_to_ignore_on_load_unexpected)
+        return model.eval()
     disable_progress_bar()  # transformers' own, which would break a script's lines
     try:
-        loaded: Any = BaichuanForCausalLM.from_pretrained(
-            folder, config=config, dtype=loaded_as, local_files_only=True, output_loading_info=True
+        model, found = BaichuanForCausalLM.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({error}); is the download complete?") from None
-    model, found = loaded
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(found[kind]):
             raise CheckpointError(f"{folder} has {kind.replace('_', ' ')}: {', '.join(names[:3])}; download it again")
-    if device.type == "cuda":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device).to(getattr(torch, dtype))
-        model.config.dtype = getattr(torch, dtype)
-    return model.to(device).eval()
+    return model.eval()

@@ -65,19 +65,31 @@ def one_digest(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def verify(path: Path, entry: dict) -> None:
-    """Raise EngineError unless the file has the size and the digests that `describe` gave."""
+def require_size(path: Path, entry: dict) -> None:
+    """Raise EngineError unless the file is there and has the size that `describe` gave."""
     try:
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
-        found = describe(path)
     except FileNotFoundError:
         raise EngineError(f"{path} is missing; build the engine again") from None
     except OSError as error:
-        raise EngineError(f"{path} cannot be read ({error.strerror}); make it readable or build it again") from None
+        raise _unreadable(path, error) from None
+    if size != entry["bytes"]:
+        raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
+
+
+def verify(path: Path, entry: dict) -> None:
+    """Raise EngineError unless the file has the size and the digests that `describe` gave."""
+    require_size(path, entry)
+    try:
+        found = describe(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if found["sha256"] != entry["sha256"]:
         raise EngineError(f"{path} differs from what the build wrote (SHA-256); it is damaged, build it again")
+
+
+def _unreadable(path: Path, error: OSError) -> EngineError:
+    return EngineError(f"{path} cannot be read ({error.strerror}); make it readable or build it again")
 
 
 def seal(values: dict) -> dict:

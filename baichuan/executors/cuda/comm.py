@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Larger sums are NCCL's.  There bandwidth counts, and its ring sends every byte twice, whatever the number of ranks.
 ONE_SHOT_BYTES = 256 << 10
 BUFFERS = 2  # used in turn
+MEET_TIMEOUT = timedelta(minutes=3)  # of ranks that join, or wait for each other's operations
 
 
 def gpu_of_rank(comm: Communicator) -> torch.device:
@@ -58,7 +62,15 @@ class Nccl:
             store = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
         port = host.broadcast_object(store.port if store else None)
         store = store or dist.TCPStore("127.0.0.1", port, self.world_size, is_master=False)
-        dist.init_process_group("nccl", store=store, rank=self.rank, world_size=self.world_size, device_id=device)
+        joined = dict(rank=self.rank, world_size=self.world_size, device_id=device, timeout=MEET_TIMEOUT)
+        try:
+            dist.init_process_group("nccl", store=store, **joined)
+        except dist.DistError as error:
+            raise UnsupportedError(
+                f"rank {self.rank} could not join the others over NCCL within {MEET_TIMEOUT.seconds} s "
+                f"({str(error).splitlines()[0]}); NCCL_DEBUG=INFO says more, --device cpu does without"
+            ) from None
+        atexit.register(self._leave)  # when the graphs that hold its operations are gone
         self._peers = _PeerMemory.map(host, device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -89,6 +101,13 @@ class Nccl:
 
     def leave_failed(self) -> None:
         self._host.leave_failed()
+
+    def _leave(self) -> None:
+        if hasattr(sys, "last_value"):  # a traceback keeps graphs alive, for whose end NCCL would wait
+            return
+        self._peers = None
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
 
 
 class _PeerMemory:

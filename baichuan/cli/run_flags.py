@@ -1,0 +1,48 @@
+"""run.py's flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_weight_copies
+from baichuan.config import SamplingConfig
+
+DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
+FILE_FLAGS = ("input_tokens", "output_csv", "output_npy", "output_logits_npy")
+SAMPLING_FLAGS = {
+    "num_beams": "beams of beam search; 1 means sampling, or greedy decoding with --top_k 1",
+    "top_k": "sample from this many of the likeliest tokens; 0 means all",
+    "top_p": "sample from the likeliest tokens that together have this probability; 0 or 1 means all",
+    "temperature": "lower values favour likely tokens more; 0 means greedy decoding",
+    "repetition_penalty": "values above 1 make tokens that occurred before less likely",
+    "length_penalty": "beam search: values above 0 favour longer continuations",
+    "random_seed": "the same seed gives the same text",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_version(parser, "must agree with the engine, which knows its version")
+    parser.add_argument("--max_output_len", type=int, required=True, help="most new tokens")
+    parser.add_argument("--engine_dir", default=ENGINE_DIR, help="engine folder written by build.py")
+    parser.add_argument(
+        "--tokenizer_dir", help="checkpoint folder or hub id; only needed if the engine has no tokenizer"
+    )
+    parser.add_argument("--input_text", nargs="+", help=f"one prompt or several (default: {DEFAULT_TEXT})")
+    parser.add_argument("--input_tokens", help="prompts as ids: FILE.csv with one row per prompt, or FILE.npy")
+    parser.add_argument("--output_csv", help="write prompt and continuation as ids, one row per prompt")
+    parser.add_argument("--output_npy", help="write the same as a padded int32 array")
+    parser.add_argument("--output_logits_npy", help="write the logits from which each token was chosen, float32")
+    parser.add_argument("--streaming", action="store_true", help="print the text while it is generated")
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a user message; without a prompt, hold a conversation"
+    )
+    parser.add_argument("--system", help="chat: system message")
+    add_device(parser, "runs the engine")
+    add_weight_copies(parser)
+    group = parser.add_argument_group(
+        "sampling (defaults: the checkpoint's generation settings, or else its version's)"
+    )
+    types = {field.name: int if field.type == "int" else float for field in fields(SamplingConfig)}
+    for name, text in SAMPLING_FLAGS.items():
+        group.add_argument(f"--{name}", type=types[name], help=text)
