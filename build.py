@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = 
         if not (on_gpu or fits_host_memory(size)):
             logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
             return
+        start = time.perf_counter()
         try:
             engine.backend.require_runnable(engine.contract, engine.build.world_size)
             ids = check_ids(source, model)[: engine.build.max_input_len]
@@ -131,9 +133,11 @@ def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = 
             logger.info("self-check skipped: %s", error)
             return
         logger.info(
-            "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions",
+            "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions, "
+            "%.1f s",
             agreement.kl,
             100 * agreement.top1,
+            time.perf_counter() - start,
         )
 
     return check

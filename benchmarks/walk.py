@@ -37,7 +37,9 @@ ARTICLES = ROOT / "demo" / "articles.jsonl"
 QUESTION = "世界上第二高的山峰是哪座？"
 STATE = "walk.json"
 FAILED = 1  # exit code
-TELLING = re.compile(r"self-check against.*|ready in .*|prefill \d.*|.*tok/s.*|self-check skipped.*")
+TELLING = re.compile(
+    r"written in [\d.]+ s|self-check against.*|ready in .*|prefill \d.*|.*tok/s.*|self-check skipped.*"
+)
 
 
 @dataclass(frozen=True)

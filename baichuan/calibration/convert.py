@@ -45,7 +45,7 @@ class ConvertRequest:
     model: ModelConfig
     open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
     tp_size: int = 1
-    processes: int = 4
+    processes: int = min(os.cpu_count() or 1, 16)
     alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
     storage_type: str = "fp32"
     text_folder: Path | None = None  # whose tokenizer and generation settings come along

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,7 +62,9 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
     with staging(request.output_dir) as staged:
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
+        start = time.perf_counter()
         files, contract = _write_ranks(request, paths, tensors, sum(sizes))
+        logger.info("written in %.1f s", time.perf_counter() - start)
         texts = copy_text_files(request.text_folder, staged) if request.text_folder else []
         text_files = {path.name: manifest.describe(path) for path in texts}
         engine = Engine(staged, request.model, request.quant, request.build, files, contract, text_files, request.dummy)

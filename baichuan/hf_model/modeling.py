@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -229,16 +230,17 @@ def load_hf_model(
     config = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype))
     if torch.device(device).type == "cuda":
         with torch.device("meta"):
-            model = BaichuanForCausalLM(config)
-        fill(model, Path(folder), getattr(torch, dtype), torch.device(device), model._keys_to_ignore_on_load_unexpected)
-        return model.eval()
+            empty = BaichuanForCausalLM(config)
+        fill(empty, Path(folder), getattr(torch, dtype), torch.device(device), empty._keys_to_ignore_on_load_unexpected)
+        return empty.eval()
     disable_progress_bar()  # transformers' own, which would break a script's lines
     try:
-        model, found = BaichuanForCausalLM.from_pretrained(
+        loaded: Any = BaichuanForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({error}); is the download complete?") from None
+    model, found = loaded
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(found[kind]):
             raise CheckpointError(f"{folder} has {kind.replace('_', ' ')}: {', '.join(names[:3])}; download it again")

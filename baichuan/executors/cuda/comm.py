@@ -62,9 +62,10 @@ class Nccl:
             store = dist.TCPStore("127.0.0.1", 0, self.world_size, is_master=True, wait_for_workers=False)
         port = host.broadcast_object(store.port if store else None)
         store = store or dist.TCPStore("127.0.0.1", port, self.world_size, is_master=False)
-        joined = dict(rank=self.rank, world_size=self.world_size, device_id=device, timeout=MEET_TIMEOUT)
         try:
-            dist.init_process_group("nccl", store=store, **joined)
+            dist.init_process_group(
+                "nccl", timeout=MEET_TIMEOUT, store=store, rank=self.rank, world_size=self.world_size, device_id=device
+            )
         except dist.DistError as error:
             raise UnsupportedError(
                 f"rank {self.rank} could not join the others over NCCL within {MEET_TIMEOUT.seconds} s "
