@@ -123,7 +123,7 @@ def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, devi
                 "%s fits %s alike: nothing but --model_version says that it is %s, and the self-check takes its word",
                 *(source.hub_folder, " and ".join(fitting), model.model_version),
             )
-        return load_hf_model(source.hub_folder, model.model_version if len(fitting) > 1 else None, device=device)
+        return load_hf_model(source.hub_folder, fitting[0] if len(fitting) == 1 else model.model_version, device=device)
     float32 = replace(model, dtype="float32")
     checkpoint = source.checkpoint(float32, tp_size)
     if source.binary_folder:
