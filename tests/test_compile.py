@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("compile_kernels.py")
+PROGRAM = Path(__file__).with_name("support") / "compile_kernels.py"
 ROWS = {"_gather_rows", "_quantise_rows", "_add_rms_norm", "_silu_mul"}
 PRODUCTS = {"_gemv", "_gemv_int", "_gemm", "_gemm_int4", "_add_parts", "_dequantise"}
 ATTENTION = {"_store_kv", "_prefill_attention", "_decode_attention", "_combine_splits"}

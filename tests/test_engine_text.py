@@ -10,6 +10,7 @@ from pathlib import Path
 import goldens
 import pytest
 import scripts
+from scripts import refused
 
 import build
 import hf_baichuan_convert
@@ -40,12 +41,6 @@ def bare(tmp_path_factory) -> Path:
     given[given.index("--model_dir") + 1] = str(folder / "checkpoint")
     assert build.main(given) == 0
     return folder / "engine"
-
-
-def refused(main, given: list[str], sentence: str, capsys) -> None:
-    assert main([*given, "--log_level", "error"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert sentence in line, line
 
 
 def test_an_engine_carries_its_checkpoints_text_files(engine):

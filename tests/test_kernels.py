@@ -4,7 +4,9 @@ float16 results carry one rounding of 2^-11 (relative, worst case); ROUNDED leav
 """
 
 from dataclasses import replace
+from functools import partial
 
+import drawn
 import pytest
 import torch
 from kernel_device import DEVICE, relative_error
@@ -40,8 +42,7 @@ def bound(dtype) -> float:
     return {torch.float32: FLOAT32, torch.float16: ROUNDED, torch.bfloat16: 8 * ROUNDED}[dtype]  # three bits fewer
 
 
-def normal(*shape, seed=0, dtype=torch.float16, scale=1.0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+normal = partial(drawn.normal, dtype=torch.float16, device=DEVICE)
 
 
 def reference_norm(x, residual, weight):

@@ -34,6 +34,7 @@ FLOORS = {
     "hf_baichuan_convert": 9,
 }
 MAX_LINES = 300
+MAX_FUNCTION_LINES = 60
 LONGER = {}  # file: why it is one idea all the same
 
 
@@ -86,6 +87,23 @@ def test_every_module_has_a_floor_of_its_own():
 def test_a_file_is_one_idea(module):
     path = modules()[module]
     assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES or path.name in LONGER
+
+
+def long_functions(text, limit):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= limit:
+            yield node.name
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if not name.startswith("baichuan.kernels.")])
+def test_a_function_fits_a_screen(module):
+    """Kernels are left out: what a program of the GPU does is one text."""
+    assert not list(long_functions(modules()[module].read_text("utf-8"), MAX_FUNCTION_LINES))
+
+
+def test_a_long_function_is_noticed():
+    body = "    pass\n" * MAX_FUNCTION_LINES
+    assert list(long_functions(f"def short():\n{body[9:]}\ndef long():\n{body}", MAX_FUNCTION_LINES)) == ["long"]
 
 
 def test_nothing_runs_remote_code_or_unpickles_freely():

@@ -15,7 +15,7 @@ import scripts
 
 from baichuan.engine.folder import read_engine
 
-PROGRAM = Path(__file__).resolve().parent / "mpi_runs.py"
+PROGRAM = Path(__file__).resolve().parent / "support/mpi_runs.py"
 END_S = 20  # within which a failure ends every rank
 
 

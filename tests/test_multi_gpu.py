@@ -1,23 +1,18 @@
 """Tensor parallelism over two and four GPUs, where a machine has them."""
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 import build
 
 pytestmark = pytest.mark.multi_gpu
-ROOT = Path(__file__).resolve().parent.parent
 GPUS = torch.cuda.device_count()
 
 
-def mpirun(ranks, *command, timeout=240):
-    program = ["mpirun", "-n", str(ranks), "--allow-run-as-root", sys.executable, *map(str, command)]
-    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+TIMEOUT_S = 240
 
 
 RANKS = [
@@ -29,7 +24,7 @@ SIZES = {"n_layer": 4, "n_embd": 512, "n_head": 8, "inter_size": 1024, "vocab_si
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_collectives(ranks):
-    done = mpirun(ranks, "tests/multi_gpu_program.py")
+    done = scripts.mpirun(ranks, scripts.script("tests/support/multi_gpu_program.py", []), scripts.ROOT, TIMEOUT_S)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
 
@@ -48,7 +43,8 @@ def generated(folder, version, ranks):
     common = ["--model_version", version, "--dtype", "float32", "--world_size", str(ranks), *sizes]
     assert build.main([*common, "--max_batch_size", "2", "--no_self_check", "--output_dir", str(folder)]) == 0
     flags = ["--engine_dir", folder, "--input_tokens", prompts, "--output_csv", output, "--max_output_len", 32]
-    done = mpirun(ranks, "run.py", *flags, "--top_k", 1, "--repetition_penalty", 1)
+    program = scripts.script("run.py", [*map(str, flags), "--top_k", "1", "--repetition_penalty", "1"])
+    done = scripts.mpirun(ranks, program, scripts.ROOT, TIMEOUT_S)
     assert done.returncode == 0, done.stderr
     return list(csv.reader(output.read_text().splitlines()))
 

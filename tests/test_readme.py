@@ -94,35 +94,74 @@ def check_predicted_bytes(engine: Engine) -> None:
     assert engine.rank_file(0).stat().st_size == header + predicted
 
 
-@pytest.mark.timeout(600)
-def test_every_command_runs(checkpoints, tmp_path, monkeypatch, capsys):
+COMMANDS = commands()
+
+
+def folder_of(words: list[str]) -> str | None:
+    """The folder that a command writes."""
+    return next((words[words.index(flag) + 1] for flag in ("--output_dir", "-o") if flag in words), None)
+
+
+def needs(number: int) -> list[int]:
+    """The earlier commands whose folders this one reads."""
+    own = folder_of(COMMANDS[number])
+    read = [word for word in COMMANDS[number] if word.startswith("./tmp/") and word != own]
+    made = {earlier: folder_of(COMMANDS[earlier]) for earlier in range(number)}
+    return [earlier for earlier, folder in made.items() if folder and any(word.startswith(folder) for word in read)]
+
+
+class Workflow:
+    """The README's commands in one folder, each run once, after those that it needs."""
+
+    def __init__(self, folder: Path, checkpoints: dict[str, Path]):
+        self.folder, self.checkpoints = folder, checkpoints
+        self.done: dict[int, tuple[int, str, str]] = {}
+
+    def given(self, number: int) -> list[str]:
+        return here(COMMANDS[number], self.folder, self.checkpoints)
+
+    def run(self, number: int, monkeypatch, capsys) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        if number not in self.done:
+            for earlier in needs(number):
+                assert self.run(earlier, monkeypatch, capsys)[0] == 0, shlex.join(COMMANDS[earlier])
+            monkeypatch.setattr(sys, "stdin", io.StringIO("你好\nexit\n"))
+            self.done[number] = execute(self.given(number), capsys)
+        return self.done[number]
+
+
+@pytest.fixture(scope="module")
+def workflow(checkpoints, tmp_path_factory) -> Workflow:
+    return Workflow(tmp_path_factory.mktemp("readme"), checkpoints)
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: script_of(COMMANDS[number]))
+def test_every_command_runs(workflow, monkeypatch, capsys, number):
     monkeypatch.chdir(ROOT)
-    seen = dict.fromkeys(EXPECTED_SCRIPTS, 0)
-    for words in commands():
-        script = script_of(words)
-        seen[script] += 1
-        shown = shlex.join(words)
-        given = here(words, tmp_path, checkpoints)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("你好\nexit\n"))
-        code, out, err = execute(given, capsys)
-        assert code == 0, f"{shown}\n{err}"
-        if script == "build.py":
-            engine = read_engine(Path(given[given.index("--output_dir") + 1]))
-            for rank in range(engine.build.world_size):
-                assert engine.rank_file(rank).stat().st_size > 1 << 20, shown
-            assert "self-check against the float32 weights: mean KL" in err, shown
-            if engine.build.world_size == 1:
-                check_predicted_bytes(engine)
-        elif script == "run.py" and "--chat" in words and "--input_text" not in words:
-            assert re.search(r"\n> .+\n(\[cut .*\n)?> \Z", out), f"{shown}\n{out}"
-        elif script == "run.py":
-            assert out.count('Output: "') == 1 and out.rstrip().endswith('"'), f"{shown}\n{out}"
-        elif script == "summarize.py":
-            assert out.count("Summary (engine, float16") == 1 and "ROUGE-1" in out, f"{shown}\n{out}"
-        else:
-            folder = Path(given[given.index("-o") + 1])
-            assert (folder / "1-gpu" / "config.ini").is_file(), shown
-    assert all(seen[script] >= least for script, least in EXPECTED_SCRIPTS.items()), seen
+    words, given = COMMANDS[number], workflow.given(number)
+    script, (code, out, err) = script_of(words), workflow.run(number, monkeypatch, capsys)
+    assert code == 0, err
+    if script == "build.py":
+        engine = read_engine(Path(given[given.index("--output_dir") + 1]))
+        for rank in range(engine.build.world_size):
+            assert engine.rank_file(rank).stat().st_size > 1 << 20
+        assert "self-check against the float32 weights: mean KL" in err
+        if engine.build.world_size == 1:
+            check_predicted_bytes(engine)
+    elif script == "run.py" and "--chat" in words and "--input_text" not in words:
+        assert re.search(r"\n> .+\n(\[cut .*\n)?> \Z", out), out
+    elif script == "run.py":
+        assert out.count('Output: "') == 1 and out.rstrip().endswith('"'), out
+    elif script == "summarize.py":
+        assert out.count("Summary (engine, float16") == 1 and "ROUGE-1" in out, out
+    else:
+        folder = Path(given[given.index("-o") + 1])
+        assert (folder / "1-gpu" / "config.ini").is_file()
+
+
+def test_every_script_is_shown_often_enough():
+    shown = [script_of(words) for words in COMMANDS]
+    assert all(shown.count(script) >= least for script, least in EXPECTED_SCRIPTS.items()), shown
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import goldens
 import numpy as np
 import pytest
 import scripts
+from scripts import refused
+from tiny_engine import snapshot
 
 import build
 import run
@@ -24,7 +26,6 @@ from baichuan.engine import runtime
 from baichuan.engine.folder import CONFIG_NAME
 from baichuan.executors import torch_backend
 from baichuan.executors.cpu.reference import ReferenceExecutor
-from baichuan.util import manifest
 
 VERSION = "v1_7b"
 
@@ -43,24 +44,6 @@ def engine(engines) -> Path:
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     return scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
-
-
-def code_of(main, given: list[str]) -> int:
-    try:
-        return main(given)
-    except SystemExit as stop:  # argparse's own
-        return stop.code
-
-
-def refused(main, given: list[str], sentence: str, capsys) -> None:
-    """Exit code 2, and one line on standard error that holds `sentence`."""
-    assert code_of(main, [*given, "--log_level", "error"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and sentence in lines[0] and ": error" in lines[0], lines
-
-
-def snapshot(folder: Path) -> dict:
-    return {path.name: manifest.describe(path) for path in folder.iterdir()}
 
 
 # The goldens

@@ -26,7 +26,7 @@ def matrix(out_features=48, in_features=512, dtype=torch.float32, seed=0) -> tor
     return w.to(dtype)
 
 
-def relative_error(approximation: torch.Tensor, w: torch.Tensor) -> float:
+def squared_error(approximation: torch.Tensor, w: torch.Tensor) -> float:
     w = w.double()
     return float((approximation.double() - w).square().sum() / w.square().sum())
 
@@ -49,10 +49,10 @@ def test_a_wrong_scale_is_seen():
     w = matrix()
     q, scale = quantise_int8(w)
     rounding = float((scale.double() ** 2).sum() / 12 * w.shape[1] / w.double().square().sum())
-    error = relative_error(dequantise(Int8Weight(q, scale)), w)
+    error = squared_error(dequantise(Int8Weight(q, scale)), w)
     assert 0.9 * rounding < error < 1.1 * rounding, "rounding errors are uniform: a variance of scale² / 12"
-    assert relative_error(dequantise(Int8Weight(q, scale * 1.02)), w) > 2 * rounding
-    assert relative_error(dequantise(Int8Weight(q, scale.roll(1))), w) > 100 * rounding
+    assert squared_error(dequantise(Int8Weight(q, scale * 1.02)), w) > 2 * rounding
+    assert squared_error(dequantise(Int8Weight(q, scale.roll(1))), w) > 100 * rounding
 
 
 @pytest.mark.parametrize("quantise", [quantise_int8, lambda w: quantise_int4(w, 32, torch.float16)])
@@ -106,7 +106,7 @@ def test_int4_rows_keep_their_integers_when_scales_are_rounded():
 
 def test_smaller_groups_are_better():
     w = matrix(out_features=64)
-    errors = [relative_error(dequantise(Int4Weight(*quantise_int4(w, g, torch.float16))), w) for g in (32, 64, 128, 0)]
+    errors = [squared_error(dequantise(Int4Weight(*quantise_int4(w, g, torch.float16))), w) for g in (32, 64, 128, 0)]
     assert errors == sorted(errors) and errors[0] < 0.8 * errors[-1]
 
 

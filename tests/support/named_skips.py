@@ -15,7 +15,7 @@ _others: list[str] = []  # of this run: test and reason
 
 
 def pytest_addoption(parser):
-    parser.addoption("--only_named_skips", action="store_true", help="fail on a skip that tests/named_skips.py lacks")
+    parser.addoption("--only_named_skips", action="store_true", help="fail on a skip that named_skips.py lacks")
 
 
 def note_skip(report):
@@ -36,6 +36,6 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     if _others and config.getoption("only_named_skips"):
-        terminalreporter.section("skips that tests/named_skips.py does not name", red=True)
+        terminalreporter.section("skips that tests/support/named_skips.py does not name", red=True)
         for each in _others:
             terminalreporter.write_line(each)

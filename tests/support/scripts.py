@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 import build
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 NEW_TOKENS = 24  # of the goldens
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 GREEDY = ("--top_k", "1", "--repetition_penalty", "1", "--max_output_len", str(NEW_TOKENS))
@@ -59,6 +61,21 @@ def check_outputs(out: Path, version: str, lengths=goldens.LENGTHS) -> None:
         assert np.abs(row - golden[f"gen_logits_{length}"].numpy()).max() <= goldens.FLOAT32_TOLERANCE
 
 
+def code_of(main, given: list[str]) -> int:
+    """main's exit code, argparse's own too."""
+    try:
+        return main(given)
+    except SystemExit as stop:
+        return stop.code
+
+
+def refused(main, given: list[str], sentence: str, capsys) -> None:
+    """Exit code 2, and one line on standard error that holds `sentence`."""
+    assert code_of(main, [*given, "--log_level", "error"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and sentence in lines[0] and ": error" in lines[0], lines
+
+
 def script(name: str, given: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / name), *given]
 
@@ -67,7 +84,7 @@ def mpirun(
     ranks: int, program: list[str], cwd: Path, timeout_s: float = 120, typed: str = ""
 ) -> subprocess.CompletedProcess:
     """`program` on so many ranks, from start to end; rank 0 reads what is `typed`."""
-    launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), "--oversubscribe", "--allow-run-as-root"]
+    launcher = [str(MPIRUN), "-n", str(ranks), "--oversubscribe", "--allow-run-as-root"]
     return subprocess.run(
         [*launcher, *program],
         env=ENVIRONMENT,

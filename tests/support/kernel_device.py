@@ -1,6 +1,7 @@
 """Where the kernel tests run: on the GPU, else in Triton's interpreter.  To be imported before any kernel."""
 
 import os
+from dataclasses import fields, is_dataclass, replace
 
 import torch
 
@@ -16,10 +17,12 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def to_device(value):
-    """A record of tensors, or a tuple of records, on the device."""
+def to_device(value, device=DEVICE):
+    """A tensor, a record of tensors, or a tuple of either, on the device; what is nothing of these stays as it is."""
     if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
+        return value.to(device)
     if isinstance(value, tuple):
-        return tuple(map(to_device, value))
-    return type(value)(**{k: to_device(v) for k, v in vars(value).items()}) if hasattr(value, "__dict__") else value
+        return tuple(to_device(each, device) for each in value)
+    if is_dataclass(value):
+        return replace(value, **{each.name: to_device(getattr(value, each.name), device) for each in fields(value)})
+    return value

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from drawn import normal
+from kernel_device import to_device
 
 from baichuan.model.position import alibi_slopes
 from baichuan.quant.scaled import LIMITS
@@ -42,10 +44,6 @@ class Case:
     dtype: torch.dtype = torch.float32
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def rope(total_heads=4, first=0, heads=4):
     return AttentionSpec(heads, first, total_heads, 16, True)
 
@@ -70,7 +68,7 @@ def norm_inputs(tokens, with_residual, dtype):
 def add_rms_norm(with_residual, dtype):
     def run(ops, value, device):
         given, n, r = norm_inputs(5, with_residual, dtype)
-        normed, total = ops.add_rms_norm(*all_placed(given, device), EPS)
+        normed, total = ops.add_rms_norm(*to_device(tuple(given), device), EPS)
         return torch.cat((value(normed), value(total))), torch.cat((n, r))
 
     return run
@@ -80,7 +78,7 @@ def norm_linear(kind, tokens, with_residual, dtype=torch.float32):
     def run(ops, value, device):
         given, n, r = norm_inputs(tokens, with_residual, dtype)
         record, formula = weights(kind, dtype=dtype)
-        y, total = ops.norm_linear(*all_placed(given, device), placed(record, device), EPS)
+        y, total = ops.norm_linear(*to_device(tuple(given), device), to_device(record, device), EPS)
         return scaled_together(value(y), value(total), formula(n), r)
 
     return run
@@ -91,7 +89,9 @@ def gated_mlp(kind, tokens, dtype=torch.float32):
         given, n, r = norm_inputs(tokens, True, dtype)
         gate_up, to_gate_up = weights(kind, 256, 64, dtype=dtype)
         down, to_down = weights(kind + " smoother" * (kind == "smooth_quant"), 64, 128, seed=6, dtype=dtype)
-        y, total = ops.gated_mlp(*all_placed(given, device), placed(gate_up, device), placed(down, device), EPS)
+        y, total = ops.gated_mlp(
+            *to_device(tuple(given), device), to_device(gate_up, device), to_device(down, device), EPS
+        )
         gate, up = to_gate_up(n).chunk(2, -1)
         return scaled_together(value(y), value(total), to_down(gate / (1 + torch.exp(-gate)) * up), r)
 
@@ -103,7 +103,7 @@ def norm_head(tokens, rows):
         given, n, _ = norm_inputs(tokens, True, torch.float32)
         weight = normal(12, 64, seed=3)
         logits = ops.norm_head(
-            *all_placed(given, device), DenseWeight(weight.to(device)), torch.tensor(rows, device=device), 10, EPS
+            *to_device(tuple(given), device), DenseWeight(weight.to(device)), torch.tensor(rows, device=device), 10, EPS
         )
         return value(logits), (n[rows] @ weight.double().T)[:, :10]
 
@@ -155,19 +155,11 @@ def weights(kind, out_features=48, in_features=64, seed=3, dtype=torch.float32):
     return SmoothQuantWeight(q, scale, static, smoother), smooth_quant
 
 
-def placed(record, device):
-    return type(record)(**{k: v if v is None else v.to(device) for k, v in vars(record).items()})
-
-
-def all_placed(tensors, device):
-    return [each if each is None else each.to(device) for each in tensors]
-
-
 def linear(kind, tokens):
     def run(ops, value, device):
         record, formula = weights(kind)
         x = normal(tokens, 64, seed=5)
-        return value(ops.linear(x.to(device), placed(record, device))), formula(x.double())
+        return value(ops.linear(x.to(device), to_device(record, device))), formula(x.double())
 
     return run
 

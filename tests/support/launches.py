@@ -1,4 +1,5 @@
-"""The kernels that a step of a real model launches, without a GPU: python tests/launches.py > tests/launches.txt
+"""The kernels that a step of a real model launches, without a GPU; to record them:
+python tests/support/launches.py > tests/support/launches.txt
 
 Tensors are on PyTorch's device "meta" and launches are written down instead of run, so that the model's own sizes cost
 nothing.  A line is a launch: kernel, grid, constants, w(arps) and s(tages), arguments.  `product` is PyTorch's.
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from baichuan.config import PRESETS, QuantConfig
 from baichuan.executors.cuda import linear as cuda_linear

@@ -15,7 +15,7 @@ from named_skips import RELEASED_FOLDER
 
 from baichuan.text.tokenizer import Tokenizer
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 # Name of each model -> its tokenizer.model, or the folder that holds it.
 TINY = {
     "tiny_v1": DATA / "goldens/v1_7b/checkpoint",
