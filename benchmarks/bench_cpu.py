@@ -1,6 +1,6 @@
 """The CPU path against its ceilings, each ratio from one run: python benchmarks/bench_cpu.py
 
-decode    tokens/s of the engine over those of transformers' generate, same weights, threads and prompt
+decode    decode and prefill of every precision beside transformers and llama.cpp, see cpu_decode.py
 open      seconds from engine folder to first token, over reading the file once
 build     seconds to build an engine of dummy weights, over writing the same bytes with dd; peak anonymous memory
 """
@@ -22,19 +22,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.config import PRESETS, BuildConfig, ModelConfig, QuantConfig, SamplingConfig
+from baichuan.config import PRESETS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.runtime import open_session
-from baichuan.executors.cpu.reference import ReferenceExecutor
-from baichuan.generation.session import Session
-from baichuan.hf_model.config import BaichuanConfig
-from baichuan.hf_model.modeling import BaichuanForCausalLM
 from baichuan.parallel.comm import Solo
 from baichuan.util.processes import CONTEXT
 from baichuan.weights.rank_tensors import total_bytes
-
-GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
-PROMPT = list(range(5, 69))
+from benchmarks.cpu_decode import CASES, GREEDY, PROMPT, decode, small_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", choices=(*PARTS, []), help="all if none is given")
     parser.add_argument("--hidden_size", type=int, default=1280, help="of the decode and open model, 7B-shaped")
     parser.add_argument("--num_layers", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=48, help="decode steps that are timed")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating runs of each side, of which the best counts")
+    parser.add_argument("--precision", nargs="+", choices=tuple(CASES), default=list(CASES), help="of decode")
+    parser.add_argument("--folder", type=Path, help="keeps llama.cpp's files, for a later call (default: nowhere)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every side")
     parser.add_argument("--build_version", choices=tuple(PRESETS), default="v1_7b")
     args = parser.parse_args(argv)
     for part in args.parts or PARTS:
@@ -52,48 +50,6 @@ def main(argv: list[str] | None = None) -> int:
         if process.exitcode:
             return process.exitcode
     return 0
-
-
-def small_model(args: argparse.Namespace, dtype: str) -> ModelConfig:
-    """The 7B's proportions at another width."""
-    hidden = args.hidden_size
-    inter, vocab = hidden * 43 // 16, hidden * 125 // 8
-    return ModelConfig("v1_7b", hidden, args.num_layers, hidden // 128, inter, vocab, dtype=dtype)
-
-
-def decode(args: argparse.Namespace) -> None:
-    for dtype in ("float32", "bfloat16"):
-        model, source = small_model(args, dtype), weight.WeightSource()
-        tensors = {name: each.read(0, each.shape[0]) for name, each in source.checkpoint(model, 1).items()}
-        peer = BaichuanForCausalLM(BaichuanConfig.of(model)).to(getattr(torch, dtype)).eval()
-        peer.load_state_dict(tensors)
-        weights = weight.load_rank(source, model, QuantConfig())
-        session = Session(ReferenceExecutor(model, QuantConfig(), weights), model, BuildConfig())
-        ours, theirs = [], []
-        for _ in range(4):  # the first of each warms up
-            ours.append(engine_ms(session, args.steps))
-            theirs.append(peer_ms(peer, args.steps))
-        engine, transformers = min(ours[1:]), min(theirs[1:])
-        ratio = transformers / engine
-        print(f"decode {dtype}: {engine:.2f} ms per step, transformers {transformers:.2f} ms: ratio {ratio:.2f}")
-
-
-def engine_ms(session, steps: int) -> float:
-    session.generate([PROMPT], GREEDY, steps)
-    return 1e3 * session.timing.decode_s / session.timing.decode_steps
-
-
-@torch.inference_mode()
-def peer_ms(peer, steps: int) -> float:
-    """A step of generate: the time of `steps` tokens less that of one, which is the prefill's."""
-    ids = torch.tensor([PROMPT])
-
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
-        peer.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - start
-
-    return 1e3 * (seconds(steps) - seconds(1)) / (steps - 1)
 
 
 def opening(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from baichuan.executors.cpu.native import FEW_ROWS, Kernels
 from baichuan.executors.cpu.ops import CpuOps
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.executors.cpu.reference_linear import linear as reference_linear
+from baichuan.model.ops import ComposedOps
 from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.quant.scaled import quantise
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
@@ -153,6 +154,30 @@ def test_norms_and_activations_round_as_the_reference(dtype, width):
             torch.testing.assert_close(y, expected, rtol=neighbour, atol=1e-7)
     gate_up = torch.cat((4 * x, residual), 1)
     torch.testing.assert_close(ours.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=neighbour, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [1, 3, FEW_ROWS + 1])
+def test_fused_ops_are_their_parts(dtype, tokens):
+    x, residual = normal(tokens, 64, dtype=dtype), normal(tokens, 64, seed=1, dtype=dtype)
+    norm = normal(64, seed=2, dtype=dtype)
+    for _, gate_up, _ in cases((96, 64)):
+        down_proj = DenseWeight(normal(64, 48, seed=4, dtype=dtype))
+        ops = CpuOps(op_cases.rope(), Solo(), 8, kernels())
+        for given in (residual, None):
+            for name, weights in (("norm_linear", (gate_up,)), ("gated_mlp", (gate_up, down_proj))):
+                found = getattr(ops, name)(x, given, norm, *weights, 1e-6)
+                parts = getattr(ComposedOps, name)(_Unfused(ops), x, given, norm, *weights, 1e-6)
+                assert all(map(torch.equal, found, parts)), (name, type(gate_up))
+
+
+class _Unfused(ComposedOps):
+    """The simple ops of other ops."""
+
+    def __init__(self, ops):
+        self.add_rms_norm, self.linear, self.silu_mul = ops.add_rms_norm, ops.linear, ops.silu_mul
+
+    add_rms_norm = linear = silu_mul = select_rows = head = None
 
 
 def test_the_exponential_ends_where_float32_does():

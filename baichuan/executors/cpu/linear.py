@@ -34,6 +34,9 @@ class Product:
     dtype: torch.dtype | None = None  # of many_rows' results; None = any, it rounds nothing
     smoother: Tensor | None = None  # of inputs that are quantised by the maximum of a token, which ranks share
 
+    def by_library(self, x: Tensor, out_dtype: torch.dtype) -> bool:
+        return self.many_rows is not None and x.shape[0] > FEW_ROWS and self.dtype in (None, out_dtype)
+
 
 def dense(weight: DenseWeight) -> Product:
     w = weight.weight
@@ -71,17 +74,27 @@ class CpuLinear:
         self.kernels, self.comm = kernels, comm
         self._products: dict[Weight, Product] = {}
 
+    def matrix_of(self, weight: Weight, x: Tensor) -> Matrix | None:
+        """For a kernel that multiplies x and does more; None where another way is faster or needs the other ranks."""
+        product = self._product_of(weight)
+        alone = product.smoother is None or self.comm.world_size == 1
+        return product.matrix if alone and not product.by_library(x, x.dtype) else None
+
     def __call__(self, x: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
         """x: [num_tokens, in_features] -> [num_tokens, out_features]"""
-        product = self._products.get(weight)
-        if product is None:
-            product = self._products[weight] = product_of(weight, "cpu")(weight)
+        product = self._product_of(weight)
         if product.matrix is None:
             return reference_linear(x, weight, out_dtype, self.comm)
-        if product.many_rows and x.shape[0] > FEW_ROWS and product.dtype in (None, out_dtype):
+        if product.by_library(x, out_dtype):
             return product.many_rows(x, self.comm).to(out_dtype)
         scales = None
         if product.smoother is not None and self.comm.world_size > 1:  # as in quantise_input
             absmax = (x.float() / product.smoother).abs().amax(-1, keepdim=True)
             scales = scale_for(self.comm.all_reduce_max(absmax), torch.int8)
         return self.kernels.product(x, product.matrix, out_dtype, scales)
+
+    def _product_of(self, weight: Weight) -> Product:
+        product = self._products.get(weight)
+        if product is None:
+            product = self._products[weight] = product_of(weight, "cpu")(weight)
+        return product

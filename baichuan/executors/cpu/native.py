@@ -20,7 +20,7 @@ TYPES = {  # enum type of native/vector.h
     torch.int8: 4,
     torch.uint8: 5,  # two 4-bit integers
 }
-FEW_ROWS = 16  # up to which every weight is read once and used from registers; more are faster through panels
+FEW_ROWS = 16  # as in native/products.c
 GROUP_STEP = 32  # group sizes are multiples of this, or whole rows
 
 
@@ -94,34 +94,55 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL):
         self._library = library
         library.add_rms_norm.restype = library.silu_mul.restype = library.store_tokens.restype = None
-        library.add_rms_norm.argtypes = (c_void_p, c_void_p, c_void_p, c_float, c_int64, c_void_p, c_void_p, c_int)
+        norm = (c_void_p, c_void_p, c_void_p, c_float)  # x, residual, weight, eps
+        library.add_rms_norm.argtypes = (*norm, c_int64, c_void_p, c_void_p, c_int)
+        library.norm_product.argtypes = (*norm, c_void_p, c_void_p, c_void_p, c_int)
+        library.gated_mlp.argtypes = (*norm, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
 
     def product(self, x: Tensor, matrix: Matrix, out_dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
         """x @ Wᵀ.  x: [num_tokens, in_features]; scales: [num_tokens, 1] of SmoothQuant's inputs, if known already."""
         x = x.contiguous()
         y = torch.empty(x.shape[0], matrix.struct.out, dtype=out_dtype)
-        function = self._library.few_rows_product if x.shape[0] <= FEW_ROWS else self._library.many_rows_product
-        done = function(
+        done = self._library.product(
             byref(matrix.struct), byref(_rows(x)), _argument(scales), byref(_rows(y)), torch.get_num_threads()
         )
         return _checked(done, y)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """ops.Ops.add_rms_norm"""
-        x = x.contiguous()
-        normed, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
-        residual = None if residual is None else residual.contiguous()
-        self._library.add_rms_norm(
-            byref(_rows(x)),
-            _pointer(residual),
-            weight.data_ptr(),
-            eps,
-            x.shape[1],
-            normed.data_ptr(),
-            total.data_ptr(),
-            torch.get_num_threads(),
-        )
+        x, residual = _contiguous(x), _contiguous(residual)
+        operands, total = self._norm_operands(x, residual, weight, eps)
+        normed, threads = torch.empty_like(total), torch.get_num_threads()
+        self._library.add_rms_norm(*operands, x.shape[1], normed.data_ptr(), total.data_ptr(), threads)
         return normed, total
+
+    def norm_product(
+        self, x: Tensor, residual: Tensor | None, norm: Tensor, matrix: Matrix, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """ops.Ops.norm_linear"""
+        x, residual = _contiguous(x), _contiguous(residual)
+        operands, total = self._norm_operands(x, residual, norm, eps)
+        y = torch.empty(x.shape[0], matrix.struct.out, dtype=x.dtype)
+        done = self._library.norm_product(
+            *operands, total.data_ptr(), byref(matrix.struct), byref(_rows(y)), torch.get_num_threads()
+        )
+        return _checked(done, y), total
+
+    def gated_mlp(
+        self, x: Tensor, residual: Tensor | None, norm: Tensor, gate_up: Matrix, down_proj: Matrix, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """ops.Ops.gated_mlp"""
+        x, residual = _contiguous(x), _contiguous(residual)
+        operands, total = self._norm_operands(x, residual, norm, eps)
+        y, threads = torch.empty(x.shape[0], down_proj.struct.out, dtype=x.dtype), torch.get_num_threads()
+        weights = byref(gate_up.struct), byref(down_proj.struct)
+        done = self._library.gated_mlp(*operands, total.data_ptr(), *weights, byref(_rows(y)), threads)
+        return _checked(done, y), total
+
+    def _norm_operands(self, x: Tensor, residual: Tensor | None, norm: Tensor, eps: float) -> tuple[tuple, Tensor]:
+        """The first arguments of every norm, and where x + residual goes: x itself without a residual."""
+        total = x if residual is None else torch.empty_like(x)
+        return (byref(_rows(x)), _pointer(residual), norm.data_ptr(), eps), total
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """ops.Ops.silu_mul"""
@@ -138,7 +159,7 @@ class Kernels:
         )
 
     def attend(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Each token's attention over the stored keys up to its own position.  longest: no position is as large."""
+        """store_tokens, then each token's attention over the keys up to its position, which is below `longest`."""
         y = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype)
         done = self._library.attend(
             byref(cache),
@@ -161,6 +182,10 @@ def cache_struct(cache: LayerCache, cos: Tensor | None, sin: Tensor | None, slop
 
 def _rows(x: Tensor) -> _Rows:
     return _Rows(x.data_ptr(), x.shape[0], TYPES[x.dtype])
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -32,6 +32,18 @@ class CpuOps(ReferenceOps):
     def silu_mul(self, gate_up):
         return self.kernels.silu_mul(gate_up)
 
+    def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
+        matrix = self.multiply.matrix_of(weight, x)
+        if matrix is None:
+            return super().norm_linear(x, residual, norm, weight, eps)
+        return self.kernels.norm_product(x, residual, norm, matrix, eps)
+
+    def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
+        first, second = self.multiply.matrix_of(gate_up, x), self.multiply.matrix_of(down_proj, x)
+        if first is None or second is None:
+            return super().gated_mlp(x, residual, norm, gate_up, down_proj, eps)
+        return self.kernels.gated_mlp(x, residual, norm, first, second, eps)
+
     def linear(self, x, weight: Weight):
         return self.multiply(x, weight, x.dtype)
 
@@ -43,9 +55,9 @@ class CpuOps(ReferenceOps):
         struct = self._caches.get(cache)
         if struct is None:
             struct = self._caches[cache] = cache_struct(cache, self.cos, self.sin, self.slopes)
-        self.kernels.store_tokens(struct, qkv, rows, positions)
         if step.max_new_tokens <= FEW_QUERIES:
             return self.kernels.attend(struct, qkv, rows, positions, step.max_context_length)
+        self.kernels.store_tokens(struct, qkv, rows, positions)
         return self.attend_stored(qkv.unflatten(-1, (3, spec.num_heads, -1))[:, 0], cache, step)
 
     def _places(self, step: Step) -> tuple[Tensor, Tensor]:

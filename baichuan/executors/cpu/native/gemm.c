@@ -104,7 +104,6 @@ static void write_stripe(const struct matrix *w, size_t row, const float *sums, 
         }
 }
 
-/* 0 where there is no memory, else 1.  scales: [tokens] of SmoothQuant's inputs, or NULL. */
 int many_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
                       int threads) {
     size_t stride = up_to(w->in, STEP), most = up_to(x->tokens < TOKENS ? x->tokens : TOKENS, WIDTH);

@@ -43,6 +43,32 @@ void silu_mul(const struct rows *x, int64_t width, void *y, int threads) {
     }
 }
 
+/* (norm's y @ Wᵀ, total) for add_rms_norm.  0 where there is no memory, else 1. */
+int norm_product(const struct rows *x, const void *residual, const void *norm, float eps, void *total,
+                 const struct matrix *w, const struct rows *y, int threads) {
+    struct rows normed = {malloc(bytes_of(x->type, x->tokens * w->in)), x->tokens, x->type};
+    if (!normed.data) return 0;
+    add_rms_norm(x, residual, norm, eps, w->in, normed.data, total, threads);
+    int done = product(w, &normed, NULL, y, threads);
+    free(normed.data);
+    return done;
+}
+
+/* silu(gate) * up of norm_product, times down_projᵀ.  0 where there is no memory, else 1. */
+int gated_mlp(const struct rows *x, const void *residual, const void *norm, float eps, void *total,
+              const struct matrix *gate_up, const struct matrix *down, const struct rows *y, int threads) {
+    struct rows wide = {malloc(bytes_of(x->type, x->tokens * gate_up->out)), x->tokens, x->type};
+    struct rows gated = {malloc(bytes_of(x->type, x->tokens * down->in)), x->tokens, x->type};
+    int done = wide.data && gated.data && norm_product(x, residual, norm, eps, total, gate_up, &wide, threads);
+    if (done) {
+        silu_mul(&wide, down->in, gated.data, threads);
+        done = product(down, &gated, NULL, y, threads);
+    }
+    free(wide.data);
+    free(gated.data);
+    return done;
+}
+
 /* One layer's cache, k and v [rows, heads, capacity, dim], and how its heads see positions. */
 struct cache {
     void *k, *v;
@@ -134,10 +160,12 @@ static void attend_typed(const struct cache *c, size_t at, size_t context, const
     }
 }
 
-/* softmax(q kᵀ / sqrt(dim) + bias) v of each token over the keys up to its position, which are stored.
-   q: the first heads of qkv; y: [tokens, heads * dim].  0 where there is no memory, else 1. */
+/* softmax(q kᵀ / sqrt(dim) + bias) v of each token over the keys up to its position, once all are stored.
+   qkv, rows, positions: as above; longest: no position is as large; y: [tokens, heads * dim].  0 where there is no
+   memory, else 1. */
 int attend(const struct cache *c, const struct rows *qkv, const int64_t *rows, const int64_t *positions,
            int64_t longest, void *y, int threads) {
+    store_tokens(c, qkv, rows, positions, threads);
     size_t heads = c->heads, dim = c->dim, wide = up_to(dim, LANES);
     int failed = 0;
 #pragma omp parallel num_threads(threads)

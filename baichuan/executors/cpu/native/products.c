@@ -9,8 +9,9 @@
 #else
 #define TOKENS 4
 #endif
-#define AHEAD 8192 /* bytes: what a processor's own prefetching does not see in several short rows */
-#define CHUNK 64   /* steps whose scales are read at once */
+#define FEW_ROWS 16   /* as in native.py: with more, panels are faster (gemm.c) */
+#define AHEAD    8192 /* bytes: what a processor's own prefetching does not see in several short rows */
+#define CHUNK    64   /* steps whose scales are read at once */
 _Static_assert(2 * CHUNK * 127 * 127 < 1 << 24, "a lane sums the integers of a chunk exactly");
 
 /* Where the rows of W, or of its scales, begin; behind the last one stands the last one again. */
@@ -34,6 +35,11 @@ static void read_scales(const struct matrix *w, const char *row, size_t first, s
 /* total[r][k] += STEP channels from i on of W's rows by those of the tokens. */
 INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t left, const float *scales,
                      const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
+    vf a[TOKENS], b[TOKENS];
+    UNROLL for (int k = 0; k < tokens; k++) {
+        a[k] = LOAD(vf, x + k * stride + i);
+        b[k] = LOAD(vf, x + k * stride + i + LANES);
+    }
     UNROLL for (int r = 0; r < ROWS; r++) {
         vf v[2];
         __builtin_prefetch(rows[r] + bytes_of(t, i) + AHEAD);
@@ -41,11 +47,10 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
         else load_step_part(t, rows[r], i, left, v);
         if (t == INT4 && tokens > 1) v[0] *= scales[r * CHUNK], v[1] *= scales[r * CHUNK];
         UNROLL for (int k = 0; k < tokens; k++) {
-            vf a = LOAD(vf, x + k * stride + i), b = LOAD(vf, x + k * stride + i + LANES);
-            if (t == INT4 && tokens == 1) total[r][k] += (v[0] * a + v[1] * b) * scales[r * CHUNK];
+            if (t == INT4 && tokens == 1) total[r][k] += (v[0] * a[k] + v[1] * b[k]) * scales[r * CHUNK];
             else {
-                total[r][k] += v[0] * a;
-                total[r][k] += v[1] * b;
+                total[r][k] += v[0] * a[k];
+                total[r][k] += v[1] * b[k];
             }
         }
     }
@@ -107,7 +112,6 @@ static void stripe(const struct matrix *w, size_t row, const struct operand *x, 
     }
 }
 
-/* 0 where there is no memory, else 1.  scales: [tokens] of SmoothQuant's inputs, or NULL. */
 int few_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
                      int threads) {
     struct operand operand;
@@ -121,4 +125,8 @@ int few_rows_product(const struct matrix *w, const struct rows *x, const float *
     }
     free(operand.memory);
     return 1;
+}
+
+int product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y, int threads) {
+    return (x->tokens <= FEW_ROWS ? few_rows_product : many_rows_product)(w, x, scales, y, threads);
 }

@@ -46,4 +46,12 @@ int make_operand(const struct matrix *w, size_t tokens, struct operand *to);
 /* One token's activations; scales: of SmoothQuant's tokens where they are known already. */
 void prepare_token(const struct matrix *w, const struct rows *x, const float *scales, struct operand *to, size_t token);
 
+/* y = x @ Wᵀ, by the way that suits the number of tokens.  0 where there is no memory, else 1.
+   scales: [tokens] of SmoothQuant's inputs where they are known already, else NULL. */
+int product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y, int threads);
+int few_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
+                     int threads);
+int many_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
+                      int threads);
+
 #endif
