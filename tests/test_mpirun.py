@@ -12,8 +12,10 @@ from pathlib import Path
 import goldens
 import pytest
 import scripts
+import torch
 
 from baichuan.engine.folder import read_engine
+from baichuan.weights.tensor_file import read_tensors
 
 PROGRAM = Path(__file__).resolve().parent / "support/mpi_runs.py"
 END_S = 20  # within which a failure ends every rank
@@ -46,6 +48,29 @@ def test_goldens_on_several_ranks(tmp_path, version, tp_size):
     assert done.returncode == 0, done.stderr
     scripts.check_outputs(tmp_path, version)
     assert done.stdout.count("Output: ") == len(goldens.LENGTHS)  # rank 0 alone prints
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_weight_only"],
+        ["--use_weight_only", "--weight_only_precision", "int4"],
+    ],
+    ids=["int8", "int4"],
+)
+def test_quantised_engines_of_two_ranks_have_one_rank_s_numbers_and_text(tmp_path, flags):
+    prompts, found = scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b"), []
+    for tp_size in (1, 2):
+        out = tmp_path / str(tp_size)
+        engine = scripts.built(out / "engine", "v1_7b", tp_size, *flags)
+        tensors = [read_tensors(read_engine(engine).rank_file(rank)) for rank in range(tp_size)]
+        integers = [each[f"layers.0.down_proj.{'packed' if 'int4' in flags else 'weight'}"] for each in tensors]
+        given = scripts.run_flags(engine, prompts, out)
+        done = scripts.mpirun(tp_size, scripts.script("run.py", given), tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append((torch.cat(integers, 1), (out / "ids.csv").read_text()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_where_ranks_stand_and_what_rank_0_tells_them(tmp_path):

@@ -73,6 +73,9 @@ def add_model_version(parser: argparse.ArgumentParser, text: str, default: str |
 def add_device(parser: argparse._ActionsContainer, what: str) -> None:
     text = f"device that {what}; auto takes a GPU if PyTorch can use one"
     parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads of each process (default: its share of the physical cores)"
+    )
 
 
 def check_device(args: argparse.Namespace, comm: Communicator) -> None:
@@ -102,11 +105,13 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
 
     import torch
 
+    from baichuan.executors.cpu.threads import use_threads
     from baichuan.parallel.comm import world_of_this_process
 
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
     try:
+        use_threads(getattr(args, "threads", None), comm.local_size)
         return body(args, comm)
     except BaichuanError as error:
         message = str(error)
@@ -151,11 +156,3 @@ def _configure_logging(level: str, comm: Communicator) -> None:
     level_number = getattr(logging, level.upper())
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("baichuan").setLevel(level_number if comm.rank == 0 else max(level_number, logging.WARNING))
-    if comm.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        _share_cores(comm.world_size)
-
-
-def _share_cores(ranks: int) -> None:
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
