@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.primitives import start_dependents, to_float32
+from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.records import Int4Weight, Int8Weight
 
@@ -24,6 +24,7 @@ def _dequantise(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     stored = tl.load(weight + row * width + columns, mask, other=0)
+    wait_for_inputs(OVERLAP)  # the memory of out may be what an earlier kernel still reads
     if INT4:
         byte = stored.to(tl.int8, bitcast=True)
         # A group is an even number of channels, so that both nibbles of a byte have the same scale.

@@ -8,7 +8,8 @@ one before it on the stream is still running.  Each kernel calls two functions:
     kernel B             |- loads weights -|........|--- work ---|
                                            ^ wait_for_inputs: here B waits until all of A is done
 
-Everything that another kernel writes is read after wait_for_inputs.  A kernel that streams weights calls
+Before wait_for_inputs a kernel reads nothing that another one writes, and writes nothing: the allocator may have given
+it memory that an earlier kernel still reads.  A kernel that streams weights calls
 start_dependents first of all, so that the next one stands ready when it ends.  A short kernel calls it after
 wait_for_inputs: the weights that the next one asks for would delay its own inputs.
 
