@@ -3,10 +3,10 @@
 
 One function for each type of weight, by weights/types.py, chooses.  An example, INT4 in float16 with groups of 32:
 
-    1 token             gemv_int, x as 16-bit integers
-    2 to 32 tokens      gemm_int4, x in float16
-    33 tokens and more  cuBLAS with a dequantised copy of the weight, where memory is spare (dense_copies.py)
-    without a copy      gemm_int4 for up to 256 tokens, then cuBLAS with a copy that is made for the one product
+    1 token            gemv_int, x as 16-bit integers
+    a few              gemm_int4, x in float16
+    COPY_ROWS or more  cuBLAS with a dequantised copy of the weight, where memory is spare (dense_copies.py)
+    without a copy     gemm_int4 for up to GEMM_ROWS tokens, then cuBLAS with a copy that is made for the one product
 """
 
 from __future__ import annotations
