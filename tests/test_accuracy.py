@@ -29,7 +29,7 @@ INT4_PER_CHANNEL = "INT4 weight-only, per channel"
 SMOOTH = "SmoothQuant 0.5, pt + pc"
 KV = "INT8 KV cache"
 # Mean KL in nats that a precision may cost, on texts that the model knows and on others.
-MAX_KL = {INT8: 0.005, SMOOTH: 0.02, KV: 0.005}
+MAX_KL = {INT8: 0.005, SMOOTH: 0.01, KV: 0.005}
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,15 @@ def test_int8_weight_only_keeps_the_first_choice(trained):
     assert trained.measure(INT8, ARTICLES).top1 >= 0.99
 
 
-@pytest.mark.parametrize("dataset", [ARTICLES, UNSEEN], ids=["known", "unseen"])
-def test_groups_make_int4_better(trained, dataset):
-    """docs/accuracy.md has 20 to 31 % less KL with groups of 64, and 33 to 45 % with groups of 32."""
+@pytest.mark.parametrize(("dataset", "least"), [(ARTICLES, 0.9), (UNSEEN, 0.8)], ids=["known", "unseen"])
+def test_groups_make_int4_better(trained, dataset, least):
+    """docs/accuracy.md has 11 to 29 % less KL with groups of 64, and 17 to 50 % with groups of 32.
+
+    Of texts that the model knows by heart, KL is too small to tell both apart.
+    """
     per_channel = trained.measure(INT4_PER_CHANNEL, dataset).kl
     assert trained.measure(INT4, dataset).kl < 0.9 * per_channel
-    assert trained.measure("INT4 weight-only, groups of 32", dataset).kl < 0.8 * per_channel
+    assert trained.measure("INT4 weight-only, groups of 32", dataset).kl < least * per_channel
 
 
 WRONG = 1.25  # of one layer's down_proj scale
