@@ -1,6 +1,7 @@
 """The tree's shape: imports point down, no file is two ideas."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ FLOORS = {
     "hf_baichuan_convert": 9,
 }
 MAX_LINES = 300
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text("utf-8")
 MAX_FUNCTION_LINES = 60
 LONGER = {}  # file: why it is one idea all the same
 
@@ -81,6 +83,18 @@ def test_an_upward_import_is_noticed(tmp_path):
 def test_every_module_has_a_floor_of_its_own():
     tops = {".".join(module.split(".")[:2]) for module in modules()}
     assert tops == set(FLOORS)
+
+
+def test_the_architectures_table_is_this_one():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", ARCHITECTURE, re.MULTILINE)
+    said = {name: int(number) for number, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert said == {name.removeprefix("baichuan."): number for name, number in FLOORS.items() if name != "baichuan"}
+
+
+def test_the_architecture_names_files_that_exist():
+    paths = re.findall(r"[\w./]+\.py|(?<=`)[\w/]+/(?=`)", ARCHITECTURE)
+    missing = [path for path in paths if not ((ROOT / path).exists() or (ROOT / "baichuan" / path).exists())]
+    assert len(paths) > 20 and not missing
 
 
 @pytest.mark.parametrize("module", modules())
