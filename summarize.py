@@ -36,6 +36,7 @@ from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import require_host_memory
 from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
+from baichuan.text.printable import one_line
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
 from baichuan.weights.hub.config_json import read_model_config
@@ -218,8 +219,8 @@ def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation
         low = {label: score for label, score in scores.items() if score < threshold}
         for label, score in low.items():
             print(
-                f"{Path(__file__).name}: ROUGE-1 of {label} is {score:.2f} and at least {threshold:g} is required; "
-                "compare with --test_hf, or build with a finer quantisation",
+                f"{Path(__file__).name}: ROUGE-1 of {one_line(label)} is {score:.2f} and at least {threshold:g} is "
+                "required; compare with --test_hf, or build with a finer quantisation",
                 file=sys.stderr,
             )
     return BELOW_THRESHOLD if comm.broadcast_object(low) else 0

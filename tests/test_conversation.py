@@ -70,6 +70,7 @@ def test_a_system_message_that_leaves_no_room_is_refused():
         ("\x1b[2J\x9b1A", "\\x1b[2J\\x9b1A"),
         ("a\rb\x08\x00\x7f", "a\\rb\\x08\\x00\\x7f"),
         ("\u202eevil\u2066", "\\u202eevil\\u2066"),
+        ("a\udc80", "a\\udc80"),
     ],
 )
 def test_control_characters_are_spelled_out(text, shown):

@@ -264,7 +264,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
     state = tiny.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
     tiny.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(CheckpointError, match=r"missing keys: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight; download"):
         load_hf_model(tmp_path, "v1_7b")
 
 

@@ -17,6 +17,7 @@ from baichuan import __version__
 from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
+from baichuan.text.printable import one_line, printable
 
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
-        self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists every flag\n")
+        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)}; {self.prog} --help lists every flag\n")
 
 
 def add_model_version(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
@@ -133,7 +134,7 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
         comm.leave_failed()
         raise
     rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
-    print(f"{parser.prog}: error{rank}: {message}", file=sys.stderr, flush=True)
+    print(f"{parser.prog}: error{rank}: {one_line(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
 
@@ -151,8 +152,18 @@ def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
     return value
 
 
+class _Printable(logging.Formatter):
+    """Names of files, and what libraries say of them, are shown and not obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _configure_logging(level: str, comm: Communicator) -> None:
     """Messages on standard error; below warnings only from rank 0."""
     level_number = getattr(logging, level.upper())
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     logging.getLogger("baichuan").setLevel(level_number if comm.rank == 0 else max(level_number, logging.WARNING))

@@ -12,6 +12,7 @@ from baichuan.evaluation import report
 from baichuan.evaluation.summary import Evaluation
 from baichuan.evaluation.text_table import WIDTH
 from baichuan.evaluation.wording import agreement_text, conditions_text, speed_text
+from baichuan.text.printable import printable
 from baichuan.util.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,13 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
 
 def show_first(evaluation: Evaluation) -> None:
     sample = evaluation.samples[0]
-    print(f"Article: {sample.task.sample.article}\n\nHighlights: {sample.task.sample.highlights}\n")
+    print(printable(f"Article: {sample.task.sample.article}\n\nHighlights: {sample.task.sample.highlights}\n"))
     alike: dict[str, list[str]] = {}
     for side in evaluation.sides:
         alike.setdefault(sample.summaries[side.key].text, []).append(side.label)
     for text, labels in alike.items():
         names = "all sides" if len(labels) == len(evaluation.sides) > 2 else "; ".join(labels)
-        print(f"Summary ({names}): {text}\n", flush=True)
+        print(printable(f"Summary ({names}): {text}\n"), flush=True)
 
 
 def save(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path, complete: bool) -> Path:
@@ -69,11 +70,11 @@ def finish(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | 
     values = report.results(evaluation, settings, complete)
     of = "" if complete else f" of {len(evaluation.tasks)}, the run was stopped"
     print(f"{values['articles']} articles{of}; {settings['decoding']}; ROUGE in percent with 95 % intervals")
-    print(report.figures_table(values))
+    print(printable(report.figures_table(values)))
     two = values["sides"][0] if len(values["sides"]) == 2 else None
     for sentence in (conditions_text(values), speed_text(values), two and agreement_text(values, two)):
         if sentence:
-            print(textwrap.fill(sentence, WIDTH), flush=True)
+            print(printable(textwrap.fill(sentence, WIDTH)), flush=True)
     if output_dir:
         page = save(evaluation, settings, output_dir, complete)
         logger.info("results and summaries are in %s; the report is %s", output_dir, page)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.logging import disable_progress_bar
 
 from baichuan.config import ModelConfig
-from baichuan.errors import CheckpointError, UnsupportedError
+from baichuan.errors import UnsupportedError
 from baichuan.hf_model.config import BaichuanConfig
-from baichuan.hf_model.gpu_loading import fill
+from baichuan.hf_model.gpu_loading import read_on_gpu
 from baichuan.model.position import alibi_slopes, rope_at, rotate
-from baichuan.weights.hub.checkpoint import IGNORED, read_model_config
+from baichuan.weights.hub.checkpoint import IGNORED, open_checkpoint, read_model_config
 from baichuan.weights.source import TensorSource
 
 
@@ -212,12 +210,8 @@ def register() -> None:
 
 def model_of_tensors(model: ModelConfig, tensors: Mapping[str, TensorSource]) -> BaichuanForCausalLM:
     """The model with these weights, by the hub's names, in eval mode."""
-    with torch.device("meta"):
-        result = BaichuanForCausalLM(BaichuanConfig.of(model))
     dtype = getattr(torch, model.dtype)
-    weights = {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()}  # where it is read
-    result.load_state_dict(weights, assign=True)
-    return result.eval()
+    return _with_weights(model, {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()})
 
 
 def load_hf_model(
@@ -225,23 +219,18 @@ def load_hf_model(
 ) -> BaichuanForCausalLM:
     """The checkpoint in `folder` as a model in eval mode.  model_version: None = what the folder proves.
 
+    Its weights come through weights/, as an engine's do, and not through transformers' from_pretrained.
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
-    config = BaichuanConfig.of(read_model_config(Path(folder), model_version, dtype))
-    if torch.device(device).type == "cuda":
-        with torch.device("meta"):
-            empty = BaichuanForCausalLM(config)
-        fill(empty, Path(folder), getattr(torch, dtype), torch.device(device), empty._keys_to_ignore_on_load_unexpected)
-        return empty.eval()
-    disable_progress_bar()  # transformers' own, which would break a script's lines
-    try:
-        loaded: Any = BaichuanForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded ({error}); is the download complete?") from None
-    model, found = loaded
-    for kind in ("missing_keys", "unexpected_keys"):
-        if names := sorted(found[kind]):
-            raise CheckpointError(f"{folder} has {kind.replace('_', ' ')}: {', '.join(names[:3])}; download it again")
-    return model.eval()
+    model = read_model_config(Path(folder), model_version, dtype)
+    checkpoint = open_checkpoint(Path(folder), model)
+    if torch.device(device).type != "cuda":
+        return model_of_tensors(model, checkpoint)
+    return _with_weights(model, read_on_gpu(checkpoint, getattr(torch, dtype), torch.device(device)))
+
+
+def _with_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> BaichuanForCausalLM:
+    with torch.device("meta"):
+        result = BaichuanForCausalLM(BaichuanConfig.of(model))
+    result.load_state_dict(weights, assign=True)
+    return result.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from baichuan.errors import ConfigError
@@ -11,9 +12,19 @@ CONFIGS = {CNN_DAILYMAIL: "3.0.0"}  # of data sets with several configurations, 
 TIMEOUT_S = 20.0
 
 
+def load_dataset(*args, **settings):
+    """datasets.load_dataset, whose own messages go where all go."""
+    import datasets
+
+    library = logging.getLogger("datasets")
+    for handler in library.handlers[:]:
+        library.removeHandler(handler)
+    library.propagate = True
+    return datasets.load_dataset(*args, **settings)
+
+
 def hub_rows(name: str, split: str, remedy: str) -> Iterator[dict]:
     """The rows of a split.  Raises ConfigError, whose sentence ends in `remedy`, where they cannot be had."""
-    from datasets import load_dataset
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from baichuan.errors import ConfigError
-from baichuan.text.hub_dataset import CNN_DAILYMAIL, hub_rows, reason
+from baichuan.text.hub_dataset import CNN_DAILYMAIL, hub_rows, load_dataset, reason
 from baichuan.text.tokenizer import Tokenizer, check_ids
 
 DEFAULT_DATASET = CNN_DAILYMAIL
@@ -42,8 +42,6 @@ def encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int, vocab_
 
 
 def _file_rows(path: Path, flag: str) -> Iterator[dict]:
-    from datasets import load_dataset
-
     if not path.is_file():
         raise ConfigError(f"{flag} {path} does not exist; name a json, jsonl, csv, parquet or txt file")
     try:

@@ -1,0 +1,107 @@
+"""Files that somebody made to do harm: nothing leaves their folder, nothing steers the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import goldens
+import hub_folders
+import pytest
+import torch
+
+import build
+import summarize
+from baichuan.cli.common import _configure_logging
+from baichuan.errors import CheckpointError, ConfigError
+from baichuan.hf_model import gpu_loading
+from baichuan.hf_model.modeling import load_hf_model
+from baichuan.parallel.comm import Solo
+from baichuan.text.printable import UNSAFE
+from baichuan.text.texts import read_texts
+from baichuan.weights.hub.checkpoint import open_checkpoint
+
+VERSION = "v1_7b"
+CONFIG = hub_folders.small_config(VERSION)
+HOSTILE_NAME = "a\n\x1b[31mb"
+both_formats = pytest.mark.parametrize("form", ["safetensors", "bin"])
+
+
+def checkpoint(folder: Path, form: str = "safetensors", shards: int = 2) -> dict[str, str]:
+    """A checkpoint; its index's weight_map."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hub_folders.hub_values(CONFIG)))
+    return hub_folders.write_weights(folder, hub_folders.tensors(CONFIG), form, shards)
+
+
+# Out of the folder
+
+
+@both_formats
+def test_the_transformers_model_is_not_read_from_outside_its_folder(form, tmp_path):
+    where = checkpoint(tmp_path / "inside", form)
+    load_hf_model(tmp_path / "inside", VERSION)
+    stolen = sorted(set(where.values()))[0]
+    (tmp_path / "inside" / stolen).rename(tmp_path / stolen)
+    for target in (f"../{stolen}", str(tmp_path / stolen)):
+        changed = {name: target if shard == stolen else shard for name, shard in where.items()}
+        hub_folders.write_index(tmp_path / "inside", form, changed)
+        with pytest.raises(CheckpointError, match="a shard is a file of the same folder"):
+            load_hf_model(tmp_path / "inside", VERSION)
+
+
+@both_formats
+def test_groups_for_a_gpu_are_the_whole_checkpoint(form, tmp_path, monkeypatch):
+    checkpoint(tmp_path, form)
+    expected = load_hf_model(tmp_path, VERSION).state_dict()
+    monkeypatch.setattr("baichuan.executors.cuda.load.load_on_gpu", lambda tensors, device: tensors)
+    monkeypatch.setattr(gpu_loading, "GROUP_BYTES", 5000)
+    tensors = open_checkpoint(tmp_path, CONFIG)
+    assert len(list(gpu_loading._groups(tensors))) > 3
+    found = gpu_loading.read_on_gpu(tensors, torch.float32, torch.device("cpu"))
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+
+
+# To the terminal
+
+
+@pytest.mark.parametrize("name", ["build", "summarize"])
+def test_a_shards_name_is_shown_and_not_obeyed(name, tmp_path, capsys):
+    for file in ("config.json", "tokenizer.model"):
+        shutil.copy(goldens.checkpoint(VERSION) / file, tmp_path)
+    hub_folders.write_index(tmp_path, "safetensors", {"lm_head.weight": HOSTILE_NAME})
+    (tmp_path / "articles.jsonl").write_text('{"article": "Rain.", "highlights": "Rain."}\n')
+    if name == "build":
+        code = build.main(["--model_dir", str(tmp_path), "--output_dir", str(tmp_path / "engine")])
+    else:
+        given = ["--test_hf", "--hf_model_dir", str(tmp_path), "--dataset_path", str(tmp_path / "articles.jsonl")]
+        code = summarize.main(given)
+    err = capsys.readouterr().err
+    assert code == 2 and not UNSAFE.search(err), err
+    assert "points at" in err.splitlines()[-1] and r"\x1b[31mb" in err.splitlines()[-1]
+
+
+def test_messages_of_ours_and_of_libraries_are_shown_and_not_obeyed(capfd):
+    _configure_logging("info", Solo())
+    logging.getLogger("baichuan.x").info("reading %s", HOSTILE_NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.warn(HOSTILE_NAME, stacklevel=1)
+        logging.captureWarnings(False)
+    err = capfd.readouterr().err
+    assert err.count(r"\x1b[31mb") >= 2 and not UNSAFE.search(err)
+
+
+def test_what_datasets_says_of_a_file_is_not_obeyed(tmp_path, capfd):
+    _configure_logging("info", Solo())
+    (tmp_path / "texts.json").write_text('{"\x1b[31m": 1')
+    with pytest.raises(ConfigError):
+        read_texts(str(tmp_path / "texts.json"), 1, "--calib_dataset")
+    logging.getLogger("datasets").error("cannot read %s", HOSTILE_NAME)
+    err = capfd.readouterr().err
+    assert r"\x1b[31mb" in err and not UNSAFE.search(err)
