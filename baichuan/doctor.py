@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +22,7 @@ from baichuan.util.nvidia import driver_gpus
 DISTRIBUTION = "baichuan-engines"
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest
 CUDA_PYTORCH = "install a CUDA build of PyTorch as https://pytorch.org/get-started/locally says"
+NO_COMPILER = "no C compiler; a GPU's kernels need one, and the CPU is several times slower without"
 SMALL_MEMORY_GB, SMALL_DISK_GB = 8, 30
 MPI_PROGRAM = "from mpi4py import MPI; print(MPI.COMM_WORLD.size, MPI.Get_library_version().split(',')[0], sep=', ')"
 MPI_TIMEOUT_S = 60.0
@@ -82,23 +82,18 @@ def check_gpus() -> Iterator[Finding]:
     yield Finding(
         "ok", "PyTorch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'}"
     )
-    seen = driver_gpus()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        usable = torch.cuda.is_available()
-    if usable:
+    from baichuan.executors.device import unusable_gpu
+
+    if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield from _check_gpu(torch, index)
-    elif not seen:
-        yield Finding("note", "GPU", "no NVIDIA GPU or driver; engines run on the CPU", "a GPU needs NVIDIA's driver")
-    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+    elif reason := unusable_gpu():
+        newer = f"update NVIDIA's driver to one for CUDA {torch.version.cuda}, or "
+        yield Finding("fault", "GPU", reason, (newer if torch.version.cuda else "") + CUDA_PYTORCH)
+    elif seen := driver_gpus():
         yield Finding("note", "GPU", f"{seen[0]}: hidden by CUDA_VISIBLE_DEVICES; engines run on the CPU")
-    elif not torch.version.cuda:
-        yield Finding("fault", "GPU", f"{seen[0]}: this PyTorch is built for the CPU", CUDA_PYTORCH)
     else:
-        reason = str(said[0].message).splitlines()[0] if said else "PyTorch does not say why"
-        remedy = f"update NVIDIA's driver to one for CUDA {torch.version.cuda}, or {CUDA_PYTORCH}"
-        yield Finding("fault", "GPU", f"{seen[0]}: PyTorch cannot use it ({reason})", remedy)
+        yield Finding("note", "GPU", "no NVIDIA GPU or driver; engines run on the CPU", "a GPU needs NVIDIA's driver")
 
 
 def _check_gpu(torch, index: int) -> Iterator[Finding]:
@@ -143,7 +138,10 @@ def check_compiler(needed: bool | None = None) -> Iterator[Finding]:
         return
     needed = bool(driver_gpus()) if needed is None else needed
     yield Finding(
-        "fault" if needed else "note", "compiler", "no C compiler; kernels on a GPU need one", "apt install gcc"
+        "fault" if needed else "note",
+        "compiler",
+        NO_COMPILER,
+        "apt install gcc",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import goldens
 import pytest
 import scripts
+import torch
 from terminal import BACKSPACE, CTRL_C, CTRL_D, ENTER, ESCAPE, LEFT, PASTE, UP, Terminal
 
 import run
+from baichuan.config import SamplingConfig
+from baichuan.text.chat import ChatRoles
 from baichuan.text.printable import UNSAFE, printable
 
 VERSION = "v2_13b"
@@ -24,6 +28,20 @@ GREEDY = ("--top_k", "1", "--repetition_penalty", "1")
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Path:
     return scripts.built(tmp_path_factory.mktemp("engine") / "tp1", VERSION, 1, "--max_output_len", str(LONG))
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """An engine whose answers end at no token: the rows of lm_head of those that would end one are zeros."""
+    folder = tmp_path_factory.mktemp("endless")
+    shutil.copytree(goldens.checkpoint(VERSION), folder / "checkpoint")
+    index = json.loads((folder / "checkpoint" / "pytorch_model.bin.index.json").read_text())
+    path = folder / "checkpoint" / index["weight_map"]["lm_head.weight"]
+    tensors = torch.load(path, weights_only=True)
+    tensors["lm_head.weight"][[SamplingConfig().eos_id, *ChatRoles()]] = 0
+    torch.save(tensors, path)
+    given = ["--max_output_len", str(LONG), "--model_dir", str(folder / "checkpoint")]
+    return scripts.built(folder / "engine", VERSION, 1, *given)
 
 
 def chat_flags(engine: Path, *more: str, version: str = VERSION, new_tokens: int = 4) -> list[str]:
@@ -149,9 +167,9 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(engine, tmp_p
 
 
 @pytest.mark.parametrize("how", ["sampling", "beams"])
-def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(engine, tmp_path, how):
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless, tmp_path, how):
     more = GREEDY if how == "sampling" else ("--num_beams", "2")
-    terminal = open_terminal(chat_flags(engine, *more, new_tokens=LONG))
+    terminal = open_terminal(chat_flags(endless, *more, new_tokens=LONG))
     terminal.type("Hello" + ENTER)
     if how == "sampling":
         terminal.wait_written(200)
@@ -187,7 +205,11 @@ def test_lines_of_a_pipe(engine):
 
 def test_a_conversation_ends_with_its_input_and_with_a_line_that_cannot_be_sent(engine):
     assert talk(engine, b"Hello").returncode == 0
-    for typed, sentence in ((b"\xff\xfe\n", "UTF-8"), (b"word " * 200, "the engine takes 128"), (b"/x", "no command")):
+    for typed, sentence in (
+        (b"\xff\xfe\n", "UTF-8"),
+        (b"word " * 200, "the engine takes 128"),
+        (b"/x", "not a command"),
+    ):
         done = talk(engine, b"Hello\n" + typed)
         err = done.stderr.decode()
         assert done.returncode == 2 and sentence in scripts.sentences(err)[0] and "Traceback" not in err

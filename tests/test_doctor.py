@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from baichuan import doctor
+from baichuan.executors import device
 from baichuan.kernels import argmax
 from baichuan.util.nvidia import driver_gpus
 
@@ -67,19 +68,25 @@ def test_pytorch_that_cannot_be_imported(monkeypatch):
     assert level == "fault" and text.startswith("cannot be imported")
 
 
+def too_old() -> None:
+    raise RuntimeError("driver too old.\nupdate it")
+
+
 @pytest.mark.parametrize(
     ("seen", "cuda", "visible", "level", "sentence"),
     [
         ([], None, None, "note", "no NVIDIA GPU or driver"),
-        ([GPU], None, None, "fault", f"{GPU}: this PyTorch is built for the CPU"),
-        ([GPU], "13.0", None, "fault", f"{GPU}: PyTorch cannot use it (PyTorch does not say why)"),
+        ([GPU], None, None, "fault", f"{GPU} is there and this PyTorch ({torch.__version__}) is built for the CPU"),
+        ([GPU], "13.0", None, "fault", f"{GPU} is there and PyTorch ({torch.__version__}) sees none (driver too old)"),
         ([GPU], "13.0", "", "note", f"{GPU}: hidden by CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_a_gpu_that_pytorch_cannot_use(monkeypatch, seen, cuda, visible, level, sentence):
-    monkeypatch.setattr(doctor, "driver_gpus", lambda: seen)
+    for module in (doctor, device):
+        monkeypatch.setattr(module, "driver_gpus", lambda: seen)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
