@@ -259,6 +259,16 @@ def test_the_figures_are_the_measurements():
             assert figure in opening, figure
 
 
+def test_the_gains_of_groups_are_the_measurements():
+    accuracy = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for group in (32, 64):
+        row = re.search(rf"^\| INT4 in groups of {group}: KL below per channel (.*)$", accuracy, re.MULTILINE)[1]
+        percents = [int(number) for number in re.findall(r"\d+", row)]
+        assert len(percents) == 4
+        assert f"{min(percents)} to {max(percents)} % lower" in README
+        assert f"低 {min(percents)}% 至 {max(percents)}%" in CHINESE
+
+
 def test_a_walk_fills_its_cells(tmp_path):
     (tmp_path / "walk.md").write_text(
         "# The walk\n\nv1_7b, 32 layers; 1 x NVIDIA H200; torch 2.11.0\n\n| command | s | host GB |\n|---|---:|---:|\n"
