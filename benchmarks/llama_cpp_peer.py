@@ -57,8 +57,8 @@ def write_gguf(path: Path, model: ModelConfig, tensors: Mapping[str, Tensor], pr
                 kind = "F32"
             elif part.startswith("token_embd"):
                 kind = "F16"
-            kind = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(part, gguf.quants.quantize(values.numpy(), kind), raw_dtype=kind)
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(part, gguf.quants.quantize(values.numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -31,7 +31,7 @@ from baichuan.weights.source import Checkpoint, TensorSource
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}  # bounds the activations' memory
-READ_BYTES = 64 << 20  # of a weight at a time, in float32
+READ_BYTES = 64 << 20  # how much of a weight is read at a time, in float32
 
 
 def calibrate(

@@ -44,9 +44,9 @@ class BuildRequest:
     model: ModelConfig
     quant: QuantConfig
     build: BuildConfig
-    rank_tensors: RankTensors  # of each rank, not yet read
+    rank_tensors: RankTensors  # what a rank's file holds, not yet read
     parallel: bool = False
-    options: Any = None  # of the backend, by its build_options
+    options: Any = None  # what the backend's build_options gave
     text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
     dummy: bool = False  # the weights are made up
     device: str = "auto"  # whose memory the engine must fit: one of device.DEVICES
@@ -165,7 +165,7 @@ def _in_processes(tasks: Mapping[int, Callable[[], Any]], progress: Progress) ->
         watcher.join()
 
 
-_counter: Any = None  # of a writing process, set when it starts: a shared counter reaches a process in no other way
+_counter: Any = None  # set when a writing process starts: a shared counter reaches a process in no other way
 
 
 def _remember_counter(counter) -> None:

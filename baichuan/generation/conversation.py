@@ -18,7 +18,7 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer, roles: ChatRoles, max_input_len: int, system: str | None = None):
         self._tokenizer, self._roles, self._max_input_len = tokenizer, roles, max_input_len
         self._rounds: list[tuple[Message, Message]] = []
-        self._first = 0  # of the rounds that the prompts still hold
+        self._first = 0  # the oldest round that the prompts still hold
         self.set_system(system)
 
     def set_system(self, text: str | None) -> None:

@@ -49,7 +49,7 @@ class Session:
     executor: Executor
     model: ModelConfig
     build: BuildConfig
-    timing: Timing = field(default_factory=Timing)  # of the last generate()
+    timing: Timing = field(default_factory=Timing)  # what the last generate() took
 
     def generate(
         self,

@@ -20,7 +20,7 @@ THREADS_TIMEOUT_S = 1800.0  # ranks as threads answer one short prompt, from a s
 class Communicator(Protocol):
     rank: int  # which share of the model this process holds
     world_size: int
-    local_rank: int  # of this process among the local_size ones on its machine: the number of its GPU
+    local_rank: int  # this process's number on its machine, and its GPU's
     local_size: int
     capturable: bool  # whether a CUDA graph can hold its collectives
 

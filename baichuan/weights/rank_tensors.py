@@ -20,7 +20,7 @@ from baichuan.weights.shard import LINEARS, NORMS, Range, padded_vocab_size, ran
 from baichuan.weights.source import Checkpoint, TensorSource, known
 from baichuan.weights.types import converter_of
 
-BLOCK_BYTES = 32 << 20  # of a weight's rows in float32: a build holds a few such blocks at a time
+BLOCK_BYTES = 32 << 20  # a block of a weight's rows in float32; a build holds a few at a time
 NORM_HEAD_EPS = 1e-12  # torch.nn.functional.normalize's default, as in the original NormHead
 
 
@@ -36,7 +36,7 @@ class TensorBlocks:
 class LinearConverters:
     """How one of shard.LINEARS becomes a weight record."""
 
-    projections: Sequence[Converter]  # of the rows of each projection of each of the hub's matrices, in their order
+    projections: Sequence[Converter]  # one for each projection of each of the hub's matrices, in their order
     constants: Mapping[str, Tensor] = field(default_factory=dict)  # fields that no row has a part in
 
 

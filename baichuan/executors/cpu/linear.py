@@ -85,7 +85,7 @@ class CpuLinear:
         product = self._product_of(weight)
         if product.matrix is None:
             return reference_linear(x, weight, out_dtype, self.comm)
-        if product.by_library(x, out_dtype):
+        if product.many_rows and product.by_library(x, out_dtype):
             return product.many_rows(x, self.comm).to(out_dtype)
         scales = None
         if product.smoother is not None and self.comm.world_size > 1:  # as in quantise_input

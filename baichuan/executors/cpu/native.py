@@ -110,7 +110,7 @@ class Kernels:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """ops.Ops.add_rms_norm"""
-        x, residual = _contiguous(x), _contiguous(residual)
+        x, residual = x.contiguous(), _contiguous(residual)
         operands, total = self._norm_operands(x, residual, weight, eps)
         normed, threads = torch.empty_like(total), torch.get_num_threads()
         self._library.add_rms_norm(*operands, x.shape[1], normed.data_ptr(), total.data_ptr(), threads)
@@ -120,7 +120,7 @@ class Kernels:
         self, x: Tensor, residual: Tensor | None, norm: Tensor, matrix: Matrix, eps: float
     ) -> tuple[Tensor, Tensor]:
         """ops.Ops.norm_linear"""
-        x, residual = _contiguous(x), _contiguous(residual)
+        x, residual = x.contiguous(), _contiguous(residual)
         operands, total = self._norm_operands(x, residual, norm, eps)
         y = torch.empty(x.shape[0], matrix.struct.out, dtype=x.dtype)
         done = self._library.norm_product(
@@ -132,7 +132,7 @@ class Kernels:
         self, x: Tensor, residual: Tensor | None, norm: Tensor, gate_up: Matrix, down_proj: Matrix, eps: float
     ) -> tuple[Tensor, Tensor]:
         """ops.Ops.gated_mlp"""
-        x, residual = _contiguous(x), _contiguous(residual)
+        x, residual = x.contiguous(), _contiguous(residual)
         operands, total = self._norm_operands(x, residual, norm, eps)
         y, threads = torch.empty(x.shape[0], down_proj.struct.out, dtype=x.dtype), torch.get_num_threads()
         weights = byref(gate_up.struct), byref(down_proj.struct)

@@ -68,7 +68,7 @@ def prefill_runs(step: Step, max_new: int, max_outputs: int) -> Iterator[PaddedR
     for first in range(0, longest, window):
         new = min(window, longest - first)
         here = (places >= first) & (places < first + new)
-        cells = rows[here] * new + places[here] - first  # of the padded batch
+        cells = rows[here] * new + places[here] - first  # their places in the padded batch
 
         def padded(values: Tensor, padding: int, new: int = new, cells: Tensor = cells) -> Tensor:
             batch_values = torch.full((batch * new,), padding, dtype=torch.int32)

@@ -24,8 +24,8 @@ MODULES = {  # the modules that one of shard.LINEARS merges, each an equal share
     "down_proj": ("mlp:proj",),
 }
 KV_MODULES = {"k_scale": "attention:qkv:k", "v_scale": "attention:qkv:v"}
-FILE_NAME = "fp8_scales.npz"  # of a binary folder
-MAX_MEMBER_BYTES = 4096  # of a scale with its header; the file may hold whole weights beside them
+FILE_NAME = "fp8_scales.npz"  # its name in a binary folder
+MAX_MEMBER_BYTES = 4096  # a scale with its header is smaller; the file may hold whole weights beside them
 
 
 @dataclass(frozen=True)

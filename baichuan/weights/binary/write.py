@@ -20,7 +20,7 @@ from baichuan.weights.binary.layout import CHANNEL_SCALES, LINEAR_OF, NORM_NAMES
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource
 
-BLOCK_BYTES = 8 << 20  # of a matrix's rows in float32: a process holds a few such blocks at a time
+BLOCK_BYTES = 8 << 20  # a block of a matrix's rows in float32; a process holds a few at a time
 NORM_BEFORE = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 FLOAT16_MAX = 65504.0
 
@@ -99,7 +99,7 @@ class BinaryWriter:
         """Put the hub matrix's rows from `first` on into the ranks' transposed files."""
         for rank, mapped in enumerate(files):
             ranges, (left, right) = self.layout.cut(name, rank)
-            column = 0  # of the file, where the range starts
+            column = 0  # where the range starts in the file
             for start, stop in ranges:
                 a, b = max(start, first), min(stop, first + len(rows))
                 if a < b:

@@ -31,7 +31,7 @@ class Format:
 
     single: str  # file that holds them all
     index: str  # JSON whose weight_map says which shard holds which tensor
-    patterns: tuple[str, ...]  # of the files to download
+    patterns: tuple[str, ...]  # names of the files to download
     open: Callable[[Path], Mapping[str, TensorSource]]
 
     def files(self, folder: Path) -> list[str]:
