@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,8 @@ from torch.nn import functional as F
 
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.library import library
-from baichuan.executors.cpu.linear import CpuLinear
 from baichuan.executors.cpu.native import Kernels
-from baichuan.parallel.comm import Solo
-from baichuan.records import DenseWeight, Int4Weight, Int8Weight
+from baichuan.records import DenseWeight, Int4Weight, Int8Weight, Weight
 from baichuan.weights.types import product_of
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
@@ -25,14 +24,17 @@ ROWS = (1, 8, 512)
 
 def products(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    linear = CpuLinear(Kernels(library()), Solo())
+    compiled = library()
+    if compiled is None:
+        raise SystemExit("there are no kernels to compare without a C compiler; install gcc")
+    kernels = Kernels(compiled)
     for name in ("float32", "float16", "bfloat16", "int8", "int4"):
         model = ModelConfig("v1_7b", IN, 1, 32, OUT, 32000, dtype=name if name.startswith(("f", "b")) else "float16")
         weight = RandomWeights(model, PRECISIONS.get(name, PRECISIONS["float16"]), "cpu").linear(OUT, IN, True)
         for rows in ROWS:
             x = torch.randn(rows, IN).to(getattr(torch, model.dtype))
             matrix = product_of(weight, "cpu")(weight).matrix
-            sides = {"ours": lambda x=x, m=matrix: linear.kernels.product(x, m, x.dtype), **rivals(weight, x)}
+            sides = {"ours": partial(kernels.product, x, matrix, x.dtype), **rivals(weight, x)}
             best = dict.fromkeys(sides, float("inf"))
             for _ in range(5):
                 for side, run in sides.items():
@@ -44,7 +46,7 @@ def products(args: argparse.Namespace) -> None:
             )
 
 
-def rivals(weight: DenseWeight | Int8Weight | Int4Weight, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+def rivals(weight: Weight, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """PyTorch's operators for this weight, on activations in the dtype that each is fastest with."""
     bf16 = x.bfloat16()
     match weight:
@@ -62,3 +64,4 @@ def rivals(weight: DenseWeight | Int8Weight | Int4Weight, x: Tensor) -> dict[str
             zeros = torch.zeros(scale.shape[1], scale.shape[0], 2, dtype=torch.bfloat16)
             name = "_weight_int4pack_mm_for_cpu, bfloat16"
             return {name: lambda: torch._weight_int4pack_mm_for_cpu(bf16, packed, GROUP, zeros)}
+    raise TypeError(type(weight).__name__)
