@@ -26,6 +26,7 @@ from baichuan.engine import runtime
 from baichuan.engine.folder import CONFIG_NAME
 from baichuan.executors import torch_backend
 from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.util.publishing import staged_folder
 
 VERSION = "v1_7b"
 
@@ -424,8 +425,8 @@ def test_a_full_disk_leaves_the_old_results(engine, prompts, tmp_path, capsys, m
     assert (tmp_path / "logits.npy").read_bytes() == b"old"
 
 
-def interrupted(command: list[str], ready) -> tuple[int, str]:
-    """Exit code and standard error of a program that gets Ctrl-C's signal once ready() holds."""
+def interrupted(command: list[str], ready, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+    """Exit code and standard error of a program that gets the signal, of Ctrl-C or another, once ready() holds."""
     process = subprocess.Popen(
         command, env=scripts.ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -433,7 +434,7 @@ def interrupted(command: list[str], ready) -> tuple[int, str]:
     deadline = time.monotonic() + 30
     while not ready(process) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     try:
         _, err = process.communicate(timeout=20)
     finally:
@@ -442,18 +443,25 @@ def interrupted(command: list[str], ready) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("parallel", [[], ["--parallel_build", "--world_size", "2"]], ids=["serial", "parallel"])
-def test_ctrl_c_during_a_build_leaves_the_old_engine(engine, tmp_path, parallel):
-    """The interrupted build is of 1.4 GB of dummy weights, of which a few MB are written."""
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_build_that_is_stopped_leaves_the_old_engine(engine, tmp_path, parallel, by):
+    """The build is of 1.4 GB of dummy weights, of which a few MB are written; its processes end with it."""
     shutil.copytree(engine, tmp_path / "engine")
     before = snapshot(tmp_path / "engine")
     given = ["--model_version", "v1_7b", "--n_layer", "2", "--output_dir", str(tmp_path / "engine"), "--no_self_check"]
 
     def writing(_) -> bool:
-        return any(path.stat().st_size > 1 << 20 for path in (tmp_path / "engine").glob(".building-*/*.engine"))
+        return any(path.stat().st_size > 1 << 20 for path in tmp_path.glob(".engine.building-*/*.engine"))
 
-    code, err = interrupted(scripts.script("build.py", [*given, *parallel]), writing)
-    assert code == 2 and "stopped by Ctrl-C" in scripts.sentences(err)[0] and "Traceback" not in err, err
-    assert snapshot(tmp_path / "engine") == before
+    code, err = interrupted(scripts.script("build.py", [*given, *parallel]), writing, by)  # reads what workers write
+    if by == signal.SIGKILL:
+        assert code == -signal.SIGKILL and list(tmp_path.glob(".engine.building-*"))
+        with staged_folder(tmp_path / "engine"):  # as the next build's
+            pass
+    else:
+        sentence = "stopped by Ctrl-C" if by == signal.SIGINT else "stopped by SIGTERM"
+        assert code == 2 and sentence in scripts.sentences(err)[0] and "Traceback" not in err, err
+    assert snapshot(tmp_path / "engine") == before and not list(tmp_path.glob(".engine.building-*"))
 
 
 def test_ctrl_c_during_a_conversation(engine):

@@ -23,6 +23,7 @@ from baichuan.quant.scaled import scale_for
 from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
+from baichuan.util.publishing import publish_folder
 from baichuan.weights.binary.config_ini import SIZES, write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_TYPES, Layout
@@ -142,12 +143,6 @@ def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
 
 
 def _publish(staged: Path, folder: Path) -> None:
-    """Move the files into place, each at once and config.ini last; arrays of an older conversion go."""
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
-    names = sorted((path.name for path in staged.iterdir()), key=lambda name: name == CONFIG_NAME)
-    for stale in {*(path.name for path in folder.glob("model.layers.*.bin")), *TEXT_FILES} - set(names):
-        (folder / stale).unlink(missing_ok=True)
-    for name in names:
-        with open(staged / name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged / name, folder / name)
+    """Put a complete conversion in the place of the one before, in one step."""
+    arrays = (path.name for path in folder.glob("model.layers.*.bin"))
+    publish_folder(staged, folder, {CONFIG_NAME, *arrays, *TEXT_FILES}, CONFIG_NAME)

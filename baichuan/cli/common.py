@@ -10,7 +10,9 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from baichuan import __version__
@@ -18,6 +20,7 @@ from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
 from baichuan.text.printable import one_line, printable
+from baichuan.util.signals import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
@@ -111,13 +114,17 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
 
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
+    orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends one when a rank has failed
     try:
-        use_threads(getattr(args, "threads", None), comm.local_size)
-        return body(args, comm)
+        with orderly:
+            use_threads(getattr(args, "threads", None), comm.local_size)
+            return body(args, comm)
     except BaichuanError as error:
         message = str(error)
     except KeyboardInterrupt:
         message = "stopped by Ctrl-C; nothing unfinished was kept"
+    except Terminated:
+        message = "stopped by SIGTERM; nothing unfinished was kept"
     except MemoryError:
         message = "the host memory is exhausted; use a smaller batch, shorter lengths or more ranks"
     except torch.OutOfMemoryError:
@@ -127,16 +134,24 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            comm.leave_failed()
+            _leave_unexpected(comm)
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}; free space or choose another folder"
     except Exception:
-        comm.leave_failed()
+        _leave_unexpected(comm)
         raise
     rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
     print(f"{parser.prog}: error{rank}: {one_line(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
+
+
+def _leave_unexpected(comm: Communicator) -> None:
+    """Print the exception that is handled, where leaving ends all ranks at once and nobody could any more."""
+    if comm.world_size > 1:
+        traceback.print_exc()
+        sys.stderr.flush()
+    comm.leave_failed()
 
 
 def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:

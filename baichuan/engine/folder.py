@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +19,7 @@ from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import TEXT_FILES
 from baichuan.util import manifest
-from baichuan.util.processes import ctrl_c_ignored
+from baichuan.util.publishing import publish_folder, staged_folder
 from baichuan.weights.strangers import recognise
 
 logger = logging.getLogger(__name__)
@@ -30,7 +27,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 CONFIG_NAME = "config.json"
 MAX_CONFIG_BYTES = 16 << 20
-_STAGING_PREFIX = ".building-"
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def rank_file_name(model: ModelConfig, build: BuildConfig, rank: int) -> str:
 
 @contextmanager
 def staging(output_dir: Path) -> Iterator[Path]:
-    """An empty folder inside output_dir for the files of one build; what is still in it at the end is deleted.
+    """An empty folder beside output_dir for the files of one build; what is still in it at the end is deleted.
 
     Raises ConfigError where output_dir cannot be made or holds a config.json that is no engine's, such as a
     checkpoint's, which the engine's own would overwrite.
@@ -78,15 +74,8 @@ def staging(output_dir: Path) -> Iterator[Path]:
             f"output_dir {output_dir} holds a {CONFIG_NAME} that is not an engine's and would be overwritten; "
             "choose another folder"
         )
-    _remove_abandoned(output_dir)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING_PREFIX}{os.getpid()}-", dir=output_dir))
-    try:
+    with staged_folder(output_dir) as folder:
         yield folder
-    except OSError as error:
-        error.filename = error.filename or str(output_dir)  # a failed write does not say where
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(engine: Engine) -> None:
@@ -111,17 +100,8 @@ def write_config(engine: Engine) -> None:
 
 
 def publish(staged: Path, output_dir: Path) -> None:
-    """Move a complete engine into place, each file at once and config.json last; drop the files of the one before."""
-    old_files = _files_of(output_dir)
-    names = sorted((path.name for path in staged.iterdir()), key=lambda name: name == CONFIG_NAME)
-    for name in names:
-        with open(staged / name, "rb") as file:
-            os.fsync(file.fileno())
-    with ctrl_c_ignored():  # the few renames, which must not stop between two engines
-        for name in names:
-            os.replace(staged / name, output_dir / name)
-        for name in old_files - set(names):
-            (output_dir / name).unlink(missing_ok=True)
+    """Put a complete engine in the place of the one before, in one step."""
+    publish_folder(staged, output_dir, _files_of(output_dir), CONFIG_NAME)
 
 
 def read_engine(folder: Path) -> Engine:
@@ -223,14 +203,6 @@ def _holds_another_config(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "builder_config" not in values
-
-
-def _remove_abandoned(output_dir: Path) -> None:
-    for folder in output_dir.glob(_STAGING_PREFIX + "*"):
-        pid = folder.name.removeprefix(_STAGING_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            logger.info("removing %s, which an interrupted build left", folder)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _builder_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> dict:

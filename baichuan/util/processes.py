@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from baichuan.errors import UnsupportedError
+from baichuan.util.signals import ignored
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
 
 
@@ -32,8 +33,8 @@ def run_tasks(
         yield from ((key, task()) for key, task in tasks.items())
         return
     before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, CONTEXT, _prepare, (prepare,)) as pool:
-        with ctrl_c_ignored():  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
+    with ProcessPoolExecutor(processes, CONTEXT, _prepare, (os.getpid(), prepare)) as pool:
+        with ignored(signal.SIGINT):  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
             futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
         try:
             for future in as_completed(futures):
@@ -50,7 +51,10 @@ def run_tasks(
             pool.shutdown(cancel_futures=True)
 
 
-def _prepare(prepare: Callable[[], None] | None) -> None:
+def _prepare(parent: int, prepare: Callable[[], None] | None) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however the parent dies
+    if os.getppid() != parent:  # it did already
+        os._exit(1)
     torch.set_num_threads(1)  # the processes share the cores
     if prepare:
         prepare()
@@ -60,16 +64,3 @@ def seconds_since_start() -> float:
     """Wall time since this process was started, imports included."""
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since boot, as uptime
     return float(Path("/proc/uptime").read_text().split()[0]) - started / os.sysconf("SC_CLK_TCK")
-
-
-@contextmanager
-def ctrl_c_ignored() -> Iterator[None]:
-    """Ctrl-C changes nothing meanwhile, here and in processes that start meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's business
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,120 @@
+"""A folder's new content beside the old one, and one step that puts it in its place."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from baichuan.util.signals import ignored
+
+logger = logging.getLogger(__name__)
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # of a file system without exchange
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """An empty folder for the new content of the folder `target`; what is still in it at the end is deleted.
+
+    It lies beside target, or inside where nothing can be put beside.  Those of dead processes are removed.
+    """
+    target = target.resolve()
+    beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
+    parent, prefix = target.parent if beside else target, f".{target.name}.building-"
+    _remove_abandoned(parent, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a failed write does not say where
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:
+    """Give target the content of `staged`, of staged_folder(target).
+
+    Everything else in target stays, but for `replaced`, the names of the older content.  On the disk target has either
+    content whole, whenever the process dies.  Where the file system cannot exchange two folders, and where target
+    holds folders of somebody else, files are moved one by one, `last` at the end, so that a reader notices.
+    """
+    target = target.resolve()
+    names = {path.name for path in staged.iterdir()}
+    for name in names:
+        _sync(staged / name)
+    with ignored(signal.SIGINT, signal.SIGTERM):
+        if not _exchange(staged, target, {path.name for path in target.iterdir()} - names - replaced):
+            (target / last).unlink(missing_ok=True)
+            for name in sorted(names, key=lambda name: (name == last, name)):
+                os.replace(staged / name, target / name)
+            for name in replaced - names:
+                (target / name).unlink(missing_ok=True)
+        _sync(target.parent)
+
+
+def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:
+    """Whether the two folders have changed places, in one step; the other files of target are in both."""
+    if staged.parent != target.parent or any(_is_folder(target / name) for name in others):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        for name in others:
+            os.link(target / name, staged / name, follow_symlinks=False)
+        found = target.stat()
+        os.chmod(staged, found.st_mode & 0o7777)
+        _sync(staged)
+    except (AttributeError, OSError):
+        return False
+    if rename(AT_FDCWD, os.fsencode(staged), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in NOT_HERE:
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for folder in parent.iterdir():
+        if folder.name.startswith(prefix) and _is_folder(folder) and _is_abandoned(folder):
+            logger.info("removing %s, which an interrupted run left", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether no process holds the folder's lock any more."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True

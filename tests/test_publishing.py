@@ -1,0 +1,145 @@
+"""A folder has its old content or its new one, whenever the process that writes it dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from baichuan.util import publishing
+from baichuan.util.publishing import publish_folder, staged_folder
+from baichuan.util.signals import Terminated, sigterm_raises
+
+KILLS = 24
+FILES = 20
+# Publishes one content after another, each of files that all say its number, until it is killed.
+WRITER = f"""
+import sys
+from itertools import count
+from pathlib import Path
+from baichuan.util.publishing import publish_folder, staged_folder
+from baichuan.util.signals import Terminated, sigterm_raises
+folder = Path(sys.argv[1])
+try:
+    with sigterm_raises():
+        for number in count(int(sys.argv[2])):
+            with staged_folder(folder) as staged:
+                for name in [*map(str, range({FILES})), "last", f"of_{{number}}"]:
+                    (staged / name).write_text(str(number))
+                print(number, flush=True)
+                publish_folder(staged, folder, {{f"of_{{number - 1}}"}}, "last")
+except (KeyboardInterrupt, Terminated):
+    pass
+"""
+
+
+def content(folder: Path) -> int:
+    """The number that every file says."""
+    names = {path.name for path in folder.iterdir()} - {"notes.txt"}
+    (number,) = {int((folder / name).read_text()) for name in names}
+    assert names == {*map(str, range(FILES)), "last", f"of_{number}"}
+    assert (folder / "notes.txt").read_text() == "somebody else's"
+    return number
+
+
+def killed(process: subprocess.Popen, by: signal.Signals) -> list[str]:
+    """What it said last."""
+    while True:
+        process.send_signal(by)
+        try:
+            return process.communicate(timeout=1)[0].split()
+        except subprocess.TimeoutExpired:  # the signal came while it is ignored
+            continue
+
+
+def left_beside(folder: Path) -> list[Path]:
+    return [path for path in folder.parent.iterdir() if path != folder]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("somebody else's")
+    return folder
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_kills_at_random_instants(folder, by):
+    chance, number = random.Random(by), 0
+    for _ in range(KILLS):
+        command = [sys.executable, "-c", WRITER, str(folder), str(number)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        process.stdout.readline()  # one content is published
+        time.sleep(chance.uniform(0, 0.02))
+        said = killed(process, by)
+        assert process.returncode == (-by if by == signal.SIGKILL else 0)
+        found = content(folder)
+        assert found >= number and not (said and found < int(said[-1]) - 1)
+        number = found + 1
+        assert by == signal.SIGKILL or not left_beside(folder)
+    with staged_folder(folder):
+        pass
+    assert not left_beside(folder)
+
+
+def test_kills_notice_files_that_are_moved_one_by_one(folder):
+    """The negative control."""
+    slow = "os.replace = lambda old, new, rename=os.replace: (time.sleep(0.002), rename(old, new))"
+    by_files = f"import os, time; from baichuan.util import publishing; publishing._exchange = lambda *_: False; {slow}"
+    chance, mixed = random.Random(0), 0
+    for _ in range(8):
+        command = [sys.executable, "-c", f"{by_files}\n{WRITER}", str(folder), "0"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.02))
+        killed(process, signal.SIGKILL)
+        try:
+            content(folder)
+        except (AssertionError, ValueError):
+            mixed += 1
+    assert mixed
+
+
+def test_without_exchange_the_last_file_is_last(folder, monkeypatch):
+    monkeypatch.setattr(publishing, "_exchange", lambda *_: False)
+    rename, renamed = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda old, new: (renamed.append(new.name), rename(old, new)))
+    (folder / "old").write_text("")
+    with staged_folder(folder) as staged:
+        for name in ("a", "last", "z"):
+            (staged / name).write_text("new")
+        publish_folder(staged, folder, {"old"}, "last")
+    assert renamed == ["a", "z", "last"]
+    assert {path.name for path in folder.iterdir()} == {"a", "last", "notes.txt", "z"}
+
+
+def test_somebody_elses_folder_and_the_mode_stay(folder):
+    folder.chmod(0o750)
+    for inner in (False, True):  # with a folder inside, files are moved one by one
+        if inner:
+            (folder / "inner").mkdir()
+            (folder / "inner/file").write_text("theirs")
+        with staged_folder(folder) as staged:
+            (staged / "last").write_text(str(inner))
+            publish_folder(staged, folder, {"last"}, "last")
+        assert (folder / "last").read_text() == str(inner) and folder.stat().st_mode & 0o777 == 0o750
+    assert (folder / "inner/file").read_text() == "theirs"
+
+
+def test_a_folder_that_is_being_filled_is_not_abandoned(folder):
+    with staged_folder(folder) as first, staged_folder(folder):
+        assert first.is_dir()
+
+
+def test_sigterm_is_an_exception_once():
+    with pytest.raises(Terminated), sigterm_raises():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
