@@ -34,7 +34,10 @@ def products(args: argparse.Namespace) -> None:
         for rows in ROWS:
             x = torch.randn(rows, IN).to(getattr(torch, model.dtype))
             matrix = product_of(weight, "cpu")(weight).matrix
-            sides = {"ours": partial(kernels.product, x, matrix, x.dtype), **rivals(weight, x)}
+            sides: dict[str, Callable[[], Tensor]] = {
+                "ours": partial(kernels.product, x, matrix, x.dtype),
+                **rivals(weight, x),
+            }
             best = dict.fromkeys(sides, float("inf"))
             for _ in range(5):
                 for side, run in sides.items():
