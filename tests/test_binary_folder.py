@@ -19,7 +19,7 @@ from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import run_ranks
 from baichuan.records import Step
 from baichuan.weights.assemble import assemble
-from baichuan.weights.binary.config_ini import read_binary_model
+from baichuan.weights.binary.config_ini import BinaryConfig, read_binary_model, write_binary_config
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.calibrated import from_binary, from_fp8_scales
 from baichuan.weights.rank_tensors import from_checkpoint, in_memory
@@ -384,3 +384,37 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     request = ConvertRequest(tmp_path, ROTARY, partial(make_checkpoint, ROTARY), processes=1)
     with pytest.raises(UnsupportedError, match="needs 0.02 GB on the disk of .* and 0.00 GB are free"):
         convert(request, make_samples(ROTARY), {})
+
+
+# What is wrong and would not be noticed
+
+
+def test_keys_of_a_hubs_config_that_the_file_cannot_hold(tmp_path):
+    hostile = {"sha256": "0", "SHA256": "1", "a = b": "2", "[x]": "3", "#": "4", "": "5", "a\nb": "6", "c": "\ud800\nd"}
+    write_binary_config(tmp_path, {"hidden_size": 64, **hostile})
+    found = BinaryConfig(tmp_path)
+    assert found.integer("hidden_size") == 64 and set(found.values) == {"hidden_size", "c", "sha256"}
+    assert found.text("c") == "\\ud800 d"
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_a_lost_scale_of_k_or_v_is_not_replaced_by_qkvs(copy, which):
+    folder = copy(None)
+    model = read_binary_model(folder, ROTARY.model_version, "float32")
+    open_binary(folder, model, 1).kv_scales(1, "int8")
+    name = f"model.layers.1.attention.query_key_value.scale_{which}_quant_orig.bin"
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {name}; convert"):
+        open_binary(folder, model, 1).kv_scales(1, "int8")
+
+
+@pytest.mark.parametrize("name", ["vocab_embedding.weight.bin", "model.layers.1.mlp.fc.weight.0.bin"])
+def test_a_nan_in_a_folder_is_found(copy, name):
+    folder = copy(None)
+    values = np.fromfile(folder / name, np.float32)
+    values[7] = np.nan
+    values.tofile(folder / name)
+    binary = open_binary(folder, read_binary_model(folder, ROTARY.model_version, "float32"), 1)
+    with pytest.raises(CheckpointError, match=f"{name} holds a NaN or an infinity"):
+        for source in binary.checkpoint().values():
+            source.read(0, source.shape[0])

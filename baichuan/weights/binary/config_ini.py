@@ -25,6 +25,7 @@ SIZES = {  # ModelConfig's field, the hub's key
     "vocab_size": "vocab_size",
 }
 SEAL = "sha256"  # ours alone: the old script's files have none
+PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
 class BinaryConfig:
@@ -90,12 +91,19 @@ class BinaryConfig:
 
 
 def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write config.ini; values become text as str() gives it."""
+    """Write config.ini; values become text as str() gives it.  A key that the file cannot hold is left out: it is of a
+    hub's config.json, and nobody asks for it."""
     parser = configparser.ConfigParser(interpolation=None)
-    texts = {key.lower(): " ".join(str(value).split()) for key, value in values.items()}
+    texts = {key.lower(): _storable(str(value)) for key, value in values.items() if PLAIN_KEY.fullmatch(key)}
+    texts.pop(SEAL, None)
     parser[SECTION] = manifest.seal(texts)
     with open(folder / CONFIG_NAME, "w", encoding="utf-8") as file:
         parser.write(file)
+
+
+def _storable(text: str) -> str:
+    """On one line, and with halves of characters spelled out."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def read_binary_model(folder: Path, model_version: str | None, dtype: str) -> ModelConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import LIMITS, scale_for
-from baichuan.weights.binary.config_ini import SIZES, BinaryConfig
+from baichuan.weights.binary.config_ini import SEAL, SIZES, BinaryConfig
 from baichuan.weights.binary.fp8_scales import FILE_NAME, LayerScales, read_fp8_scales
 from baichuan.weights.binary.layout import (
     CONFIG_NAME,
@@ -101,11 +101,14 @@ class BinaryFolder:
         return fields
 
     def kv_scales(self, layer: int, kv_cache: str) -> dict[str, TensorSource]:
-        """k_scale and v_scale of an "int8" or "fp8" cache.  A folder of the old script has one number for both."""
+        """k_scale and v_scale of an "int8" or "fp8" cache.  A folder of the old script has one number for both, and
+        ours, which is sealed, has two."""
         scales = {}
         for which in ("k", "v"):
             array = self.layout.kv_scale(layer, which)
             if not (self.path / array.name).is_file():
+                if SEAL in BinaryConfig(self.path):
+                    raise CheckpointError(f"{self.path} lacks {array.name}; convert the checkpoint again")
                 array = self.layout.output_scale(layer, QKV)
             self._check_size(array)
             absmax = LIMITS[torch.int8] * self._positive(array)
@@ -153,7 +156,7 @@ class BinaryFolder:
         return TensorSource(
             array.shape,
             _torch_dtype(array),
-            lambda a, b: torch.from_numpy(self._map(array)[a:b].copy()).to(self.device),
+            lambda a, b: self._finite(array, torch.from_numpy(self._map(array)[a:b].copy()).to(self.device)),
         )
 
     def _transposed(self, array: Array) -> TensorSource:
@@ -161,7 +164,7 @@ class BinaryFolder:
 
         def read(start: int, stop: int) -> Tensor:
             columns = torch.from_numpy(self._map(array)[:, start:stop].copy())
-            return columns.to(self.device).t().contiguous()
+            return self._finite(array, columns.to(self.device)).t().contiguous()
 
         return TensorSource(array.shape[::-1], _torch_dtype(array), read)
 
@@ -197,6 +200,14 @@ class BinaryFolder:
     def _input_scale(self, layer: int, modules: tuple[str, ...]) -> Tensor:
         """One scale for linears that share their input; the largest, should their files differ."""
         return torch.stack([1 / self._positive(self.layout.input_scale(layer, module)) for module in modules]).amax(0)
+
+    def _finite(self, array: Array, values: Tensor) -> Tensor:
+        if values.is_floating_point() and not values.isfinite().all():
+            raise CheckpointError(
+                f"{self.path / array.name} holds a NaN or an infinity, which no conversion writes; convert the "
+                "checkpoint again"
+            )
+        return values
 
     def _positive(self, array: Array) -> Tensor:
         values = torch.from_numpy(self._map(array).copy()).to(self.device)
