@@ -24,9 +24,9 @@ def checkpoint(request, tmp_path):
 def test_both_ways_give_one_model(checkpoint):
     version, folder = checkpoint
     ids = torch.tensor([[3, 7, 11, 20, 5]])
+    on_cpu, on_gpu = load_hf_model(folder, version), load_hf_model(folder, version, "float32", "cuda")
     with torch.inference_mode():
-        expected = load_hf_model(folder, version)(ids).logits
-        logits = load_hf_model(folder, version, "float32", "cuda")(ids.cuda()).logits.cpu()
+        expected, logits = on_cpu(ids).logits, on_gpu(ids.cuda()).logits.cpu()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32, sums in another order
 
 
