@@ -64,4 +64,4 @@ def test_run_py_says_when_it_is_ready(engine, tmp_path, capsys):
     scripts.check_outputs(tmp_path, "v1_7b", (7,))
     lines = capsys.readouterr().err.splitlines()
     ready = next(index for index, line in enumerate(lines) if line.startswith("ready in "))
-    assert any("ms a step" in line for line in lines[ready:]), "the clock starts afterwards"
+    assert any("ms per step" in line for line in lines[ready:]), "the clock starts afterwards"
