@@ -221,7 +221,7 @@ def test_a_plan_of_any_size_keeps_its_kernels(monkeypatch, tmp_path, gigabytes):
     chunks = -(-int(gigabytes * 1e9) // manifest.CHUNK_BYTES)
     digests = [hashlib.sha256(bytes([number % 256])).hexdigest() for number in range(chunks)]
     spec = EngineSpec(cases.model("v1_7b"), QuantConfig(), cases.limits())
-    job = RankToOpen(tmp_path / "plan", digests, spec, contract().to_json(), Solo(), True)
+    job = RankToOpen(tmp_path / "plan", digests, spec, contract().to_json(), Solo(), "auto", True)
     executor = BACKENDS["tensorrt_rtx"].open_rank(job)
     del executor  # as at the end of the process
     kept = list((tmp_path / "baichuan" / "tensorrt_rtx").iterdir())
@@ -238,7 +238,7 @@ def test_graphs_are_captured_where_addresses_stay(monkeypatch, tmp_path, mode, g
 
 
 def test_a_plan_that_does_not_load_is_one_sentence(monkeypatch, tmp_path):
-    with pytest.raises(EngineError, match="is no plan that tensorrt_rtx .* can load; build the engine again"):
+    with pytest.raises(EngineError, match="is not a plan that tensorrt_rtx .* can load; build the engine again"):
         opened(monkeypatch, tmp_path, contract(), None)
 
 

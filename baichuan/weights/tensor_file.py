@@ -35,7 +35,7 @@ def write_tensors(
     advance: Callable[[int], None],
     wrote: Callable[[int, int], None] = lambda start, size: None,
 ) -> None:
-    """Write the tensors; holds a few blocks in memory.
+    """Write the tensors; holds a block for each writer, and the next, in memory.
 
     advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
     Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
@@ -68,10 +68,10 @@ def write_tensors(
             for block in item.blocks():
                 for name, rows in block.items():
                     content = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                    if len(pending) == WRITERS:
+                        finish_one()
                     pending.append(pool.submit(write, data + offsets[name], content))
                     offsets[name] += content.nbytes
-                    if len(pending) > WRITERS:
-                        finish_one()
         while pending:
             finish_one()
         for name, entry in header.items():
