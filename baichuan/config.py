@@ -228,6 +228,8 @@ def to_json(record) -> dict:
 def from_json(cls, values: dict):
     """A record of type `cls`; raises ConfigError for missing, unknown or wrongly typed fields."""
     types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} is a {type(values).__name__} instead of an object; the file is damaged")
     if unknown := sorted(set(values) - set(types)):
         raise ConfigError(f"{cls.__name__} has no field {unknown[0]}; the file was written by another version")
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}

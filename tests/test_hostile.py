@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -11,18 +12,24 @@ from pathlib import Path
 import goldens
 import hub_folders
 import pytest
+import tiny_engine
 import torch
 
 import build
 import summarize
 from baichuan.cli.common import _configure_logging
-from baichuan.errors import CheckpointError, ConfigError
+from baichuan.engine.folder import read_engine
+from baichuan.errors import BaichuanError, CheckpointError, ConfigError, EngineError
+from baichuan.evaluation.report import read_results
 from baichuan.hf_model import gpu_loading
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.parallel.comm import Solo
 from baichuan.text.printable import UNSAFE
 from baichuan.text.texts import read_texts
-from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.util import manifest
+from baichuan.weights.binary.config_ini import BinaryConfig
+from baichuan.weights.hub.checkpoint import open_checkpoint, read_model_config
 
 VERSION = "v1_7b"
 CONFIG = hub_folders.small_config(VERSION)
@@ -105,3 +112,49 @@ def test_what_datasets_says_of_a_file_is_not_obeyed(tmp_path, capfd):
     logging.getLogger("datasets").error("cannot read %s", HOSTILE_NAME)
     err = capfd.readouterr().err
     assert r"\x1b[31mb" in err and not UNSAFE.search(err)
+
+
+# In place of small files
+
+
+READERS = {
+    "config.json of a checkpoint": lambda folder: read_model_config(folder, VERSION, "float32"),
+    "config.json of an engine": read_engine,
+    "config.ini": BinaryConfig,
+    "tokenizer.model": lambda folder: Tokenizer(folder / "tokenizer.model"),
+    "results.json": lambda folder: read_results(folder / "results.json"),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.timeout(20)
+def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_at_once(name, kind, tmp_path):
+    path = tmp_path / name.split()[0]
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(BaichuanError, match="not a regular file|there is no tokenizer"):
+        READERS[name](tmp_path)
+
+
+def test_a_deeply_nested_report_is_one_sentence(tmp_path):
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_results(tmp_path / "results.json")
+
+
+FORGED = [("files", None), ("files", []), ("text_files", None), ("contract", None), ("dummy", "no"), ("model", None)]
+FORGED += [("build", []), ("quant", 3), ("files", {"x": None}), ("model", {"num_layers": "2"}), ("version", None)]
+
+
+@pytest.mark.parametrize(("key", "value"), FORGED)
+def test_an_engines_config_that_is_sealed_again(key, value, tmp_path):
+    tiny_engine.build(tmp_path, VERSION)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values.pop("sha256")
+    values["baichuan"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(manifest.seal(values)))
+    if key == "version":  # says nothing of the files: the negative control
+        read_engine(tmp_path)
+        return
+    with pytest.raises(EngineError, match="cannot be used|does not list one file"):
+        read_engine(tmp_path)

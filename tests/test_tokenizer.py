@@ -214,7 +214,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(file), "open", refuse)
+    monkeypatch.setattr("baichuan.text.tokenizer.read_at_most", refuse)
     with pytest.raises(CheckpointError, match="cannot be read \\(Permission denied\\)"):
         Tokenizer(file)
 

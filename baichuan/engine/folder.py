@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from baichuan import __version__
 from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig, from_json, to_json
@@ -19,6 +20,7 @@ from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import TEXT_FILES
 from baichuan.util import manifest
+from baichuan.util.files import read_at_most
 from baichuan.util.publishing import publish_folder, staged_folder
 from baichuan.weights.strangers import recognise
 
@@ -110,9 +112,10 @@ def read_engine(folder: Path) -> Engine:
     if stranger := recognise(folder, "engine"):
         raise EngineError(f"engine_dir {folder} {stranger}")
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        content = read_at_most(path, MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
             raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is not an engine's config.json")
-        values = json.loads(path.read_bytes())
+        values = json.loads(content)
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); build an engine into {folder} first") from None
     except (ValueError, RecursionError) as error:
@@ -126,15 +129,31 @@ def read_engine(folder: Path) -> Engine:
         raise EngineError(f"{path} was edited after the build; build the engine again with the settings you want")
     try:
         model, quant = from_json(ModelConfig, ours["model"]), from_json(QuantConfig, ours["quant"])
-        build, files, contract = from_json(BuildConfig, ours["build"]), ours["files"], ours["contract"]
-        text_files, dummy = ours["text_files"], ours["dummy"]
-    except (ConfigError, KeyError) as error:
+        build, contract, dummy = from_json(BuildConfig, ours["build"]), ours["contract"], ours["dummy"]
+        files, text_files = (_described(ours[key]) for key in ("files", "text_files"))
+        if type(contract) is not dict or type(dummy) is not bool:
+            raise ConfigError("contract or dummy is damaged")
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
     if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
         raise EngineError(f"{path} does not list one file per rank; build the engine again")
     if not set(text_files) <= set(TEXT_FILES):
         raise EngineError(f"{path} lists text files that no engine has; build the engine again")
     return Engine(folder, model, quant, build, files, contract, text_files, dummy)
+
+
+def _described(files: Any) -> dict[str, dict]:
+    """The entries of files by name, as manifest.describe gives them.  Raises ConfigError."""
+
+    def right(entry: Any) -> bool:
+        if type(entry) is not dict or entry.keys() != {"bytes", "sha256"}:
+            return False
+        digests = entry["sha256"]
+        return type(entry["bytes"]) is int and type(digests) is list and all(type(each) is str for each in digests)
+
+    if type(files) is not dict or not all(map(right, files.values())):
+        raise ConfigError("its list of files is damaged")
+    return files
 
 
 def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
@@ -198,8 +217,7 @@ def _files_of(folder: Path) -> set[str]:
 def _holds_another_config(path: Path) -> bool:
     """Whether this is a JSON object that neither this build.py nor the old example's wrote."""
     try:
-        with open(path, "rb") as file:
-            values = json.loads(file.read(MAX_CONFIG_BYTES))
+        values = json.loads(read_at_most(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "builder_config" not in values

@@ -24,7 +24,7 @@ from baichuan.evaluation.summary import Evaluation, SampleResult
 from baichuan.evaluation.text_table import table
 from baichuan.evaluation.wording import report_title, shown
 from baichuan.text.printable import one_line, printable
-from baichuan.util.files import atomic_path
+from baichuan.util.files import atomic_path, read_at_most
 
 FORMAT = 2
 RESULTS_NAME, SUMMARIES_NAME, INDEX_NAME = "results.json", "summaries.jsonl", "index.html"
@@ -114,12 +114,13 @@ def page_name(side: dict[str, Any]) -> str:
 def read_results(path: Path) -> dict[str, Any]:
     """A results.json that write() made.  Raises ConfigError."""
     try:
-        if path.stat().st_size > MAX_RESULTS_BYTES:
+        content = read_at_most(path, MAX_RESULTS_BYTES + 1)
+        if len(content) > MAX_RESULTS_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_RESULTS_BYTES} bytes; give a {RESULTS_NAME} of summarize.py")
-        values = json.loads(path.read_bytes())
+        values = json.loads(content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); run summarize.py with --output_dir") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); run summarize.py again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ConfigError(f"{path} was not written by this summarize.py; run it again")

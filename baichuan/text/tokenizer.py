@@ -9,6 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from baichuan.errors import CheckpointError, ConfigError
+from baichuan.util.files import read_at_most
 
 MODEL_NAME = "tokenizer.model"
 MAX_MODEL_BYTES = 64 << 20  # the largest released tokenizer.model has 2 MB
@@ -160,8 +161,7 @@ def _load(path: Path) -> tuple[SentencePieceProcessor, list[str]]:
         file = path / MODEL_NAME if path.is_dir() else path
         if not file.is_file():
             raise CheckpointError(f"there is no tokenizer at {file}; give the folder that holds {MODEL_NAME}")
-        with file.open("rb") as stream:
-            content = stream.read(MAX_MODEL_BYTES + 1)
+        content = read_at_most(file, MAX_MODEL_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); make the tokenizer readable") from None
     if len(content) > MAX_MODEL_BYTES:

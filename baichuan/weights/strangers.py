@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from baichuan.util.files import read_at_most
+
 WEIGHT_FILES = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -64,8 +66,7 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
 def _json_object(path: Path) -> dict:
     """The object in the file, empty where there is none."""
     try:
-        with open(path, "rb") as file:
-            values = json.loads(file.read(MAX_CONFIG_BYTES))
+        values = json.loads(read_at_most(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

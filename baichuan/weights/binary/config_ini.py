@@ -11,6 +11,7 @@ from typing import Any
 from baichuan.config import VERSIONS, ModelConfig
 from baichuan.errors import CheckpointError
 from baichuan.util import manifest
+from baichuan.util.files import read_at_most
 from baichuan.weights.binary.layout import CONFIG_NAME
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, tokenizer_evidence
 from baichuan.weights.strangers import recognise
@@ -37,11 +38,12 @@ class BinaryConfig:
             raise CheckpointError(f"bin_model_dir {folder} {stranger}")
         parser = configparser.ConfigParser(interpolation=None)
         try:
-            if self.file.stat().st_size > MAX_BYTES:
+            content = read_at_most(self.file, MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
                 raise CheckpointError(
                     f"{self.file} is larger than {MAX_BYTES} bytes; it is no binary folder's {CONFIG_NAME}"
                 )
-            parser.read_string(self.file.read_text("utf-8"))
+            parser.read_string(content.decode())
             self.values = dict(parser[SECTION])
         except OSError as error:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from baichuan.config import VERSIONS, ModelConfig, from_json
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.model.position import ROPE_BASE
+from baichuan.util.files import read_at_most
 from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -59,8 +60,7 @@ def folder_evidence(folder: Path) -> dict[str, list[str]]:
 def read_json_object(path: Path, max_bytes: int) -> dict:
     """The JSON object in a file of at most max_bytes.  Raises CheckpointError; a key given twice is an error too."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)
+        content = read_at_most(path, max_bytes + 1)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint in the hub's format"
