@@ -211,21 +211,28 @@ def test_under_mpirun_rank_zero_alone_prints_and_every_rank_gives_the_verdict(ar
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_real_sigint_leaves_the_report(articles, tmp_path):
+@pytest.mark.parametrize(("by", "before"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_run_that_is_stopped_leaves_the_report_and_the_complete_one_before(articles, tmp_path, by, before):
     rows = articles.read_text().splitlines() * 500
     (tmp_path / "many.jsonl").write_text("\n".join(rows))
     more = ["--output_dir", str(tmp_path), "--max_ite", "2000"]
     given = flags(engine("v1_7b"), "v1_7b", tmp_path / "many.jsonl", *more)
+    if before:
+        assert summarize.main(flags(engine("v1_7b"), "v1_7b", articles, "--output_dir", str(tmp_path))) == 0
+        old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     process = subprocess.Popen(
         command(given), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("Summary ("):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(by)
     out, err = process.communicate(timeout=60)
-    values = json.loads((tmp_path / "results.json").read_text())
-    assert process.returncode == 2 and "stopped by Ctrl-C" in err
+    if before:  # the complete report stays
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == old
+    folder = tmp_path / "unfinished" if before else tmp_path
+    values = json.loads((folder / "results.json").read_text())
+    assert process.returncode == 2 and f"stopped by {'Ctrl-C' if by == signal.SIGINT else 'SIGTERM'}" in err
     assert values["complete"] is False and 1 <= values["articles"] < 2000
     assert f"{values['articles']} articles of 2000, the run was stopped" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import textwrap
 import time
 from pathlib import Path
@@ -14,14 +15,16 @@ from baichuan.evaluation.text_table import WIDTH
 from baichuan.evaluation.wording import agreement_text, conditions_text, speed_text
 from baichuan.text.printable import printable
 from baichuan.util.progress import Progress
+from baichuan.util.signals import Terminated
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "unfinished"  # the folder of a report that is not to replace a complete one
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving what is there so far
 
 
 def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | None, shows: bool) -> None:
-    """Every batch.  What is complete is saved on the way and, also after Ctrl-C, at the end.
+    """Every batch.  What is complete is saved on the way and, also after Ctrl-C or SIGTERM, at the end.
 
     Every rank calls it; rank 0 alone passes shows=True and, to save, an output_dir.
     """
@@ -40,7 +43,7 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
                     save(evaluation, settings, output_dir, complete=False)
                     next_save = time.monotonic() + (time.monotonic() - start) / SAVING_SHARE
                 progress.advance(len(tasks))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if shows and evaluation.done:
             finish(evaluation, settings, output_dir, complete=False)
         raise
@@ -60,7 +63,15 @@ def show_first(evaluation: Evaluation) -> None:
 
 
 def save(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path, complete: bool) -> Path:
-    """Everything there is so far; returns the page to read first."""
+    """Everything there is so far; returns the page to read first.
+
+    An earlier report that is complete is only replaced by one that is, too; until then this one is in UNFINISHED.
+    """
+    if not complete and report.is_complete(output_dir):
+        output_dir = output_dir / UNFINISHED
+        output_dir.mkdir(exist_ok=True)
+    elif complete and (output_dir / UNFINISHED / report.RESULTS_NAME).is_file():
+        shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
     samples = [report.sample_values(sample) for sample in evaluation.samples]
     return report.write(output_dir, report.results(evaluation, settings, complete), samples)[0]
 
@@ -77,4 +88,4 @@ def finish(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | 
             print(printable(textwrap.fill(sentence, WIDTH)), flush=True)
     if output_dir:
         page = save(evaluation, settings, output_dir, complete)
-        logger.info("results and summaries are in %s; the report is %s", output_dir, page)
+        logger.info("results and summaries are in %s; the report is %s", page.parent, page)

@@ -127,6 +127,14 @@ def read_results(path: Path) -> dict[str, Any]:
     return values
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds the report of a run that came to its end."""
+    try:
+        return read_results(folder / RESULTS_NAME).get("complete") is True
+    except ConfigError:
+        return False
+
+
 def figures_table(values: dict[str, Any]) -> str:
     """One column a side with every figure, or, of more than two sides, one line each.  values: of results()"""
     sides = values["sides"]
