@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baichuan.util.nvidia import driver_gpus
 
-# The standard library alone is imported above: the rest may be what is broken.
+# Only the standard library is imported at the top: any other import may be what is broken.
 DISTRIBUTION = "baichuan-engines"
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest
 CUDA_PYTORCH = "install a CUDA build of PyTorch as https://pytorch.org/get-started/locally says"
@@ -97,7 +97,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def _check_gpu(torch, index: int) -> Iterator[Finding]:
-    """The GPU's memory, the precisions that it multiplies, and one of our kernels on it."""
+    """The GPU's memory, the precisions of its matrix products, and a run of one of our kernels."""
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
     precisions = ["float16", *["bfloat16, INT8"] * (capability >= (8, 0)), *["FP8"] * (capability >= (8, 9))]
@@ -120,7 +120,7 @@ def _check_gpu(torch, index: int) -> Iterator[Finding]:
 
 
 def launch_kernel(device: str) -> None:
-    """Compile one of our kernels, run it, and look at what it says."""
+    """Compile one of our kernels, run it, and check its result."""
     import torch
 
     from baichuan.kernels.argmax import argmax
@@ -131,7 +131,7 @@ def launch_kernel(device: str) -> None:
 
 
 def check_compiler(needed: bool | None = None) -> Iterator[Finding]:
-    """needed: whether kernels are compiled, which is so where there is a GPU."""
+    """needed: whether kernels have to be compiled here; None = where there is a GPU."""
     names = [os.environ.get("CC", ""), "gcc", "cc", "clang"]
     if found := next((path for name in names if name and (path := shutil.which(name))), None):
         yield Finding("ok", "compiler", found)
@@ -174,7 +174,7 @@ def check_mpi() -> Iterator[Finding]:
 
 
 def _output(command: list[str]) -> str:
-    """What a command prints, or why it could not."""
+    """A command's output, or why it could not run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_S, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -183,7 +183,7 @@ def _output(command: list[str]) -> str:
 
 
 def check_room(folder: Path | None = None) -> Iterator[Finding]:
-    """Memory, and the disk of the folder."""
+    """Free host memory, and free space on the folder's disk."""
     import psutil
 
     folder = folder or Path.cwd()
@@ -203,7 +203,7 @@ CHECKS = (check_python, check_packages, check_gpus, check_compiler, check_tensor
 
 
 def examine(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The check's findings; one that cannot be made is a finding itself."""
+    """The check's findings; an exception in the check becomes a finding."""
     try:
         yield from check()
     except Exception as error:

@@ -20,7 +20,7 @@ _BUILD = {field.name: field.default for field in fields(BuildConfig)}
 AUTO = "torch"  # the backend that runs everywhere
 SWITCH = (*DTYPES, "on", "off")
 
-# Dummy weights' sizes: the old example's flag, the ModelConfig field.
+# Sizes of dummy weights: the old example's flag, and the ModelConfig field that it sets.
 SIZE_FLAGS = {
     "vocab_size": "vocab_size",
     "n_layer": "num_layers",
@@ -29,13 +29,13 @@ SIZE_FLAGS = {
     "n_head": "num_heads",
     "inter_size": "intermediate_size",
 }
-# What always holds in these engines, so that asking for it changes nothing.
+# Flags for what every engine has: they are accepted and change nothing.
 ALWAYS_ON = {
     "enable_context_fmha": "attention over the prompt is always fused",
     "enable_context_fmha_fp32_acc": "attention always accumulates in float32",
     "strongly_typed": "every network is strongly typed",
 }
-# What these engines do not have.
+# Flags for what no engine has: they are refused.
 NOT_BUILT = {
     "paged_kv_cache": "the KV cache is contiguous and sized to each request; leave --paged_kv_cache out",
     "use_inflight_batching": "requests of one call form one batch; leave --use_inflight_batching out",
@@ -174,10 +174,10 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace, backend: Backend) -> None:
-    """Raise a BaichuanError for a flag that cannot do what it says; say once which ones change nothing."""
+    """Raise a BaichuanError for a flag that cannot do what it says; log once which flags change nothing."""
     for name, text in NOT_BUILT.items():
         value = getattr(args, name)
-        if value is not None and value is not False:  # 0 tokens a block are asked for, too
+        if value is not None and value is not False:  # 0 is a given value: 0 == False, but it is not False
             raise UnsupportedError(f"--{name} is not available: {text}")
     for name, text in ALWAYS_ON.items():
         if getattr(args, name):

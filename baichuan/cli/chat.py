@@ -135,7 +135,7 @@ class _Chat:
 
     def _generate(self, prompt: list[int]) -> tuple[str, str]:
         """The answer, printed as it is made, and what ended it: stop | length | stopped."""
-        steps = self.sampling.num_beams == 1  # beams are known, and printed, at the end
+        steps = self.sampling.num_beams == 1  # with beam search the tokens are known only at the end
         printer = TextPrinter(self.tokenizer)
         try:
             with self.reader.answering(at_once=not steps) as stopped:
@@ -170,5 +170,5 @@ class _Chat:
 
 
 def _notice(text: str) -> None:
-    """A line that the model did not say."""
+    """Print a line that is not the model's answer."""
     print(f"[{printable(text)}]", flush=True)

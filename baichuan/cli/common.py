@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
-ENGINE_DIR = "engine_outputs"  # where build.py writes and the others look, if no flag says
-DUMMY_VERSION = "v1_13b"  # of dummy weights, where no flag says which
+ENGINE_DIR = "engine_outputs"  # the engine folder without a flag: build.py writes it, the others read it
+DUMMY_VERSION = "v1_13b"  # the model version of dummy weights without --model_version
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults where there are any: a switch that is off and a flag left out say nothing."""
+    """Shows a default only where it says something: neither False nor None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, list):
@@ -44,8 +44,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, which may name the one that
-    was meant; nothing is guessed, abbreviations neither."""
+    """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, with a suggestion where
+    one is likely; abbreviated flags are errors."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """An empty value, most likely of a shell variable that is not set, is an error and not a flag left out."""
+        """An empty value is an error: it most likely comes from a shell variable that is not set."""
         argv = sys.argv[1:] if args is None else args
         if message := unknown_flag(argv, self._option_string_actions):
             self.error(message)
@@ -114,7 +114,7 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
 
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
-    orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends one when a rank has failed
+    orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends it after a failure
     try:
         with orderly:
             use_threads(getattr(args, "threads", None), comm.local_size)
@@ -131,7 +131,7 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
         message = "the GPU's memory is exhausted; use a smaller batch, shorter lengths, --max_num_tokens or more ranks"
     except BrokenPipeError:
         message = "nobody reads the output any more, which is cut off"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             _leave_unexpected(comm)
@@ -147,7 +147,7 @@ def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.
 
 
 def _leave_unexpected(comm: Communicator) -> None:
-    """Print the exception that is handled, where leaving ends all ranks at once and nobody could any more."""
+    """Print the current exception first under mpirun, where leaving ends all ranks at once, then leave."""
     if comm.world_size > 1:
         traceback.print_exc()
         sys.stderr.flush()
@@ -168,14 +168,14 @@ def only_rank_zero(comm: Communicator, make: Callable[[], Any]) -> Any:
 
 
 class _Printable(logging.Formatter):
-    """Names of files, and what libraries say of them, are shown and not obeyed."""
+    """Control characters in file names and library messages are spelled out, so that a terminal does not obey them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 def _configure_logging(level: str, comm: Communicator) -> None:
-    """Messages on standard error; below warnings only from rank 0."""
+    """Log to standard error; messages below a warning come from rank 0 alone."""
     level_number = getattr(logging, level.upper())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))

@@ -97,7 +97,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:
-    """The defaults with what the flags say."""
+    """The defaults, changed by the flags that were given."""
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     return replace(defaults, **given)
 
@@ -120,7 +120,7 @@ def read_prompts(
 
 
 def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
-    """Text, or the ids themselves without a tokenizer or where it lacks one of them."""
+    """The text of `ids`; the ids themselves where there is no tokenizer or it lacks one of them."""
     if tokenizer is None or max(ids, default=0) >= tokenizer.vocab_size:
         return " ".join(map(str, ids))
     return tokenizer.decode(ids)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
-LIKENESS = 0.75  # of difflib's ratio; a misspelling has more, another word less
-ELSEWHERE = {  # what other programs call our flags
+LIKENESS = 0.75  # difflib's ratio: a misspelling is above it, another word below
+ELSEWHERE = {  # other programs' name of a flag, and ours
     "--checkpoint": "--model_dir",
     "--checkpoint_dir": "--model_dir",
     "--model": "--model_dir",
@@ -23,7 +23,7 @@ ELSEWHERE = {  # what other programs call our flags
 
 
 def unknown_flag(argv: Sequence[str], known: Collection[str]) -> str | None:
-    """What to say of the first long flag in argv that is not known; None where there is none."""
+    """The message for the first long flag in argv that is not in `known`; None where there is none."""
     for word in argv:
         if word == "--":
             return None

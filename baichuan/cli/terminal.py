@@ -1,4 +1,4 @@
-"""What a person types and reads: turns from an editor or from plain lines, text as it is made."""
+"""Input and output of a chat: turns from a line editor or from plain lines, text printed as it is generated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 class TextPrinter:
-    """Prints one sequence's tokens as text; push is a session's on_tokens.  `text` is what came so far."""
+    """Prints one sequence's tokens as text; push is a session's on_tokens.  `text`: the sequence's text so far."""
 
     def __init__(self, tokenizer: Tokenizer, opening: str = "", closing: str = ""):
         self.text = ""
@@ -40,9 +40,9 @@ class TextPrinter:
 
 
 class LineReader:
-    """A turn is a line of standard input: for pipes, and for mpirun, which hands its input on as a pipe.
+    """A turn is a line of standard input: for pipes, and for mpirun, which passes its input on as a pipe.
 
-    Open MPI 5 does not hand on the end of its input, so that a word has to leave there.
+    Open MPI 5 does not pass on the end of its input, so that only a command can end the chat there.
     """
 
     interactive = False
@@ -73,9 +73,9 @@ class LineReader:
 
 
 class EditorReader:
-    """A turn is what a line editor with history sends; what is pasted stays one turn, whatever lines it has.
+    """A turn is the text that a line editor with history returns; pasted text is one turn, however many lines it has.
 
-    While entered, Ctrl-C ends an answer or gives up a line, and never the program.
+    While entered, Ctrl-C ends an answer or clears the line, and never ends the program.
     """
 
     interactive = True
@@ -111,8 +111,8 @@ class EditorReader:
 
     @contextmanager
     def answering(self, at_once: bool) -> Iterator[Callable[[], bool]]:
-        """Yields what says, between two steps, whether to stop.  at_once, and for a second Ctrl-C, Stopped is raised
-        wherever the program is."""
+        """Yields a function that says, between two steps, whether Ctrl-C was pressed.  With at_once, and always at the
+        second Ctrl-C, Stopped is raised at once instead, wherever the program is."""
         self._answering, self._at_once, self._stopped = True, at_once, False
         try:
             yield lambda: self._stopped

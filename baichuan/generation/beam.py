@@ -1,4 +1,4 @@
-"""Beam search: the most probable continuations, deterministic; top-k and top-p play no part in it."""
+"""Beam search: the most probable continuations, without randomness; top-k and top-p are not used."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class BeamSearch:
     ):
         self.config, self.max_new_tokens, self.keep_logits = config, max_new_tokens, keep_logits
         self.prompts = [_Prompt([Hypothesis(0.0)]) for _ in prompts]
-        self._histories = prompts  # for the repetition penalty
+        self._histories = prompts  # the repetition penalty counts their tokens as seen
         self._length = 0
 
     def choose(self, logits: Tensor) -> Choice | None:
-        """Extend every running beam by one token: num_beams sequences for each prompt.
+        """Extend every running beam by one token: num_beams sequences per prompt.
 
-        logits: [rows, vocab_size] float32, one row for each running beam (at first, one for each prompt)
+        logits: [rows, vocab_size] float32, one row per running beam (in the first step, one per prompt)
         """
         self._length += 1
         widths = [len(prompt.running) for prompt in self.prompts]
@@ -73,12 +73,16 @@ class BeamSearch:
         return [max(prompt.finished, key=lambda hypothesis: hypothesis.score) for prompt in self.prompts]
 
     def _extend_prompt(self, prompt: _Prompt, scores: Tensor, logits: Tensor) -> list[tuple[int, int]]:
-        """Update one prompt's beams; (beam, token) of each of its next num_beams rows.  scores: [beams, vocab_size]"""
+        """Update one prompt's beams; returns (beam, token) for each of its num_beams rows of the next step.
+
+        scores: [beams, vocab_size], the sum of log probabilities of each beam with each next token
+        logits: [beams, vocab_size] float32
+        """
         beams = self.config.num_beams
         if prompt.done:
             return [(0, self.config.pad_id)] * beams
         ends = {self.config.eos_id, *self.config.stop_ids}
-        count = min((1 + len(ends)) * beams, scores.numel())  # enough that num_beams of them go on
+        count = min((1 + len(ends)) * beams, scores.numel())  # so many that at least num_beams do not end
         values, places = scores.flatten().topk(count)
         running: list[Hypothesis] = []
         choices: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""A conversation: what was said, and how much of it an engine can still take."""
+"""A conversation: its messages, and how many of them fit in an engine's prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Message = dict[str, str]  # role: "system" | "user" | "assistant"; content: its 
 
 
 class Conversation:
-    """Rounds of a question and its answer.  Only the newest that fit max_input_len tokens are in a prompt.
+    """Rounds, each a question and its answer.  A prompt holds the newest rounds that fit in max_input_len tokens.
 
     Raises ConfigError where the system message alone leaves no room for a question.
     """
@@ -18,11 +18,11 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer, roles: ChatRoles, max_input_len: int, system: str | None = None):
         self._tokenizer, self._roles, self._max_input_len = tokenizer, roles, max_input_len
         self._rounds: list[tuple[Message, Message]] = []
-        self._first = 0  # the oldest round that the prompts still hold
+        self._first = 0  # index of the oldest round that the prompts still hold
         self.set_system(system)
 
     def set_system(self, text: str | None) -> None:
-        """What the model is told first, from the next question on; None = nothing."""
+        """Replace the system message from the next question on; None = no system message."""
         length = len(self._encode(text, [], ""))
         if length >= self._max_input_len:
             raise ConfigError(
@@ -32,7 +32,7 @@ class Conversation:
         self.system = text
 
     def ask(self, question: str) -> list[int]:
-        """The prompt's ids, without the oldest rounds where not all fit.
+        """The prompt's ids; the oldest rounds are left out where not all rounds fit.
 
         Raises ConfigError where the question alone is too long.
         """
@@ -61,7 +61,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All that was said, the rounds that no longer fit included."""
+        """All messages, including the rounds that no longer fit."""
         return _messages(self.system, self._rounds)
 
     def _encode(self, system: str | None, rounds: list[tuple[Message, Message]], question: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Decoding as one loop: a strategy says what every sequence continues with, the executor runs it."""
+"""The decode loop: a strategy chooses the next token of every sequence, the executor computes the next logits."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Generation:
     """One prompt's continuation."""
 
     ids: list[int]  # without the id that ended it
-    finish_reason: str  # stop: an end id came; length: max_new_tokens were made
-    logits: Tensor | None = None  # [steps, vocab_size] float32, what each token, the end id too, was chosen from
+    finish_reason: str  # stop: an end id was chosen; length: max_new_tokens were generated
+    logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What every sequence of the next step continues with."""
+    """The tokens of the next step, one per sequence."""
 
     tokens: Tensor  # [batch_size] int64
-    parents: Tensor | None = None  # [batch_size] int64, the sequence that each one continues; None = itself
+    parents: Tensor | None = None  # [batch_size] int64, the row of the step before that each continues; None = its own
 
 
 class Strategy(Protocol):
-    """How tokens are chosen: sampling.py's kinds, or beam search."""
+    """How tokens are chosen: by sampling (sampled.py) or by beam search (beam.py)."""
 
     def choose(self, logits: Tensor) -> Choice | None:
-        """The next tokens, or None when nothing is left to be made.
+        """The next tokens, or None when every sequence is finished.
 
-        logits: [sequences, vocab_size] float32, the device's own buffer, which the next step overwrites
+        logits: [sequences, vocab_size] float32, in a buffer of the executor that the next step overwrites
         """
 
     def results(self) -> list[Generation]:
@@ -43,9 +43,9 @@ class Strategy(Protocol):
 
 
 def decode(forward: Callable[[Step], Tensor], cache: Cache, strategy: Strategy, logits: Tensor, step: Step) -> int:
-    """Run decode steps until the strategy has what it wants; how many there were.
+    """Run decode steps until the strategy is finished; returns their number.
 
-    step: the last one, which made `logits`
+    logits: [sequences, vocab_size] float32; step: the step that computed them
     """
     steps = 0
     while (choice := strategy.choose(logits)) is not None:

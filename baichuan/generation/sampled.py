@@ -16,7 +16,7 @@ OnTokens = Callable[[list[int | None]], None]  # each sequence's new token, None
 
 
 class Sampled:
-    """decoding.Strategy, one sequence a prompt.  On a GPU the host looks at a step's tokens while the next one runs."""
+    """decoding.Strategy, one sequence per prompt.  On a GPU the host reads a step's tokens while the next step runs."""
 
     def __init__(
         self,
@@ -26,12 +26,12 @@ class Sampled:
         on_tokens: OnTokens | None = None,
         keep_logits: bool = False,
     ):
-        """on_tokens is called for each step."""
+        """on_tokens is called once per step."""
         self._sampler, self._max_new_tokens, self._on_tokens = sampler, max_new_tokens, on_tokens
         self._sequences = [_Sequence({config.eos_id, *config.stop_ids}) for config in configs]
         self._kept: list[Tensor] | None = [] if keep_logits else None  # each [sequences, vocab_size]
-        self._unread: _Readback | None = None  # tokens that the host has not looked at
-        self._made = 0  # tokens of each sequence
+        self._unread: _Readback | None = None  # the newest tokens, not yet read by the host
+        self._made = 0  # steps so far, each with one token per sequence
 
     def choose(self, logits: Tensor) -> Choice | None:
         if self._kept is not None:
@@ -57,7 +57,7 @@ class Sampled:
 
 
 class _Readback:
-    """Tokens on their way to the host; asking for them waits for their copy alone, not for later work."""
+    """An asynchronous copy of tokens to the host; tokens() waits for this copy alone, not for later work on the GPU."""
 
     def __init__(self, tokens: Tensor):
         self._host = tokens.to("cpu", non_blocking=True)
@@ -87,7 +87,7 @@ class _Sequence:
         return token
 
     def generation(self, kept: list[Tensor] | None, number: int) -> Generation:
-        """kept: the logits of each step, of which this sequence's are row `number`."""
+        """kept: the logits of each step, [sequences, vocab_size]; this sequence is row `number`."""
         steps = len(self.ids) + self.ended
         logits = torch.stack([each[number] for each in kept[:steps]]) if kept is not None else None
         return Generation(self.ids, "stop" if self.ended else "length", logits)

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, on whatever device they lie."""
+"""Choosing the next token from logits, on the device that holds them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from baichuan.config import SamplingConfig
 
 
 def numbered_seeds(config: SamplingConfig, count: int) -> list[SamplingConfig]:
-    """The settings of each of `count` sequences that share all but the seed, which counts up."""
+    """`count` copies of the settings, with seeds that count up from config.random_seed."""
     return [replace(config, random_seed=(config.random_seed + number) % (1 << 63)) for number in range(count)]
 
 
 class Sampler:
-    """Draws one token a sequence and step.
+    """Draws one token per sequence and step.
 
-    What a sequence gets depends on its own settings, its seed, and how many tokens it has drawn: not on the device,
-    the other sequences or the number of ranks.
+    A sequence's draws depend on its own settings, its seed, and how many tokens it has drawn: not on the device, the
+    other sequences or the number of ranks.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Sampler:
         max_steps: int,
         device: torch.device | str,
     ):
-        """configs, prompts: one a sequence.  max_steps: tokens that a sequence can draw."""
-        alike: dict[SamplingConfig, list[int]] = {}  # the rows of sequences that differ in the seed alone
+        """configs, prompts: one per sequence.  max_steps: the most tokens that a sequence can draw."""
+        alike: dict[SamplingConfig, list[int]] = {}  # rows by settings, with the seed left out
         for row, config in enumerate(configs):
             alike.setdefault(replace(config, random_seed=0), []).append(row)
-        self._groups = []  # with the rows of each; None = all
+        self._groups = []  # (group, its rows of the logits; None = all rows)
         for config, rows in alike.items():
             seeds, histories = [configs[row].random_seed for row in rows], [prompts[row] for row in rows]
             group = _Group(config, seeds, histories, vocab_size, max_steps, device)
@@ -56,7 +56,7 @@ class _Group:
 
     def __init__(self, config: SamplingConfig, seeds, histories, vocab_size: int, max_steps: int, device):
         self.config = config
-        self._seen = None  # [sequences, vocab_size] bool, the tokens that the repetition penalty is for
+        self._seen = None  # [sequences, vocab_size] bool, tokens that the repetition penalty applies to
         if config.repetition_penalty != 1.0:
             self._seen = torch.zeros(len(histories), vocab_size, dtype=torch.bool, device=device)
             for row, history in enumerate(histories):
@@ -65,7 +65,7 @@ class _Group:
             generators = (torch.Generator().manual_seed(seed) for seed in seeds)
             draws = torch.stack([torch.rand(max_steps, generator=generator) for generator in generators])
             self._draws = draws.to(device)  # [sequences, max_steps] in [0, 1)
-            self._drawn = torch.zeros(len(seeds), 1, dtype=torch.int64, device=device)  # how many each has used
+            self._drawn = torch.zeros(len(seeds), 1, dtype=torch.int64, device=device)  # draws used so far
 
     def draw(self, logits: Tensor) -> Tensor:
         if self._seen is not None:
@@ -82,10 +82,10 @@ class _Group:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """logits.argmax(-1), the first of equal ones; on a GPU by a kernel that shares a row among many programs."""
+    """logits.argmax(-1), the first of equal maxima; on a GPU by a kernel that splits each row over many programs."""
     if not logits.is_cuda:
         return logits.argmax(-1)
-    from baichuan.kernels.argmax import argmax  # Triton is needed on GPUs alone
+    from baichuan.kernels.argmax import argmax  # imports Triton, which only GPUs need
 
     return argmax(logits)
 
@@ -101,8 +101,9 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def draw(logits: Tensor, top_k: int, top_p: float, draws: Tensor) -> Tensor:
     """A token by inverting the cumulative distribution of the likeliest ones.
 
-    Of the top_k likeliest tokens (0 = all) those stay whose more likely ones have less than top_p of the probability
-    together (0 or 1 = all).  logits: [rows, vocab_size]; draws: [rows] uniform in [0, 1) -> [rows] int64
+    Of the top_k likeliest tokens (0 = all), a token is kept if all likelier ones together have a probability below
+    top_p (0 or 1 = all are kept).  Source of top-p: Holtzman et al., The Curious Case of Neural Text Degeneration.
+    logits: [rows, vocab_size]; draws: [rows] uniform in [0, 1) -> [rows] int64
     """
     k = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1]
     logits, tokens = logits.topk(k, dim=-1)  # likeliest first
@@ -112,5 +113,5 @@ def draw(logits: Tensor, top_k: int, top_p: float, draws: Tensor) -> Tensor:
         kept[:, 1:] = cumulative[:, :-1] < top_p
     total = torch.where(kept, cumulative, 0).amax(-1)
     choice = (cumulative <= (draws * total)[:, None]).logical_and_(kept).sum(-1).clamp_max_(k - 1)
-    choice = torch.minimum(choice, kept.sum(-1) - 1)  # rounding cannot lead past the last kept token
+    choice = torch.minimum(choice, kept.sum(-1) - 1)  # after rounding, too, at most the last kept token
     return tokens.gather(-1, choice[:, None])[:, 0]

@@ -18,15 +18,15 @@ from baichuan.generation.sampled import OnTokens, Sampled
 from baichuan.generation.sampling import Sampler, numbered_seeds
 from baichuan.records import Step
 
-WARM_UP_TOKENS = 4  # of a prefill, a first step that is captured, and steps that are replayed
+WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
 
 
 @dataclass
 class Timing:
-    """What a generation took, in seconds of wall time."""
+    """How long a generation took, in seconds of wall time."""
 
     prompt_tokens: int = 0
-    new_tokens: int = 0  # of all sequences, end ids and beams included
+    new_tokens: int = 0  # over all sequences, end ids and beams included
     prefill_s: float = 0.0
     decode_s: float = 0.0
     decode_steps: int = 0
@@ -34,7 +34,7 @@ class Timing:
     def summary(self) -> str:
         """Tokens per second of both phases, for the log."""
         decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
-        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # the first ones are the prefill's
+        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # without the prefill's
         decoded = stepped / max(self.decode_s, 1e-9)
         return (
             f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
@@ -49,7 +49,7 @@ class Session:
     executor: Executor
     model: ModelConfig
     build: BuildConfig
-    timing: Timing = field(default_factory=Timing)  # what the last generate() took
+    timing: Timing = field(default_factory=Timing)  # the last generate()'s
 
     def generate(
         self,
@@ -61,7 +61,7 @@ class Session:
     ) -> list[Generation]:
         """Continue each prompt until an end id or max_new_tokens.  Raises ConfigError for what the engine cannot hold.
 
-        on_tokens is called after each step (not with beams, whose tokens are known only at the end).
+        on_tokens is called once per step (not with beam search, whose tokens are known only at the end).
         """
         self.check(prompts, sampling, max_new_tokens)
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
@@ -85,8 +85,8 @@ class Session:
         return strategy.results()
 
     def warm_up(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
-        """On a GPU, do now what the first `generate` of such prompts would do beside its work: take memory for the
-        cache, compile kernels or load them, capture graphs."""
+        """On a GPU, do now what the first `generate` of such prompts would otherwise do once: allocate the KV cache,
+        compile or load kernels, capture graphs."""
         if self.executor.device.type == "cuda":
             self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
             self.generate(prompts, sampling, min(WARM_UP_TOKENS, max_new_tokens))
@@ -103,7 +103,10 @@ class Session:
         check_request(self.model, self.build, prompts, sampling, max_new_tokens)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
-        """Logits of each prompt's last token and the step that made them, in chunks of at most max_num_tokens."""
+        """Run the prompts in chunks of at most max_num_tokens tokens.
+
+        Returns the logits of each prompt's last token, [prompts, vocab_size] float32, and the last chunk's step.
+        """
         limit = self.build.max_num_tokens or sum(map(len, prompts))
         chunks = 1
         while max(_chunk_sizes(prompts, chunks)) > limit and chunks < max(map(len, prompts)):

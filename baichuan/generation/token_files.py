@@ -18,7 +18,7 @@ MAX_BYTES = 1 << 30
 
 
 def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
-    """One prompt a row.  CSV: rows of any length.  npy: integers, [prompts, length], pad_id filling short rows' ends.
+    """One prompt per row.  CSV: rows of any length.  npy: integers [prompts, length], short rows padded with pad_id.
 
     Raises ConfigError for a file that is neither.
     """
@@ -43,7 +43,7 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
 
 
 def require_writable(name: str, path: Path) -> None:
-    """Raise ConfigError unless a file `path` can be made; name is the flag that names it."""
+    """Raise ConfigError unless a file can be created at `path`; name: the command-line flag that gave the path."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise ConfigError(f"{name} {path} is {kind}, which no file can replace; name a file")
@@ -55,13 +55,13 @@ def require_writable(name: str, path: Path) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[int]]) -> None:
-    """One sequence a row."""
+    """One sequence per row."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def write_npy(path: Path, rows: Sequence[Sequence[int]], pad_id: int) -> None:
-    """int32 [sequences, longest], short rows filled with pad_id."""
+    """int32 [sequences, longest], short rows padded with pad_id."""
     padded = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int32)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

@@ -55,7 +55,7 @@ class BaichuanConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, model: ModelConfig) -> BaichuanConfig:
-        """The same model."""
+        """The configuration of the same model."""
         return cls(
             model_version=model.model_version,
             vocab_size=model.vocab_size,
@@ -83,7 +83,7 @@ class BaichuanConfig(PreTrainedConfig):
         return VERSIONS[self.model_version]
 
     def to_dict(self) -> dict:
-        """As the hub has it: the version's class name and its keys for the length."""
+        """As in the hub's config.json: the version's class name and its keys for the length."""
         values = super().to_dict()
         values.pop("_evidence", None)
         if self.model_version in VERSIONS:

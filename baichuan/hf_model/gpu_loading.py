@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baichuan.weights.source import Checkpoint
 
-GROUP_BYTES = 4 << 30  # whose copies share threads and, where they are converted, are on the GPU twice
+GROUP_BYTES = 4 << 30  # copied together; for a conversion, a group is on the GPU in both dtypes
 
 
 def read_on_gpu(tensors: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def read_on_gpu(tensors: Checkpoint, dtype: torch.dtype, device: torch.device) -
 
 
 def _groups(tensors: Checkpoint) -> Iterator[list[str]]:
-    """The names in groups of at least GROUP_BYTES, but for the last."""
+    """The names in groups of at least GROUP_BYTES; the last group may be smaller."""
     group: list[str] = []
     size = 0
     for name, source in tensors.items():

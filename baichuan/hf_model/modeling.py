@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, causal: bool, cache
     ) -> Tensor:
-        """x: [batch, length, hidden]; rope: cos and sin, each [batch, length, head_dim / 2]; mask as SDPA takes it."""
+        """x: [batch, length, hidden]; rope: cos and sin, each [batch, length, head_dim / 2]; mask: SDPA's attn_mask."""
         qkv = self.W_pack(x).unflatten(-1, (3, self.num_heads, -1))  # [batch, length, 3, heads, head_dim]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head_dim]
         if rope is not None:
@@ -93,10 +93,10 @@ class Decoder(nn.Module):
 
 
 class NormHead(nn.Linear):
-    """x @ normalize(weight, by row)ᵀ, normalised in float32; once, unless a gradient is wanted."""
+    """x @ (weight / ‖weight‖₂ per row)ᵀ, normalised in float32: in every call with gradients, else once per weight."""
 
     _normalised: Tensor | None = None
-    _key: tuple | None = None  # of the weight that _normalised was made from
+    _key: tuple | None = None  # identifies the weight that _normalised was computed from
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self._normalise() if torch.is_grad_enabled() else self._cached())
@@ -184,13 +184,14 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
             if position_ids is None:
                 position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
             rope = rope_at(position_ids, self.config.hidden_size // self.config.num_attention_heads)
-        slots = cache.get_mask_sizes(length, 0)[0] if cache is not None else length  # a static cache has empty ones
+        # Slots for keys: a static cache has empty ones.
+        slots = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         if self.version.rotary and slots == past + length and length in (1, slots) and bool(real.all()):
             return rope, None, length > 1
         keys = torch.arange(slots, device=x.device)
         queries = torch.arange(past, past + length, device=x.device)[:, None]
         allowed = F.pad(real, (0, slots - past - length))[:, None, None] & (keys <= queries)
-        allowed = allowed | (keys == queries)  # padding sees itself: a row without any key would be NaN
+        allowed = allowed | (keys == queries)  # padding attends to itself, because softmax over no key is NaN
         if self.version.rotary:
             return rope, allowed, False  # [batch, 1, length, slots]
         slopes = alibi_slopes(self.config.num_attention_heads).to(x.device)[:, None, None]

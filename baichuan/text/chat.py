@@ -1,4 +1,4 @@
-"""A chat as token ids: who speaks is a control id, and what they say is text whatever it spells."""
+"""A chat as token ids: a control id says who speaks, and a message is always text, whatever it spells."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChatRoles(NamedTuple):
 def role_ids(folder: str | Path) -> ChatRoles:
     """The role ids in a checkpoint's generation_config.json; those of the released models where it names none.
 
-    Raises CheckpointError for a file that is not such JSON, or for ids that are no ids or are the same.
+    Raises CheckpointError for a file that is not such JSON, or for role ids that are no token ids or equal each other.
     """
     values = read_settings(Path(folder))
     default = ChatRoles()

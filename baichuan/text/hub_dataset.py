@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from baichuan.errors import ConfigError
 
 CNN_DAILYMAIL = "abisee/cnn_dailymail"
-CONFIGS = {CNN_DAILYMAIL: "3.0.0"}  # of data sets with several configurations, the one to use
+CONFIGS = {CNN_DAILYMAIL: "3.0.0"}  # the configuration to use, for data sets with several
 TIMEOUT_S = 20.0
 
 
 def load_dataset(*args, **settings):
-    """datasets.load_dataset, whose own messages go where all go."""
+    """datasets.load_dataset, with the library's messages in our log."""
     import datasets
 
     library = logging.getLogger("datasets")
@@ -38,5 +38,5 @@ def hub_rows(name: str, split: str, remedy: str) -> Iterator[dict]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without the end of its sentence."""
+    """The error's message without its final full stop."""
     return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")

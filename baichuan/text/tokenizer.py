@@ -39,7 +39,7 @@ class Tokenizer:
         model, pieces = _load(Path(path))
         self._model = model
         self.vocab_size = len(pieces)
-        self.adds_space = model.encode("a", out_type=str)[0].startswith("▁")  # before the text: v1 does, v2 does not
+        self.adds_space = model.encode("a", out_type=str)[0].startswith("▁")  # v1: True, v2: False
         self.special_ids = frozenset(i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0)
         self._control_ids = frozenset(i for i, piece in enumerate(pieces) if CONTROL_PIECE.fullmatch(piece))
         self._special_pieces = {pieces[i]: i for i in self.special_ids}
@@ -127,11 +127,11 @@ class TextStream:
     def __init__(self, model: SentencePieceProcessor, special_ids: Collection[int]):
         self._model = model
         self._special_ids = special_ids
-        self._window: list[int] = []  # the newest id whose text is out completely, and all ids after it
-        self._shown = 0  # characters of the window's text that are out
+        self._window: list[int] = []  # the newest id whose text has been returned completely, and all ids after it
+        self._shown = 0  # characters of the window's text that have been returned
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain; "" while a character lacks bytes."""
+        """The text that `token` completes; "" while a character lacks bytes."""
         check_ids([token], self._model.vocab_size(), "the text to decode")
         if token in self._special_ids:
             return ""
@@ -149,7 +149,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What push still holds back, once no id follows."""
+        """The rest of the text, after the last id."""
         piece = self._model.decode(self._window)[self._shown :]
         self._window, self._shown = [], 0
         return piece
