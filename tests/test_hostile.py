@@ -21,6 +21,7 @@ from baichuan.cli.common import _configure_logging
 from baichuan.engine.folder import read_engine
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError, EngineError
 from baichuan.evaluation.report import read_results
+from baichuan.generation.token_files import read_prompts
 from baichuan.hf_model import gpu_loading
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.parallel.comm import Solo
@@ -122,6 +123,8 @@ READERS = {
     "config.json of an engine": read_engine,
     "config.ini": BinaryConfig,
     "tokenizer.model": lambda folder: Tokenizer(folder / "tokenizer.model"),
+    "prompts.csv": lambda folder: read_prompts(folder / "prompts.csv", 0),
+    "prompts.npy": lambda folder: read_prompts(folder / "prompts.npy", 0),
     "results.json": lambda folder: read_results(folder / "results.json"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
     Raises ConfigError for a file that is neither.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"input_tokens {path} is not a regular file; give a .csv or a .npy file")
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"input_tokens {path} is larger than {MAX_BYTES} bytes; split it")
         if path.suffix == ".csv":
