@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from baichuan.text.chat import ChatRoles
 from baichuan.text.printable import printable
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.files import atomic_path
-from baichuan.util.processes import seconds_since_start
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,17 @@ def chat(
     max_new_tokens: int,
     system: str | None,
     comm: Communicator,
+    started_s: float,
 ) -> None:
-    """Answer what is typed until the end of input.  Raises ConfigError, before the first question, for limits that
-    the engine cannot hold."""
+    """Answer what is typed until the end of input.
+
+    started_s: the time.monotonic() from which the time until the first question counts.
+    Raises ConfigError, before the first question, for limits that the engine cannot hold.
+    """
     conversation = Conversation(tokenizer, roles, session.build.max_input_len, system)
     session.check([conversation.ask("")], sampling, max_new_tokens)
     session.warm_up([conversation.ask("")], sampling, max_new_tokens)
-    logger.info("ready in %.1f s", seconds_since_start())
+    logger.info("ready in %.1f s", time.monotonic() - started_s)
     if comm.rank == 0:
         if session.model.model_version == "v1_7b":
             logger.warning(

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -104,14 +105,20 @@ def add_weight_copies(parser: argparse._ActionsContainer) -> None:
 
 
 def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
-    """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2."""
+    """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2.
+
+    args.started_s is set to the time.monotonic() at which the process started, or with argv at which this was called.
+    """
+    called_s = time.monotonic()
     args = parser.parse_args(argv)
 
     import torch
 
     from baichuan.executors.cpu.threads import use_threads
     from baichuan.parallel.comm import world_of_this_process
+    from baichuan.util.processes import seconds_since_start
 
+    args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
     orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends it after a failure

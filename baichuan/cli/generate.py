@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,6 @@ from baichuan.parallel.comm import Communicator
 from baichuan.text import chat
 from baichuan.text.printable import printable
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.util.processes import seconds_since_start
 from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,12 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     check_request(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
     session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
     if roles and args.input_text is None:
-        converse(session, require_text(engine, text), roles, sampling, args.max_output_len, args.system, comm)
+        converse(
+            session, require_text(engine, text), roles, sampling, args.max_output_len, args.system, comm, args.started_s
+        )
         return 0
     session.warm_up(prompts, sampling, args.max_output_len)
-    logger.info("ready in %.1f s", seconds_since_start())
+    logger.info("ready in %.1f s", time.monotonic() - args.started_s)
     stream = None
     if args.streaming and comm.rank == 0:
         own = require_text(engine, text)
