@@ -9,9 +9,9 @@ from typing import Any
 from baichuan.errors import ConfigError
 
 DTYPES = ("float16", "bfloat16", "float32")
-WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # weights/types.py has what belongs to each
-BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # executors/registry.py has what they do
-DEVICES = ("auto", "cpu", "cuda")  # executors/device.py says what auto is
+WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # described in weights/types.py
+BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # implemented by the entries of executors/registry.py
+DEVICES = ("auto", "cpu", "cuda")  # executors/device.py resolves auto
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -29,7 +29,7 @@ def require_range(name: str, value, low, high) -> None:
 
 @dataclass(frozen=True)
 class Version:
-    """What tells the four released model versions apart, apart from their sizes."""
+    """How the four released model versions differ, other than in size."""
 
     rotary: bool  # RoPE, else ALiBi
     norm_head: bool  # the rows of lm_head are normalised to length 1
@@ -106,7 +106,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How weights, activations and the KV cache are quantised.  The default is not at all."""
+    """How weights, activations and the KV cache are quantised.  By default nothing is."""
 
     weights: str = "none"  # one of WEIGHT_TYPES
     group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
@@ -136,7 +136,7 @@ class BuildConfig:
     max_input_len: int = 1024
     max_output_len: int = 1024
     max_beam_width: int = 1
-    max_num_tokens: int = 0  # packed tokens of one step, max_rows at least; 0 = max_batch_size * max_input_len
+    max_num_tokens: int = 0  # most tokens of one packed step, at least max_rows; 0 = max_batch_size * max_input_len
     logits_dtype: str = "float32"
     backend: str = "torch"  # one of BACKEND_NAMES
     gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
@@ -171,7 +171,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Everything that decides what an engine computes, but its weights."""
+    """Everything that decides what an engine computes, except its weights."""
 
     model: ModelConfig
     quant: QuantConfig
@@ -191,7 +191,7 @@ class SamplingConfig:
     random_seed: int = 0
     eos_id: int = 2
     pad_id: int = 0
-    stop_ids: tuple[int, ...] = ()  # further ids that end a sequence, the role ids in a chat
+    stop_ids: tuple[int, ...] = ()  # more token ids that end a sequence, such as a chat's role ids
 
     def __post_init__(self):
         require_range("num_beams", self.num_beams, 1, 64)

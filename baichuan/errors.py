@@ -14,7 +14,7 @@ class CheckpointError(BaichuanError):
 
 
 class EngineError(BaichuanError):
-    """An engine folder that is damaged, edited, or built for another world than this one."""
+    """An engine folder that is damaged, edited, or built for another model version or number of ranks."""
 
 
 class UnsupportedError(BaichuanError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Matrix:
-    """What the types of weight share.  Two of them are equal only if they are the same object."""
+    """What the weight types share.  Two weights are equal only if they are the same object."""
 
     weight: Tensor  # [out_features, in_features]
 
@@ -60,10 +60,8 @@ class SmoothQuantWeight(_Matrix):
 
     weight: Tensor  # [out_features, in_features] int8
     scale: Tensor  # [out_features] float32, smoothed weight ≈ weight * scale
-    input_scale: Tensor | None = (
-        None  # [1] float32, smoothed input ≈ int8 * input_scale; None = absmax / 127 of each token
-    )
-    smoother: Tensor | None = None  # [in_features] float32; None where the norm before has absorbed it
+    input_scale: Tensor | None = None  # [1] float32, smoothed input ≈ int8 * input_scale; None = absmax / 127 per token
+    smoother: Tensor | None = None  # [in_features] float32; None where the preceding norm has absorbed it
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ class Fp8Weight(_Matrix):
     """y = (e4m3(x / input_scale) @ weightᵀ) * input_scale * scale"""
 
     weight: Tensor  # [out_features, in_features] float8_e4m3fn
-    scale: Tensor  # [out_features] float32
+    scale: Tensor  # [out_features] float32, dense weight ≈ weight * scale
     input_scale: Tensor  # [1] float32, input ≈ e4m3 * input_scale
 
 
@@ -94,7 +92,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """One rank's model."""
+    """One rank's weights of the whole model."""
 
     embedding: Tensor  # [vocab_size, hidden_size], whole on every rank
     layers: tuple[LayerWeights, ...]
@@ -104,11 +102,11 @@ class ModelWeights:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One rank's share of the attention heads, and how they see positions."""
+    """One rank's share of the attention heads, and their position encoding."""
 
-    num_heads: int  # of this rank
-    first_head: int  # global number of this rank's first head
-    total_heads: int  # of all ranks: ALiBi's slopes depend on the global number
+    num_heads: int  # heads of this rank
+    first_head: int  # global index of this rank's first head
+    total_heads: int  # heads of all ranks: an ALiBi slope depends on the global head index
     head_dim: int
     rotary: bool  # RoPE, else ALiBi
 
@@ -135,8 +133,8 @@ class Step:
     cu_seqlens: Tensor  # [batch_size + 1] int32, sequence b's tokens are cu_seqlens[b] to cu_seqlens[b + 1]
     context_lengths: Tensor  # [batch_size] int32, tokens in the cache after this step
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
-    max_new_tokens: int  # no sequence of this step is longer; 1 = decode, one token in each
-    max_context_length: int  # no context length is larger
+    max_new_tokens: int  # no sequence adds more; 1 = decode, exactly one token per sequence
+    max_context_length: int  # upper bound of context_lengths
 
     @property
     def batch_size(self) -> int:
@@ -152,7 +150,7 @@ class Step:
         """A step that appends new_tokens[b] to a sequence of past_lengths[b] tokens (0 by default).
 
         Logits are wanted for each sequence's last token, or for every token with all_outputs.  A sequence may have no
-        new tokens while another has: its one output is then another's and means nothing.
+        new tokens while another has some; its logits are then meaningless.
         """
         lengths = [len(tokens) for tokens in new_tokens]
         past = list(past_lengths) if past_lengths is not None else [0] * len(lengths)
@@ -165,12 +163,12 @@ class Step:
             cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
             context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
             output_rows=outputs.to(device),
-            max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # with a gap it is no decode
+            max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # with an empty sequence no decode
             max_context_length=max(contexts),
         )
 
     def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
-        """The decode step that follows: one token a sequence, tokens [batch_size] int64.
+        """The decode step that follows: one token per sequence, tokens [batch_size] int64.
 
         With parents [batch_size] int64, sequence b continues sequence parents[b] (see executors.base.Cache.reorder).
         Nothing is read back from the device.

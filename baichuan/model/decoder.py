@@ -1,4 +1,4 @@
-"""The Baichuan decoder, the only definition of it.  What an op does is ops.py's business; how, an executor's."""
+"""The only definition of the Baichuan decoder.  ops.py specifies each op; the executors implement them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step
 
 
 def decoder_layer(ops: Ops, x, residual, layer: LayerWeights, cache: Any, spec: AttentionSpec, step: Step, eps: float):
-    """One layer.  x is what the layer before adds to residual, both [num_tokens, hidden_size]."""
+    """One layer: (x, residual) -> (x, residual), each [num_tokens, hidden_size]; x is still to be added to residual."""
     qkv, residual = ops.norm_linear(x, residual, layer.input_norm, layer.qkv, eps)
     x = ops.all_reduce(ops.linear(ops.attention(qkv, cache, spec, step), layer.o_proj))
     x, residual = ops.gated_mlp(x, residual, layer.post_norm, layer.gate_up, layer.down_proj, eps)
@@ -21,7 +21,7 @@ def decoder_layer(ops: Ops, x, residual, layer: LayerWeights, cache: Any, spec: 
 def forward(
     ops: Ops, config: ModelConfig, weights: ModelWeights, caches: Sequence[Any], spec: AttentionSpec, step: Step
 ):
-    """Logits of step.output_rows, [num_outputs, vocab_size] float32.  caches: one entry a layer."""
+    """Logits of step.output_rows, [num_outputs, vocab_size] float32.  caches: one per layer."""
     x, residual = ops.embedding(step.tokens, weights.embedding), None
     for layer, cache in zip(weights.layers, caches, strict=True):
         x, residual = decoder_layer(ops, x, residual, layer, cache, spec, step, config.rms_norm_eps)

@@ -1,11 +1,11 @@
-"""The vocabulary that the model speaks.  Each docstring is the specification; every executor implements it.
+"""The ops that the model is made of.  Each docstring is the specification that every executor implements.
 
-Tensors are token-major, [num_tokens, features], in the model's dtype: sequences lie one after another and
-padding never exists.  A sum is accumulated in float32 and rounded once, to the dtype of the result.
+Tensors are token-major, [num_tokens, features], in the model's dtype: sequences are packed one after
+another without padding.  A sum is accumulated in float32 and rounded once, to the dtype of the result.
 
-An op is as coarse as what one executor computes in one kernel, so that a fusion shows in its name.  `Ops` is what
-decoder.py calls.  `ComposedOps` says what the fused ops mean, in simple ones: an executor without fused kernels
-inherits from it and implements the simple ops alone.
+Operations that some executor fuses into one kernel are one op, whose name says what is fused.  decoder.py calls
+`Ops`.  `ComposedOps` defines the fused ops by simple ones: an executor without fused kernels inherits from it and
+implements only the simple ops.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Ops(Protocol):
 
         qkv: [num_tokens, 3 * num_heads * head_dim], all q, all k, all v; it may be overwritten.  Stores k and v in the
         cache at the tokens' positions, quantised where the cache is, and attends to the stored values.  RoPE (half
-        rotation, base 10000) turns q and k by their positions in float32 before that; ALiBi adds
+        rotation, base 10000) rotates q and k by their positions in float32 before that; ALiBi adds
         bias = slope[global head] * (key position - query position) in float32.
         -> [num_tokens, num_heads * head_dim]
         """
@@ -46,12 +46,12 @@ class Ops(Protocol):
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
         """(linear(silu_mul(g), down_proj), r) for (g, r) = norm_linear(x, residual, norm, gate_up, eps).
 
-        x, residual, both results: [num_tokens, hidden_size].  With tensor parallelism the first result is the rank's
-        share of a sum.
+        x, residual, both results: [num_tokens, hidden_size].  With tensor parallelism the first result is this
+        rank's partial sum.
         """
 
     def all_reduce(self, x):
-        """The sum of x over the ranks, the same bits on each."""
+        """The sum of x over the ranks, bit for bit the same on each."""
 
     def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
         """head(select_rows(n, rows), weight, vocab_size) for (n, _) = add_rms_norm(x, residual, norm, eps).

@@ -1,4 +1,4 @@
-"""How Baichuan sees positions: RoPE (7B) and ALiBi (13B), both in float32."""
+"""Baichuan's position encodings: RoPE (7B) and ALiBi (13B), both in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ROPE_BASE = 10000.0
 def rope_table(positions: int, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position / base^(2i / head_dim), each [positions, head_dim / 2] float32.
 
-    Taken in float64 and rounded once, so that the table is right at every length.  Source: Su et al., RoFormer, eq. 15.
+    Computed in float64 and rounded once: float32 angles lose accuracy at large positions.
+    Source: Su et al., RoFormer, eq. 15.
     """
     cos, sin = rope_at(torch.arange(positions), head_dim)
     return cos.to(device), sin.to(device)
@@ -37,8 +38,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(total_heads: int) -> Tensor:
-    """Each head's slope, [total_heads] float32.  Source: Press et al., Train Short Test Long, with the authors' rule
-    for a number of heads that is no power of two: the slopes of the power below, then every other one of the next."""
+    """Each head's slope, [total_heads] float32.  Source: Press et al., Train Short, Test Long, with the authors' rule
+    for a number of heads that is no power of two: the slopes of the power below, then every other one of the power
+    above."""
     power = 1 << (total_heads.bit_length() - 1)
     slopes = _power_of_two_slopes(power)
     if power < total_heads:

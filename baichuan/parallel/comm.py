@@ -1,4 +1,4 @@
-"""How the ranks of one engine talk: not at all, as threads of one process, or by MPI."""
+"""How the ranks of one engine communicate: one rank alone, as threads of one process, or by MPI."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from baichuan.errors import UnsupportedError
 
 LEAVE_TIMEOUT_S = 5.0
-THREADS_TIMEOUT_S = 1800.0  # ranks as threads answer one short prompt, from a slow disk if need be
+THREADS_TIMEOUT_S = 1800.0  # enough for threads that answer one short prompt with weights on a slow disk
 
 
 class Communicator(Protocol):
     rank: int  # which share of the model this process holds
     world_size: int
-    local_rank: int  # this process's number on its machine, and its GPU's
+    local_rank: int  # this process's index on its machine, and its GPU's index
     local_size: int
     capturable: bool  # whether a CUDA graph can hold its collectives
 
@@ -34,7 +34,7 @@ class Communicator(Protocol):
         """The ranks' tensors side by side along the last dimension, in rank order."""
 
     def end_step(self) -> None:
-        """To be called when a step of the model has asked for its last sum, on every rank."""
+        """Called on every rank after the last all_reduce of a model step."""
 
     def gather_objects(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""
@@ -44,7 +44,7 @@ class Communicator(Protocol):
 
     def leave_failed(self) -> None:
         """Called by a rank that is about to exit with an error.  Returns when every rank does so; ends all of them
-        with exit code 2 when the others are still at work after LEAVE_TIMEOUT_S."""
+        with exit code 2 when others are still running after LEAVE_TIMEOUT_S."""
 
 
 class Solo:
@@ -73,7 +73,7 @@ class Solo:
 
 
 class _Gathering:
-    """The collectives, from one way of collecting every rank's tensor in rank order, in host memory."""
+    """The collectives, built on `_gather`, which stacks the ranks' tensors in rank order in host memory."""
 
     capturable = False
 
@@ -94,7 +94,7 @@ class _Gathering:
 
 
 class Threads(_Gathering):
-    """One rank of several threads of this process; for self-checks and tests.  Made by run_ranks."""
+    """One of several ranks that run as threads of this process, for self-checks and tests.  Made by run_ranks."""
 
     def __init__(self, rank: int, board: list, barrier: threading.Barrier):
         self.rank = self.local_rank = rank
@@ -105,7 +105,7 @@ class Threads(_Gathering):
         self._board[self.rank] = value
         self._barrier.wait()
         values = list(self._board)
-        self._barrier.wait()  # nobody writes the next value before everybody has read
+        self._barrier.wait()  # no rank writes the next value before all have read this one
         return values
 
     def broadcast_object(self, value: Any) -> Any:

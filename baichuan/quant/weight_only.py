@@ -114,7 +114,7 @@ def check_group_size(group_size: int, in_features: int, name: str) -> None:
 
 
 def fitting_group_sizes(config: ModelConfig, tp_size: int) -> list[int]:
-    """The group sizes that divide every rank's share of input channels, and the whole rows where nothing is cut."""
+    """Those of GROUP_SIZES that divide every linear's input channels, whole and as a rank's share."""
     widths = (config.hidden_size, config.hidden_size // tp_size, config.intermediate_size // tp_size)
     return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
 

@@ -27,7 +27,7 @@ def read_at_most(path: Path, count: int) -> bytes:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends well and is deleted when it does not.
 
-    A symbolic link stays, and what it points to is replaced.
+    Where `path` is a symbolic link, the link stays and its target is replaced.
     """
     path = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not say where
+        error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
         temporary.unlink(missing_ok=True)

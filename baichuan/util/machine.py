@@ -1,4 +1,4 @@
-"""What the processor is: its name for captions, its cache for judging speeds."""
+"""The processor's name, for captions, and its cache size, for judging measured speeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def cpu_name() -> str:
-    """As the system calls it, or the architecture where it says nothing."""
+    """The processor's name as the system reports it, or the architecture where it reports none."""
     try:
         found = re.search(r"^model name\s*:\s*(\S.*)$", CPUINFO.read_text(errors="replace"), re.MULTILINE)
     except OSError:
@@ -21,6 +21,6 @@ def cpu_name() -> str:
 
 
 def cpu_cache_bytes() -> int:
-    """Of the largest cache; 0 where the system does not say."""
+    """Size of the largest cache; 0 where the system does not report it."""
     sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
     return max((int(size[:-1]) * UNITS[size[-1]] for size in sizes if re.fullmatch(r"\d+[KMG]", size)), default=0)

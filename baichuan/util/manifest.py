@@ -1,4 +1,4 @@
-"""Proof that files are what was written: sizes and SHA-256 digests, taken in chunks so that cores share the work."""
+"""Sizes and SHA-256 digests that show whether a file is intact, taken per chunk so that cores share the work."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ READ_BYTES = 1 << 20  # each thread's buffer
 
 
 class Describer:
-    """`describe` for a file that is being written: threads take a chunk's digest as soon as all of it is there."""
+    """`describe` for a file that is being written: threads hash each chunk as soon as it is complete."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._missing: dict[int, int] = {}  # bytes, by the number of a chunk that is begun
+        self._missing: dict[int, int] = {}  # bytes not yet written, by index of each chunk begun
         self._digests: dict[int, Future[str]] = {}
         self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
     def wrote(self, start: int, size: int) -> None:
-        """The file holds its bytes start to start + size; no byte is told of twice."""
+        """Bytes start to start + size are in the file; each byte is reported once."""
         end = start + size
         while start < end:
             chunk, place = divmod(start, CHUNK_BYTES)
@@ -36,7 +36,7 @@ class Describer:
             start += part
 
     def entry(self) -> dict:
-        """What `describe` gives.  The file is complete."""
+        """The result of `describe`; the file must be complete."""
         size = self._path.stat().st_size
         chunks = range(-(-size // CHUNK_BYTES))
         for chunk in chunks:
@@ -61,7 +61,7 @@ def describe(path: Path) -> dict:
 
 
 def one_digest(digests: Sequence[str]) -> str:
-    """A name for a file with these digests, 64 hexadecimal digits however large it is."""
+    """One digest, 64 hexadecimal digits, that identifies the file with these chunk digests."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -107,7 +107,7 @@ def _own_digest(values: dict) -> str:
 
 
 def _digest(path: Path, start: int) -> str:
-    """SHA-256 of the chunk that begins at `start`, or of what there is of it."""
+    """SHA-256 of the chunk that begins at `start`; the last chunk may be shorter."""
     found, end = hashlib.sha256(), start + CHUNK_BYTES
     with open(path, "rb", buffering=0) as file:
         while start < end and (data := os.pread(file.fileno(), min(READ_BYTES, end - start), start)):

@@ -1,4 +1,4 @@
-"""Work shared out over processes, which end with this one whatever happens."""
+"""Tasks distributed over worker processes, which end with this process however it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from baichuan.errors import UnsupportedError
 from baichuan.util.signals import ignored
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
 
 
@@ -26,7 +26,7 @@ def run_tasks(
 ) -> Iterator[tuple[Any, Any]]:
     """(key, result) of each task as it is finished; in this process where one is enough.
 
-    prepare is called first in each of several processes; it and the tasks are picklable.
+    prepare is called first in each worker process, if there are any; it and the tasks must be picklable.
     Raises UnsupportedError, ending in `remedy`, when a process was killed.
     """
     if processes == 1:
@@ -52,8 +52,8 @@ def run_tasks(
 
 
 def _prepare(parent: int, prepare: Callable[[], None] | None) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however the parent dies
-    if os.getppid() != parent:  # it did already
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # killed however the parent dies
+    if os.getppid() != parent:  # the parent has died already
         os._exit(1)
     torch.set_num_threads(1)  # the processes share the cores
     if prepare:

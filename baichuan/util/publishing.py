@@ -1,4 +1,4 @@
-"""A folder's new content beside the old one, and one step that puts it in its place."""
+"""Replacing a folder's content: the new one is prepared beside it and takes its place in one step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from baichuan.util.signals import ignored
 
 logger = logging.getLogger(__name__)
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # of a file system without exchange
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
+NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # no exchange here
 
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """An empty folder for the new content of the folder `target`; what is still in it at the end is deleted.
 
-    It lies beside target, or inside where nothing can be put beside.  Those of dead processes are removed.
+    It lies beside target, or inside it where nothing can be created beside it.  Folders that dead processes left are
+    removed.
     """
     target = target.resolve()
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
@@ -38,7 +39,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     except OSError as error:
-        error.filename = error.filename or str(target)  # a failed write does not say where
+        error.filename = error.filename or str(target)  # a failed write does not name its file
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -46,11 +47,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:
-    """Give target the content of `staged`, of staged_folder(target).
+    """Give target the content of `staged`, which staged_folder(target) made.
 
-    Everything else in target stays, but for `replaced`, the names of the older content.  On the disk target has either
-    content whole, whenever the process dies.  Where the file system cannot exchange two folders, and where target
-    holds folders of somebody else, files are moved one by one, `last` at the end, so that a reader notices.
+    The files named in `replaced`, the older content, are removed; everything else in target stays.  Whenever the
+    process dies, the disk holds one of the two contents whole.  Only where the file system cannot exchange two folders,
+    or where target holds other folders, are files moved one by one, `last` at the end, so that a reader notices an
+    incomplete content.
     """
     target = target.resolve()
     names = {path.name for path in staged.iterdir()}
@@ -67,7 +69,7 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
 
 
 def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:
-    """Whether the two folders have changed places, in one step; the other files of target are in both."""
+    """Exchange the two folders in one step, with target's other files in both.  Returns whether that was possible."""
     if staged.parent != target.parent or any(_is_folder(target / name) for name in others):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Signals that end a program: held off for a moment, or made an exception that closes what is open."""
+"""Signals that end a program: ignored for a while, or raised as an exception that lets cleanup run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def ignored(*signals: signal.Signals) -> Iterator[None]:
-    """The signals change nothing meanwhile, here and in processes that start meanwhile."""
+    """Within the block the signals are ignored, here and in processes started within it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's business
+        yield  # only the main thread may set signal handlers
         return
     before = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
     try:
@@ -28,7 +28,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises Terminated meanwhile, once, so that what is open is closed and deleted."""
+    """Within the block the first SIGTERM raises Terminated, so that files are closed and temporary ones deleted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

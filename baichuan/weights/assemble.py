@@ -1,4 +1,4 @@
-"""Between records and the flat, named tensors of an engine file."""
+"""From the flat, named tensors of an engine file to weight records."""
 
 from __future__ import annotations
 

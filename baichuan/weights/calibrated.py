@@ -49,7 +49,7 @@ def from_fp8_scales(
 ) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors with e4m3 weights and activations, or only an FP8 KV cache.
 
-    scales: one entry a layer.  Each projection (q, k, v, gate, up, ...) has one scale for its weights.
+    scales: one entry per layer, with one weight scale per projection (q, k, v, gate, up, ...).
     """
 
     def converters(layer: int, name: str) -> LinearConverters:

@@ -1,7 +1,7 @@
 """From rows of a checkpoint's matrix to the fields of a weight record.
 
-A converter takes whole rows, [n, in_features], and gives each field's n rows: nothing of a row depends on another, so
-that a matrix may come in any blocks and be cut for any number of ranks.  types.py says which type has which.
+A converter takes whole rows, [n, in_features], and gives each field's n rows: each row is converted on its own,
+so that a matrix may be read in any blocks and cut for any number of ranks.  types.py names each type's converter.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Converter = Callable[[Tensor], dict[str, Tensor]]
 
 
 def cast(dtype: torch.dtype, field: str = "weight") -> Converter:
-    """Only the type changes; field "" stands for the tensor's own name."""
+    """Change only the dtype; field "" stands for the tensor's own name."""
     return lambda rows: {field: rows.to(dtype)}
 
 
 def dense(quant: QuantConfig, dtype: torch.dtype) -> Converter:
-    """records.DenseWeight.  dtype: of the model, here and below"""
+    """Fields of records.DenseWeight.  dtype: the model's, here and below."""
     return cast(dtype)
 
 
 def int8(quant: QuantConfig, dtype: torch.dtype) -> Converter:
-    """records.Int8Weight"""
+    """Fields of records.Int8Weight."""
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
         weight, scale = quantise_int8(rows)
@@ -39,7 +39,7 @@ def int8(quant: QuantConfig, dtype: torch.dtype) -> Converter:
 
 
 def int4(quant: QuantConfig, dtype: torch.dtype) -> Converter:
-    """records.Int4Weight"""
+    """Fields of records.Int4Weight."""
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
         packed, scale = quantise_int4(rows, quant.group_size, dtype)
@@ -49,7 +49,7 @@ def int4(quant: QuantConfig, dtype: torch.dtype) -> Converter:
 
 
 def fp8(scale: float) -> Converter:
-    """records.Fp8Weight but its input_scale.  scale: of the rows' projection, calibrated"""
+    """Fields of records.Fp8Weight except input_scale.  scale: the calibrated weight scale of the rows' projection."""
     factor = torch.tensor(scale)
 
     def convert(rows: Tensor) -> dict[str, Tensor]:

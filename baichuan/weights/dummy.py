@@ -12,7 +12,7 @@ from baichuan.config import ModelConfig
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
 
-POOL_SIZE = 16_777_259  # a prime: rows of no width repeat at the same place of the pool
+POOL_SIZE = 16_777_259  # a prime, so that rows of any width begin at different places of the pool
 
 
 def dummy_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -26,7 +26,7 @@ def dummy_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
 
 
 class _Pool:
-    """The numbers, kept once for each mean and deviation that is asked for."""
+    """Normally distributed numbers, kept once per mean and deviation that is asked for."""
 
     def __init__(self, seed: int, dtype: torch.dtype):
         self.seed, self.dtype = seed, dtype
@@ -37,7 +37,7 @@ class _Pool:
         return torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(self.seed))
 
     def read(self, start: int, count: int, mean: float, deviation: float) -> Tensor:
-        """`count` numbers from `start` on, around and around; a view where they lie in one piece."""
+        """`count` numbers from `start` on, wrapping around the pool; a view where they do not wrap."""
         if (mean, deviation) not in self.scaled:
             self.scaled[mean, deviation] = (self.numbers * deviation + mean).to(self.dtype)
         numbers, pieces = self.scaled[mean, deviation], []

@@ -1,4 +1,4 @@
-"""One rank's engine tensors, before any weight is read: their names, types and shapes now, their rows when written.
+"""One rank's engine tensors, described before any weight is read: names, types, shapes, and how their rows are made.
 
 The whole row is quantised first and the rank's columns are cut afterwards, so that every tensor-parallel size holds
 the same integers and scales.
@@ -37,7 +37,7 @@ class LinearConverters:
     """How one of shard.LINEARS becomes a weight record."""
 
     projections: Sequence[Converter]  # one for each projection of each of the hub's matrices, in their order
-    constants: Mapping[str, Tensor] = field(default_factory=dict)  # fields that no row has a part in
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # fields that do not depend on the rows
 
 
 LinearTensors = Callable[[int, str], list[TensorBlocks]]  # (layer, one of shard.LINEARS) -> its tensors
@@ -53,7 +53,7 @@ def from_checkpoint(
 ) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors from whole matrices by the hub's names.
 
-    converters(layer, one of shard.LINEARS): None = as `quant` says, which then needs nothing but the weights.
+    converters(layer, one of shard.LINEARS): None = those of `quant`, which must then need no calibration.
     Raises ConfigError when the model, or int4's groups of input channels, do not divide by tp_size.
     """
 
@@ -119,7 +119,7 @@ def _head(source: TensorSource, config: ModelConfig, quant: QuantConfig, rank: i
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a tensor's rows, whole, and what becomes of them."""
+    """Some whole rows of a tensor and how they are converted."""
 
     source: TensorSource
     rows: Range
@@ -153,7 +153,7 @@ def as_stored(name: str, source: TensorSource) -> TensorBlocks:
 
 
 def in_memory(tensors: Sequence[TensorBlocks]) -> dict[str, Tensor]:
-    """The tensors by engine name, read."""
+    """All the tensors, read into memory, by engine name."""
     found: dict[str, list[Tensor]] = {}
     for item in tensors:
         for block in item.blocks():
@@ -169,9 +169,9 @@ def total_bytes(tensors: Sequence[TensorBlocks]) -> int:
 
 
 def _cut_columns(values: Tensor, columns: Range | None, width: tuple[int, ...]) -> Tensor:
-    """The rank's columns of a field; where it has fewer columns than inputs (packed, grouped), in proportion."""
+    """The rank's columns of a field, in proportion where one column stands for several inputs (packed, grouped)."""
     if columns is None or columns == (0, *width) or values.ndim == 1 or values.shape[1] == 1:
-        return values  # with one value per output channel, every rank has it
+        return values  # one value per output channel, the same on every rank
     start, stop = (column * values.shape[1] // width[0] for column in columns)
     return values[:, start:stop]
 

@@ -17,7 +17,7 @@ class Linear:
     axis: int  # 0: the ranks share out the rows (output channels); 1: the columns (input channels)
 
     def cut(self, shape: tuple[int, ...], rank: int, tp_size: int) -> tuple[list[Range], Range]:
-        """The row ranges, one a projection, and the column range of a matrix of this shape that rank `rank` holds."""
+        """The row ranges, one per projection, and the column range of a matrix of this shape that rank `rank` holds."""
         if self.axis == 0:
             return rank_ranges(shape[0], self.projections, rank, tp_size), (0, shape[1])
         return [(0, shape[0])], rank_ranges(shape[1], 1, rank, tp_size)[0]

@@ -43,7 +43,7 @@ def known(values: Tensor) -> TensorSource:
 
 
 def on_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
-    """The checkpoint whose rows are read to a device, where they are then converted."""
+    """The same checkpoint, its rows read to a device, where they are then converted."""
     if device.type == "cpu":
         return checkpoint
 

@@ -1,4 +1,4 @@
-"""What a path is that was given in the place of another: told by its files, for messages."""
+"""Recognising by its files what a mistaken path holds, for error messages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 def recognise(path: Path, wanted: str) -> str | None:
-    """What `path` is and where it belongs, to follow its name in a message; None where nothing is known of it.
+    """What `path` holds and what to do with it, as a predicate for messages: "is an engine; run it with ...".
 
-    wanted: what it should be, of which nothing is said: checkpoint, binary folder or engine.
+    wanted: checkpoint, binary folder or engine.  None where path is that or is not recognised.
     """
     try:
         kind, text = _kind(path)

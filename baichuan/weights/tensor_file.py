@@ -17,7 +17,7 @@ from torch import Tensor
 from baichuan.errors import EngineError
 from baichuan.weights.rank_tensors import TensorBlocks
 
-WRITERS = 3  # threads; one alone copies into the page cache slower than a disk, or a GPU, gives and takes
+WRITERS = 3  # threads; one alone fills the page cache more slowly than a disk or a GPU delivers
 
 _TYPE_NAMES = {
     torch.float32: "F32",
@@ -37,7 +37,7 @@ def write_tensors(
 ) -> None:
     """Write the tensors; holds a block for each writer, and the next, in memory.
 
-    advance is told the bytes of each block, wrote the place and size of whatever the file holds from then on.
+    advance gets the bytes of each block; wrote gets the offset and size of each range once it is in the file.
     Format: https://github.com/huggingface/safetensors#format.  Wider types come first, so that every tensor is aligned.
     """
     specs = {name: spec for item in tensors for name, spec in item.specs.items()}

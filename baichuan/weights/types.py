@@ -1,4 +1,4 @@
-"""Every type of weight, and where everything that belongs to it is found.
+"""Every weight type, and where its parts are found.
 
 A new type takes a record in records.py, the functions that its entry here names, and its name in
 config.WEIGHT_TYPES.  A product is named as `module:function` and imported when it is first used: Triton and TensorRT
@@ -23,10 +23,10 @@ from baichuan.weights.converters import Converter
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a GPU must be able to multiply."""
+    """A number format that a GPU must be able to multiply."""
 
-    name: str  # in messages
-    compute_capability: tuple[int, int]  # the lowest that can
+    name: str  # as messages call it
+    compute_capability: tuple[int, int]  # the lowest that can multiply it
     instead: str  # what to build for an older GPU
 
 
@@ -36,7 +36,7 @@ FP8 = Numbers("FP8", (8, 9), "build with --use_smooth_quant or --int8_kv_cache")
 
 @dataclass(frozen=True)
 class WeightType:
-    """The products' signatures, for y = x @ Wᵀ as the record says:
+    """One weight type.  Its products compute y = x @ Wᵀ by the record's formula, with these signatures:
 
     reference(x, weight, out_dtype, comm) -> y
     cpu(weight) -> executors.cpu.linear.Product
@@ -44,10 +44,10 @@ class WeightType:
     tensorrt(graph, x, weight, ranks) -> y
     """
 
-    record: type  # records.py
-    label: str  # in reports
-    products: Mapping[str, str]  # by executor
-    numbers: Numbers | None = None  # that the CUDA products multiply; None = the model's dtype
+    record: type  # its class in records.py
+    label: str  # as reports call it
+    products: Mapping[str, str]  # `module:function`, by executor
+    numbers: Numbers | None = None  # the CUDA products' format; None = the model's dtype
     converter: Callable[[QuantConfig, torch.dtype], Converter] | None = None  # from weights alone; None = calibrated
 
 
@@ -71,7 +71,7 @@ _BY_RECORD = {each.record: each for each in TYPES.values()}
 
 
 def converter_of(weights: str, quant: QuantConfig, dtype: torch.dtype) -> Converter:
-    """How rows become the type `weights`, one that needs nothing but them.  dtype: of the model"""
+    """The converter of rows to the type `weights`, which needs no calibration.  dtype: the model's."""
     make = TYPES[weights].converter
     if make is None:
         raise ValueError(f"{weights} weights need calibration")

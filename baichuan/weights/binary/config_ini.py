@@ -77,7 +77,7 @@ class BinaryConfig:
         return self._parsed(float, key, self.text(key, str(default)))
 
     def evidence(self) -> dict[str, Any]:
-        """What version.config_evidence looks at, as config.json has it."""
+        """The values that version.config_evidence reads, in config.json's form."""
         values = {key: self.integer(key) for key in ("hidden_size", "vocab_size")}
         values |= {key: self.integer(key) for key in LENGTH_KEYS if key in self}
         names = re.findall(r"\w+ForCausalLM", self.text("architectures", ""))  # str() of a list
@@ -93,8 +93,8 @@ class BinaryConfig:
 
 
 def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write config.ini; values become text as str() gives it.  A key that the file cannot hold is left out: it is of a
-    hub's config.json, and nobody asks for it."""
+    """Write config.ini, values as str() gives them.  A key that the format cannot hold comes from the hub's config.json
+    and is left out, as no reader needs it."""
     parser = configparser.ConfigParser(interpolation=None)
     texts = {key.lower(): _storable(str(value)) for key, value in values.items() if PLAIN_KEY.fullmatch(key)}
     texts.pop(SEAL, None)
@@ -104,12 +104,12 @@ def write_binary_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def _storable(text: str) -> str:
-    """On one line, and with halves of characters spelled out."""
+    """The text on one line, with lone surrogates escaped."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def read_binary_model(folder: Path, model_version: str | None, dtype: str) -> ModelConfig:
-    """The model that config.ini tells of.  model_version: None = the one that the conversion recorded.
+    """The model that config.ini describes.  model_version: None = the one that the conversion recorded.
 
     Raises ConfigError where the folder contradicts model_version or leaves it open.
     """

@@ -30,14 +30,14 @@ MAX_MEMBER_BYTES = 4096  # a scale with its header is smaller; the file may hold
 
 @dataclass(frozen=True)
 class LayerScales:
-    """Of one layer, by the names of MODULES and KV_MODULES."""
+    """One layer's scales, by the names of MODULES and KV_MODULES."""
 
     activation: Mapping[str, float]
     weights: Mapping[str, float]
     kv: Mapping[str, float]
 
     def input_scale(self, linear: str) -> float:
-        """Of the input that the linear's modules share: their largest."""
+        """Scale of the input that the linear's modules share: the largest of theirs."""
         return max(self.activation[module] for module in MODULES[linear])
 
 

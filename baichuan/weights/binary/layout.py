@@ -1,6 +1,6 @@
 """The binary folder's arrays: which files there are, what they are called, and their shapes.
 
-One headerless little-endian array a file, in C order.  A linear's matrix is stored transposed, [in, out]; a rank's
+Each file is one headerless little-endian array in C order.  A linear's matrix is stored transposed, [in, out]; a rank's
 file holds the rank's rows and columns of the hub's matrix (shard.LINEARS), transposed.
 """
 
@@ -46,7 +46,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
@@ -56,7 +56,7 @@ class Layout:
 
     model: ModelConfig
     tp_size: int
-    storage: np.dtype  # of weights that are not quantised
+    storage: np.dtype  # type of the weights that are not quantised
 
     def global_array(self, hub_name: str) -> Array:
         hidden, vocab = self.model.hidden_size, self.model.vocab_size
@@ -81,9 +81,9 @@ class Layout:
         return Array(self._name(layer, module, "scale_y_quant_orig"), FLOAT32, (1,))
 
     def channel_scale(self, layer: int, module: str, rank: int, kind: str, per_channel: bool) -> Array:
-        """kind: one of CHANNEL_SCALES, of a rank's output channels.
+        """Scales of a rank's output channels.  kind: one of CHANNEL_SCALES.
 
-        Per tensor it is one number, but for QKV, where q, k and v each have one, spread over their channels.
+        Per tensor it is one number, except for QKV, where q, k and v have one each, repeated over their channels.
         Where the input channels are cut, all ranks share one file.
         """
         linear, out_features = LINEAR_OF[module], self.weight(layer, module, rank).shape[1]
@@ -170,5 +170,5 @@ def int8_kind(per_channel: bool) -> str:
 
 
 def has_smoother(module: str) -> bool:
-    """Whether the input has no norm before it that absorbs the smoother: the input channels that are cut."""
+    """Whether the smoother is kept, because no norm before the module absorbs it: its input channels are cut."""
     return LINEAR_OF[module].axis == 1

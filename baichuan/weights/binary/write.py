@@ -27,7 +27,7 @@ FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class BinaryWriter:
-    """What every part of one conversion shares; travels to the writing processes."""
+    """What all parts of one conversion share; pickled for the writing processes."""
 
     open_checkpoint: Callable[[], Checkpoint]
     layout: Layout
@@ -71,7 +71,7 @@ class BinaryWriter:
         }
 
     def _write_norm(self, checkpoint: Checkpoint, layer: int, hub_norm: str, factor: Tensor) -> None:
-        """A smoothed input is its norm's weight divided by the smoother."""
+        """Write the norm's weight divided by the smoother, which makes the norm's output the smoothed input."""
         source = checkpoint[f"model.layers.{layer}.{hub_norm}.weight"]
         weight = source.read(0, source.shape[0]).float() / factor
         self._write(self.layout.norm(layer, hub_norm), self._stored(weight, NORM_NAMES[hub_norm]))

@@ -33,7 +33,7 @@ def open_bin(path: Path) -> dict[str, TensorSource]:
         ) from None
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile and a damaged pickle have several
+    except Exception as error:  # zipfile and a damaged pickle raise several kinds
         raise CheckpointError(
             f"{path} is a truncated or damaged archive ({_first_line(error)}); download it again"
         ) from None

@@ -46,7 +46,7 @@ DOWNLOADED = ("config.json", "generation_config.json", "tokenizer.model")  # bes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # computed; v1_7b checkpoints may carry it
-QUANTISED = {  # what a tensor's name ends in or has within it, and who writes such names
+QUANTISED = {  # parts of a tensor's name, and the tools that write such names
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\b.*)$": "bitsandbytes in 4 bits",
     r"\.(SCB|CB|weight_format)$": "bitsandbytes in 8 bits",
     r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",

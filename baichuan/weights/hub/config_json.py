@@ -14,7 +14,7 @@ from baichuan.weights.hub.version import config_evidence, decide_version, tokeni
 
 MAX_CONFIG_BYTES = 1 << 20
 
-_FIELDS = {  # ours: the hub's
+_FIELDS = {  # ModelConfig's field: the hub's key
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",

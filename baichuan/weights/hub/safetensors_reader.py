@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from baichuan.errors import CheckpointError
 from baichuan.weights.source import TensorSource
 
-# https://github.com/huggingface/safetensors#format; what is not listed cannot be a weight of ours
+# https://github.com/huggingface/safetensors#format; no weight has a type that is not listed here
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,5 +1,5 @@
-"""The pickle in a .bin file, read by a machine that knows what a checkpoint needs and nothing else: no code runs, and
-what it takes is bounded by the size of the file."""
+"""Reading the pickle in a .bin file by an interpreter of only the opcodes that a checkpoint needs: no code runs, and
+time and memory are bounded by the size of the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-_TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}  # that have no storage of their own
+_TYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}  # types without a storage class
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -40,10 +40,10 @@ class ForeignContent(Exception):
 class StoredTensor:
     """A tensor as the pickle describes it."""
 
-    key: str  # of the archive's record that holds its elements
+    key: str  # name of the archive's record that holds its elements
     dtype: torch.dtype
     record_elements: int
-    offset: int  # of its first element in the record
+    offset: int  # place of its first element in the record
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 

@@ -13,7 +13,7 @@ from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 logger = logging.getLogger(__name__)
 
 LENGTH_KEYS = ("max_position_embeddings", "model_max_length")
-MAX_GROWTH = 4096  # rows that added tokens and rounding up give a released vocabulary; the two are 61696 apart
+MAX_GROWTH = 4096  # most rows that added tokens and padding add to a vocabulary; the two released are 61696 apart
 
 Evidence = Mapping[str, list[str]]  # each fact -> the versions that it fits
 
