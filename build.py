@@ -33,7 +33,7 @@ from baichuan.weights.hub.version import require_tokenizer
 
 logger = logging.getLogger("baichuan.build")
 
-GPU_SLACK = 1.05  # of the float32 weights: for a layer's activations beside them
+GPU_SLACK = 1.05  # GPU memory that the self-check needs, relative to the size of its float32 weights
 CHECK_TEXT = "世界上第二高的山峰是哪座？"
 
 

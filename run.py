@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args, comm) -> int:
-    from baichuan.cli.generate import generate  # imports PyTorch, which takes longer than saying that a flag is wrong
+    from baichuan.cli.generate import generate  # imports PyTorch, which takes seconds; flags are checked before
 
     return generate(args, comm)
 

@@ -97,7 +97,7 @@ def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
 
 
 def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
-    """Raise a BaichuanError for what no side could do whatever the articles are, before anything is loaded."""
+    """Raise a BaichuanError, before anything is loaded, for limits that a side cannot hold with any article."""
     for engine in engines:
         check_request(engine.model, engine.build, [[0]], request.sampling, request.output_len)
     if args.test_hf:
@@ -117,7 +117,7 @@ def prepared_folder(output_dir: str | None) -> Path | None:
 
 
 def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model: ModelConfig | None) -> Tokenizer:
-    """The engines' own, which another one that is given must equal; or else --tokenizer_dir's or the checkpoint's."""
+    """The engines' own tokenizer, which a given one must equal; else --tokenizer_dir's or the checkpoint's."""
     owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
     given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
     folder = resolve_tokenizer(given) if given else None
@@ -129,7 +129,7 @@ def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model
         if hf_model:
             require_tokenizer(tokenizer, str(given), hf_model)
         return tokenizer
-    fallback = folder or (owner.folder if owner else None)  # for engines without one
+    fallback = folder or (owner.folder if owner else None)  # the tokenizer of engines without their own
     texts = [open_text(each, folder if MODEL_NAME in each.text_files else fallback) for each in engines]
     return [require_text(*pair) for pair in zip(engines, texts, strict=True)][0]
 
@@ -140,7 +140,7 @@ def load_tasks(
     """The articles as prompts, and what the report says of them."""
     path = Path(args.dataset_path) if args.dataset_path else None
     dataset = load_samples(path, request.batch_size * request.max_iterations)
-    limit = min((engine.build.max_input_len for engine in engines), default=None)  # what they all take as a prompt
+    limit = min((engine.build.max_input_len for engine in engines), default=None)  # tokens that all accept
     tasks = [make_task(sample, tokenizer, request.max_input_length, limit) for sample in dataset.samples]
     if cut := sum(task.left_out > 0 for task in tasks):
         logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
@@ -166,7 +166,7 @@ def open_sides(
 
 
 def tell_apart(sides: Sequence[Side]) -> None:
-    """Adds the folder to labels that several engines share."""
+    """Add the folder to labels that several engines share."""
     shared = [label for label, count in Counter(side.label for side in sides).items() if count > 1]
     for side in sides:
         if side.label in shared:
@@ -187,13 +187,13 @@ def open_hf(args: argparse.Namespace, folder: Path, model: ModelConfig, near: to
     kind = resolve_device(args.hf_device or args.device)
     device = near if near is not None and near.type == kind else torch.device(kind)
     size = float32_bytes(model) * BYTES_PER_ELEMENT[model.dtype] // BYTES_PER_ELEMENT["float32"]
-    require_host_memory(size, f"the transformers model in {args.data_type}")  # it is read there, also for a GPU
+    require_host_memory(size, f"the transformers model in {args.data_type}")  # the model is read into host memory first
     with enough_memory():
         return HfSide(load_hf_model(folder, model.model_version, model.dtype, device), str(args.hf_model_dir))
 
 
 def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:
-    """What the figures were obtained with."""
+    """The settings that the figures were obtained with, as JSON values."""
     return {
         "batch_size": request.batch_size,
         "max_ite": request.max_iterations,

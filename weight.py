@@ -65,7 +65,8 @@ class WeightSource:
 def read_model(source: WeightSource, model_version: str | None, dtype: str) -> ModelConfig:
     """The model that the source's folder holds.  model_version: None = what the folder proves.
 
-    Raises ConfigError where the folder contradicts model_version or leaves it open, CheckpointError where it is none.
+    Raises ConfigError where the folder contradicts model_version or leaves it open, CheckpointError where it is not a
+    checkpoint.
     """
     if source.binary_folder:
         return read_binary_model(source.binary_folder, model_version, dtype)
@@ -79,7 +80,7 @@ def rank_tensors(
 ) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors.
 
-    device: "cuda" = what is quantised or transposed is so on a GPU, the ranks taking turns, and the blocks lie there.
+    device: "cuda" = quantise and transpose on a GPU, one rank at a time; the blocks are in its memory.
     Raises CheckpointError for a source that is damaged or is not `model`, ConfigError for a quantisation that needs
     another source or does not divide by tp_size.
     """
@@ -109,7 +110,7 @@ def load_rank(
 
 
 def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, device: str = "cpu"):
-    """The source in float32 as a hf_model.modeling.BaichuanForCausalLM: none of the engine's code has part in it.
+    """The source in float32 as a hf_model.modeling.BaichuanForCausalLM, which shares no code with the engine.
 
     A checkpoint is read as what its own files prove; where they leave the version open, a warning says so and the
     model's is taken.  tp_size: of a binary folder.  Raises CheckpointError where a binary folder holds integers alone.

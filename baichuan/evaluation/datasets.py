@@ -1,7 +1,7 @@
 """Articles and their highlights: from a local file or folder, or the hub's cnn_dailymail.
 
-A row whose article or highlights is empty (or null, or white space) is left out and counted; any other row that is not
-two texts ends the reading with an error that names it.  Articles of any length are read: the prompt keeps their end.
+A row whose article or highlights is empty (or null, or white space) is left out and counted; any other row without
+two texts is an error that names the row.  Articles of any length are read: the prompt keeps their end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What an evaluation runs over."""
+    """The articles that an evaluation runs over."""
 
     source: str
     samples: tuple[Sample, ...]
@@ -47,7 +47,7 @@ def load_samples(path: Path | None, limit: int) -> Dataset:
 
     path: a .json (an array, or one object per line), .jsonl, .csv or .parquet file, or a folder of them; of a folder
     with files named test*, only those are read.  Columns: article, highlights and, if there is one, id.
-    Raises ConfigError where that is not what is there.
+    Raises ConfigError where the path holds anything else.
     """
     if path is None:
         source, rows = f"{CNN_DAILYMAIL} {CONFIGS[CNN_DAILYMAIL]}, {HUB_SPLIT}", _hub_rows()
@@ -69,7 +69,7 @@ def load_samples(path: Path | None, limit: int) -> Dataset:
     return Dataset(source, tuple(samples), left_out)
 
 
-Row = tuple[str, dict]  # where it is, for messages, and its columns
+Row = tuple[str, dict]  # (its place, for messages; its columns)
 
 
 def _sample(row: dict, number: int, place: str) -> Sample | None:
@@ -118,7 +118,7 @@ def _local_rows(path: Path) -> Iterator[Row]:
     except OSError as error:
         what = error.strerror or reason(error)
         raise ConfigError(f"dataset_path {path} cannot be read ({what}); check the path") from None
-    except UnicodeDecodeError as error:  # of a parser that hands out no bytes
+    except UnicodeDecodeError as error:  # from a parser that reads the file itself
         raise _not_utf8(str(path), f"a byte 0x{error.object[error.start]:02x}") from None
     except ValueError as error:  # what pandas and pyarrow raise for files that are damaged
         raise ConfigError(f"dataset_path {path} cannot be read ({reason(error)}); repair the file") from None

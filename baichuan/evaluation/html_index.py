@@ -14,7 +14,7 @@ TITLE = "What each precision costs"
 
 
 def page(values: dict[str, Any], links: Mapping[str, str]) -> str:
-    """values: report.results(); links: by a side's key the file name of its own page."""
+    """values: report.results(); links: the file name of each side's own page, by the side's key."""
     sides, reference = values["sides"], values["reference"]
     css = {side["key"]: "side1" if side["key"] == reference else "side0" for side in sides}
     parts = [f"<header><h1>{TITLE}</h1>", *heading(values), "</header>", *_charts(sides, css)]
@@ -25,7 +25,7 @@ def page(values: dict[str, Any], links: Mapping[str, str]) -> str:
 
 
 def _charts(sides: Sequence[dict[str, Any]], css: Mapping[str, str]) -> Iterator[str]:
-    """One chart for bytes, speed and quality each; a figure that is missing or not finite has no bar."""
+    """Three charts, for bytes, speed and quality; a figure that is missing or not finite has no bar."""
 
     def groups(name):
         return {text(_short(side)): [Bar(css[side["key"]], text(side["label"]), side[name])] for side in sides}

@@ -1,4 +1,4 @@
-"""What the pages share: they are single files that ask for nothing, no script, no font, no picture from anywhere."""
+"""What the pages share.  Each is a single file that loads nothing else: no script, font or picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-# Bytes that HTML has no character for; a model of noise can write them.
+# Characters that HTML does not allow; a model with random weights can write them.
 _NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 
 STYLE = """

@@ -1,4 +1,4 @@
-"""One side of an evaluation as a page: its figures beside the reference's, where the two part, every article."""
+"""One side of an evaluation as a page: its figures beside the reference's, where the two differ, every article."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from baichuan.evaluation.wording import agreement_text, conditions_text, report_
 
 MAX_ARTICLES = 200  # on the page; summaries.jsonl holds all of them
 OPEN_ARTICLES = 3
-# What a side is, in the table of settings.
+# The facts of a side that the table of settings shows.
 SIDE_FACTS = ("engine_dir", "model_dir", "device", "threads", "dtype", "parameters", "model", "quant", "build")
 
 
@@ -50,7 +50,7 @@ def page(values: dict[str, Any], samples: Sequence[dict[str, Any]], side: dict[s
 
 
 def heading(values: dict[str, Any]) -> Iterator[str]:
-    """What was asked, and of whom."""
+    """The data set, the settings and the conditions of the run."""
     settings, articles = values["settings"], values["articles"]
     cut = f", {values['articles_cut']} of them cut to their end" if values["articles_cut"] else ""
     yield (
@@ -110,7 +110,7 @@ def _agreement(values: dict[str, Any], side: dict[str, Any]) -> Iterator[str]:
 
 
 def _articles(samples: Sequence[dict[str, Any]], sides: Sequence[_Side]) -> Iterator[str]:
-    """Those on which the sides part first come first: by the number of tokens on which they agree, then all others."""
+    """Articles on which the sides differ, fewest common first tokens first, then all others."""
     own, *reference = (side.key for side in sides)
     note = ""
     if reference:

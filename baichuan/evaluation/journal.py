@@ -1,4 +1,4 @@
-"""Running an evaluation to its end: progress, what is printed, what is saved on the way."""
+"""Running an evaluation to its end: progress, printed output, and results saved on the way."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from baichuan.util.signals import Terminated
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # the folder of a report that is not to replace a complete one
-SAVING_SHARE = 0.05  # of the time, at most, goes into saving what is there so far
+SAVING_SHARE = 0.05  # at most this share of the time is spent on saving intermediate results
 
 
 def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | None, shows: bool) -> None:
-    """Every batch.  What is complete is saved on the way and, also after Ctrl-C or SIGTERM, at the end.
+    """Run every batch; save complete ones on the way and at the end, after Ctrl-C or SIGTERM too.
 
     Every rank calls it; rank 0 alone passes shows=True and, to save, an output_dir.
     """
@@ -63,9 +63,9 @@ def show_first(evaluation: Evaluation) -> None:
 
 
 def save(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path, complete: bool) -> Path:
-    """Everything there is so far; returns the page to read first.
+    """Save all complete batches; returns the page to read first.
 
-    An earlier report that is complete is only replaced by one that is, too; until then this one is in UNFINISHED.
+    Only a complete report replaces a complete one; until then this one is in the folder UNFINISHED.
     """
     if not complete and report.is_complete(output_dir):
         output_dir = output_dir / UNFINISHED

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, summaries.jsonl, pages to read, and a table for the terminal.
+"""The output of an evaluation: results.json, summaries.jsonl, HTML pages, and a table for the terminal.
 
 python -m baichuan.evaluation.report A/results.json B/results.json prints the table of several runs.
 """
@@ -30,12 +30,12 @@ FORMAT = 2
 RESULTS_NAME, SUMMARIES_NAME, INDEX_NAME = "results.json", "summaries.jsonl", "index.html"
 MAX_RESULTS_BYTES = 16 << 20
 PACKAGES = ("torch", "transformers", "sentencepiece", "evaluate", "rouge_score", "datasets", "numpy", "triton")
-FIGURES = {  # of SideFigures: name for people, format
+FIGURES = {  # field of SideFigures: (label, format)
     "perplexity": ("perplexity", ".4f"),
     "latency_s": ("total latency, s", ".3f"),
     "tokens_per_s": ("tokens/s", ".1f"),
 }
-# Figures of runs that differ in one of these say nothing about each other.
+# Runs that differ in one of these settings cannot be compared.
 COMPARED_SETTINGS = ("dataset", "output_len", "max_input_length", "sampling", "scored_tokens_limit")
 
 
@@ -59,13 +59,13 @@ def results(evaluation: Evaluation, settings: dict[str, Any], complete: bool) ->
     return _finite(
         {
             "format": FORMAT,
-            "complete": complete,  # False: the run was stopped, and the figures are over the batches before that
+            "complete": complete,  # False: the run was stopped, and the figures cover the batches completed before
             "batches": len(evaluation.done),
             "articles": len(evaluation.samples),
             "articles_cut": sum(sample.task.left_out > 0 for sample in evaluation.samples),
             "scored_tokens": evaluation.scored_tokens,
             "sides": sides,
-            "reference": evaluation.reference,  # key of the side that "agreement" of the others is with
+            "reference": evaluation.reference,  # key of the side that the others' "agreement" is measured against
             "settings": settings,
             "versions": versions(),
         }
@@ -85,9 +85,9 @@ def sample_values(sample: SampleResult) -> dict[str, Any]:
 
 
 def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Path]:
-    """The files, each completely or not at all; returns the page to read first and those that it leads to.
+    """Write the files, each completely or not at all; returns the page to read first, then those that it links to.
 
-    values: of results(); samples: of sample_values()
+    values: from results(); samples: from sample_values()
     """
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     sides = [side for side in values["sides"] if side["key"] != values["reference"]]
@@ -107,12 +107,12 @@ def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]
 
 
 def page_name(side: dict[str, Any]) -> str:
-    """The file of a side's report, after what it is and where it ran."""
+    """The file name of a side's report, made from its title."""
     return re.sub(r"\W+", "-", report_title(side).lower()).strip("-") + ".html"
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json that write() made.  Raises ConfigError."""
+    """The values of a results.json from write().  Raises ConfigError for any other file."""
     try:
         content = read_at_most(path, MAX_RESULTS_BYTES + 1)
         if len(content) > MAX_RESULTS_BYTES:
@@ -136,7 +136,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def figures_table(values: dict[str, Any]) -> str:
-    """One column a side with every figure, or, of more than two sides, one line each.  values: of results()"""
+    """Every figure, one column per side; of more than two sides, comparison_table.  values: from results()"""
     sides = values["sides"]
     if len(sides) > 2:
         return comparison_table([values])
@@ -151,7 +151,7 @@ def figures_table(values: dict[str, Any]) -> str:
 
 
 def comparison_table(runs: Sequence[dict[str, Any]]) -> str:
-    """One line a side, to compare several runs; the same transformers model once.  runs: of results()"""
+    """One line per side of every run; a transformers model in several runs stands once.  runs: from results()"""
     header = ["", "ROUGE-1", "ROUGE-L", "perplexity", "KL to HF, nats", "same text", "tokens/s", "weights, MB"]
     rows: dict[Any, list[str]] = {}
     for number, run in enumerate(runs):
@@ -200,7 +200,7 @@ def _megabytes(side: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
+    """`value` with NaN and infinity, which JSON lacks, as text."""
     match value:
         case dict():
             return {key: _finite(each) for key, each in value.items()}

@@ -13,12 +13,12 @@ LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeL
 TOKENIZER = "words of a-z and 0-9 in lower case without stemming; Chinese character by character"
 METRIC_PATH = Path(__file__).with_name("rouge_metric.py")
 RESAMPLES = 2000
-BLOCK_ELEMENTS = 1 << 22  # of the resampling's index matrix: 32 MB
+BLOCK_ELEMENTS = 1 << 22  # of the index matrix of resampling, int64: 32 MB
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where 95 % of its bootstrap means lie, in percent: ROUGE figures are usually given as 0 to 100."""
+    """A mean and its 95 % bootstrap interval, each 0 to 100: ROUGE is usually given in percent."""
 
     value: float
     low: float
@@ -34,7 +34,7 @@ class Rouge:
         self._metric = evaluate.load(str(METRIC_PATH), keep_in_memory=True)
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-        """F-measures of each pair in percent, by kind."""
+        """Each pair's F-measure in percent, by kind of ROUGE."""
         scores = self._metric.compute(predictions=list(predictions), references=list(references))
         return {kind: [100 * value for value in scores[kind]] for kind in KINDS}
 

@@ -1,4 +1,4 @@
-"""Figures of one text: its probability under a model, and how alike two models' opinions of it are."""
+"""Figures of one text: its probability under a model, and how closely two models' distributions agree on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def agreement_of(reference: Tensor, other: Tensor) -> Agreement:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """The length of the common prefix, in ids."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return index

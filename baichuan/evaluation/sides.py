@@ -1,4 +1,4 @@
-"""The sides of a comparison: engines and the Hugging Face model, asked the same things in the same way."""
+"""The sides of a comparison: engines and the Hugging Face model, behind one interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Side(Protocol):
 
     key: str  # its name in files: engine (of several: engine_1, engine_2, ...), hf
     label: str  # its name for people
-    facts: dict[str, Any]  # what it is, as JSON values: bytes and number of its weights, those of device_facts()
+    facts: dict[str, Any]  # JSON values: bytes and number of its weights, device_facts(), and what it was built from
 
     @property
     def max_score_tokens(self) -> int | None:
@@ -35,14 +35,14 @@ class Side(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
     ) -> list[Generation]:
-        """Each prompt's continuation; when this returns, it is done and on the host."""
+        """Each prompt's continuation, on the host; no work is left on the device."""
 
     def score(self, ids: Sequence[int]) -> Tensor:
         """Logits after each of the ids, [len(ids), vocab_size] float32."""
 
 
 class EngineSide:
-    """A session over an engine.  Under mpirun every rank has one and calls it alike."""
+    """A session over an engine.  Under mpirun every rank has one and makes the same calls."""
 
     def __init__(self, engine: Engine, session: Session, key: str = "engine"):
         self._session, self.key = session, key
@@ -81,8 +81,8 @@ def enough_memory() -> Iterator[None]:
 class HfSide:
     """A transformers model on one device, in batches padded on the left.
 
-    The token is chosen by the same sampling.Sampler that engines use, so that both sides have one meaning of penalty,
-    temperature, top-k, top-p and seed; beam search is transformers' own.
+    Tokens are chosen by the sampling.Sampler that engines use, so that penalty, temperature, top-k, top-p and seed mean
+    the same on both sides; beam search is transformers' own.
     """
 
     model: Any  # transformers.PreTrainedModel, from hf.load_hf_model
@@ -93,7 +93,7 @@ class HfSide:
     def __post_init__(self):
         from transformers import GenerationConfig
 
-        # generate() fills what a request leaves open from here; a checkpoint's own settings must not slip in.
+        # generate() takes from here what a request leaves open: defaults, not the checkpoint's own settings.
         self.model.generation_config = GenerationConfig()
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.label = f"Hugging Face, {dtype}"
@@ -146,7 +146,7 @@ class HfSide:
 
 
 def check_hf_sampling(sampling: SamplingConfig) -> None:
-    """Raise ConfigError for what transformers does in another way than an engine."""
+    """Raise ConfigError for settings that transformers treats differently from an engine."""
     if sampling.num_beams > 1 and sampling.repetition_penalty != 1.0:
         raise ConfigError(
             f"repetition_penalty {sampling.repetition_penalty} with num_beams {sampling.num_beams}: transformers "
@@ -155,7 +155,7 @@ def check_hf_sampling(sampling: SamplingConfig) -> None:
 
 
 class _Choice:
-    """A logits processor that leaves only the token that the sampler takes."""
+    """A logits processor that makes every token but the sampler's choice impossible."""
 
     def __init__(self, sampler: Sampler):
         self._sampler = sampler
@@ -166,7 +166,7 @@ class _Choice:
 
 
 class _Temperature:
-    """A logits processor of beam search, which gives log probabilities and keeps what it gets as such."""
+    """A logits processor for beam search, whose input and output are log probabilities."""
 
     def __init__(self, temperature: float):
         self._temperature = temperature
@@ -183,7 +183,7 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> Generation:
 
 
 def engine_label(engine: Engine) -> str:
-    """For people: dtype, quantisation and ranks of an engine."""
+    """An engine's label: dtype, quantisation and number of ranks."""
     parts = ["engine", engine.model.dtype, *_quantisation(engine.quant)]
     if engine.build.world_size > 1:
         parts.append(f"{engine.build.world_size} ranks")
@@ -205,7 +205,7 @@ def _quantisation(quant: QuantConfig) -> Iterator[str]:
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """device: its name; cache_bytes: of its largest cache, 0 = unknown; threads: those that compute on a CPU."""
+    """device: its name; cache_bytes: size of its largest cache, 0 = unknown; on a CPU also threads: their number."""
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         return {"device": torch.cuda.get_device_name(device), "cache_bytes": cache}

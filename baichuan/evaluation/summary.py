@@ -17,18 +17,18 @@ from baichuan.generation.decoding import Generation
 from baichuan.generation.limits import check_request
 from baichuan.text.tokenizer import Tokenizer
 
-WARM_UP_TOKENS = 8  # untimed: kernels compile and graphs are captured in them
+WARM_UP_TOKENS = 8  # generated untimed, so that kernels are compiled and graphs captured
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every side is asked."""
+    """The settings that all sides share."""
 
     sampling: SamplingConfig
     batch_size: int = 1
     max_iterations: int = 20  # batches
     output_len: int = 100  # new tokens at most
-    max_input_length: int = 923  # tokens of a prompt that are kept: its last ones
+    max_input_length: int = 923  # tokens; of a longer prompt the last ones are kept
     eval_ppl: bool = False
 
     def __post_init__(self):
@@ -43,13 +43,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Summary:
-    """What one side made of one article."""
+    """One side's summary of one article."""
 
     text: str
     ids: list[int]
     finish_reason: str  # stop, length
     rouge: dict[str, float]  # F-measure in percent by kind
-    identical_prefix: int | None  # tokens that the reference's summary begins with too; None without another reference
+    identical_prefix: int | None  # first tokens equal to the reference's; None without another side as reference
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class Score:
-    """What one side says of texts, summed over the scored tokens: all of a text but its first."""
+    """One side's score of texts, summed over the scored tokens: every token of a text but its first."""
 
     nll: float = 0.0  # nats
     kl: float = 0.0  # KL(reference || side) in nats
-    same_choice: float = 0.0  # scored tokens before which side and reference have the same likeliest token
+    same_choice: float = 0.0  # number of scored tokens at which side and reference predict the same likeliest token
 
     def __add__(self, other: Score) -> Score:
         return Score(self.nll + other.nll, self.kl + other.kl, self.same_choice + other.same_choice)
@@ -77,7 +77,7 @@ class SideWork:
     """What one side did in a batch."""
 
     latency_s: float  # wall time of generation alone: no tokenizer, no scoring
-    new_tokens: int  # of the summaries, end ids included
+    new_tokens: int  # in the summaries, end ids included
     score: Score
 
 
@@ -87,7 +87,7 @@ class Batch:
 
     samples: list[SampleResult]
     work: dict[str, SideWork]  # by Side.key
-    scored_tokens: int  # whose probability was measured
+    scored_tokens: int  # tokens whose probability was measured
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SideAgreement:
     identical_summaries: int
     mean_identical_prefix: float  # tokens
     mean_kl: float  # KL(reference || side) in nats over the scored tokens
-    same_first_choice: float  # share of the scored tokens before which both have the same likeliest token
+    same_first_choice: float  # share of the scored tokens at which both predict the same likeliest token
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SideFigures:
     latency_s: float
     new_tokens: int
     tokens_per_s: float
-    perplexity: float | None  # of the scored texts; None where it was not asked for
+    perplexity: float | None  # over the scored texts; None where it was not asked for
     agreement: SideAgreement | None  # with the reference; None for the reference itself and where there is none
 
 
@@ -130,10 +130,10 @@ def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[Engin
 
 @dataclass
 class Evaluation:
-    """Runs batches; an interruption leaves the complete ones.
+    """Runs batches; after an interruption the complete batches remain.
 
-    sides: those with more than one rank first.  Under mpirun the ranks other than 0 have the engines alone and no
-    rouge: they take part in their work and judge nothing.
+    sides: those with more than one rank first.  Under mpirun the ranks other than 0 have only the engines and no
+    rouge: they compute their share and judge nothing.
     scoring: whether texts are scored, on every rank alike: perplexity was asked for or rank 0 has a reference.
     reference: key of the side that the others' agreement is measured with; None or not among the sides: there is none.
     """
@@ -175,12 +175,12 @@ class Evaluation:
 
     @property
     def samples(self) -> list[SampleResult]:
-        """Of all complete batches."""
+        """The articles of all complete batches."""
         return [sample for batch in self.done for sample in batch.samples]
 
     @property
     def scored_tokens(self) -> int:
-        """Of all complete batches."""
+        """The number of scored tokens in all complete batches."""
         return sum(batch.scored_tokens for batch in self.done)
 
     def figures(self, key: str) -> SideFigures:

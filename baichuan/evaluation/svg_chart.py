@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, VALUE_WIDTH = 360, 58  # pixels: as wide as a telephone shows without shrinking
-LABEL_WIDTH, LETTER = 94, 7.2  # of a label beside its bars, of a letter in the widest of the usual fonts
+WIDTH, VALUE_WIDTH = 360, 58  # pixels: fits the screen of a telephone
+LABEL_WIDTH, LETTER = 94, 7.2  # pixels: a label beside its bars; a letter of the widest usual font
 BAR_HEIGHT, BAR_GAP, GROUP_GAP, LABEL_HEIGHT, TOP, BOTTOM = 16, 3, 10, 19, 26, 22
 
 
@@ -37,16 +37,16 @@ class Axis:
 
     @property
     def ticks(self) -> int:
-        """Steps to the end."""
+        """The number of steps."""
         return math.ceil(self.largest / self.step - 1e-9) or 1
 
     @property
     def scale(self) -> float:
-        """Pixels of 1."""
+        """Pixels per unit of value."""
         return self.pixels / (self.ticks * self.step)
 
     def grid(self, top: float, bottom: float) -> Iterator[str]:
-        """Lines and, below them, numbers; classes grid and tick."""
+        """Vertical lines (class grid) with their values below (class tick)."""
         for tick in range(self.ticks + 1):
             x, value = self.left + tick * self.step * self.scale, tick * self.step
             text = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""From an article to what both sides are asked."""
+"""From an article to the prompt and the scored text that all sides get."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PROMPT_END = " TL;DR: "
 
 @dataclass(frozen=True)
 class Task:
-    """One article, ready for both sides."""
+    """One article as token ids."""
 
     sample: Sample
     prompt: list[int]
-    left_out: int  # tokens of the article's beginning that are over the limit
+    left_out: int  # tokens cut from the article's beginning
     scored: list[int]  # prompt and highlights: the text whose perplexity is measured
 
 
 def prompt_text(article: str) -> str:
-    """What the model is asked to continue: the article, then TL;DR, as in the old example."""
+    """The prompt: the article, then TL;DR, as in the old example."""
     return (article + PROMPT_END).strip().replace(" n't", "n't")
 
 

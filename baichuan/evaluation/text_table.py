@@ -6,13 +6,13 @@ import textwrap
 from collections.abc import Sequence
 
 WIDTH, GAP = 100, 2
-LEAST = 12  # columns of a row's name, however much is beside it
+LEAST = 12  # minimum width of a row's name, in columns
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right, below their names.
+    """A table: the first column is aligned to the left, the others to the right.
 
-    A column is as wide as its values; names, of columns and of rows, go on in further lines.
+    A column is as wide as its values; longer names of columns and rows are wrapped.
     """
     values = zip(*(row[1:] for row in rows), strict=True)
     widths = [
@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], low: bool) -> list[str]:
-    """A row's lines; low: short cells stand at the bottom."""
+    """The lines of one row; low: cells with fewer lines are aligned to the bottom."""
     cells = [textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
     height = max(1, *map(len, cells))
     filled = [[""] * (height - len(cell)) + cell if low else cell + [""] * (height - len(cell)) for cell in cells]

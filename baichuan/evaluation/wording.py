@@ -6,23 +6,23 @@ from typing import Any
 
 from baichuan.config import SamplingConfig
 
-CACHES_THAT_TELL = 2  # weights of at least so many caches are read from memory in every step
+CACHES_THAT_TELL = 2  # weights of at least this many times the cache are read from memory in every step
 
 
 def shown(value: float | str | None, spec: str) -> str:
-    """A figure for people; report.results() has text for what is not finite, and None for what was not measured."""
+    """A figure as text.  value: from report.results(): text where it is not finite, None where it was not measured."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else format(value, spec)
 
 
 def report_title(side: dict[str, Any]) -> str:
-    """What a side is and where it ran.  side: of results()"""
+    """A side's label and device.  side: from results()"""
     return f"{side['label'].removeprefix('engine, ')} on {side['device']}"
 
 
 def agreement_text(values: dict[str, Any], side: dict[str, Any]) -> str | None:
-    """One sentence on how alike a side and the reference are; None where there is no other.  Both: of results()"""
+    """One sentence on how alike a side and the reference are; None where there is no other.  Both: from results()"""
     agreement = side["agreement"]
     if agreement is None:
         return None
@@ -36,7 +36,7 @@ def agreement_text(values: dict[str, Any], side: dict[str, Any]) -> str | None:
 
 
 def conditions_text(values: dict[str, Any]) -> str:
-    """What the speeds were measured on, and how.  values: of results()"""
+    """What the speeds were measured on, and how.  values: from results()"""
     machines: dict[str, list[str]] = {}
     for side in values["sides"]:
         count = side.get("threads")
@@ -51,7 +51,7 @@ def conditions_text(values: dict[str, Any]) -> str:
 
 
 def speed_text(values: dict[str, Any]) -> str | None:
-    """What the speeds of several sides on one device say about their precisions, or why they say nothing."""
+    """How to read the speeds of several sides on one device: what they say about precisions, or why nothing."""
     sides = values["sides"]
     if len(sides) < 2 or len({side["device"] for side in sides}) > 1:
         return None

@@ -9,7 +9,7 @@ from baichuan.executors.cpu.reference import ReferenceExecutor, ReferenceOps
 
 
 class CpuExecutor(ReferenceExecutor):
-    """The reference executor with C kernels, and by itself where they cannot be compiled."""
+    """The reference executor with C kernels; without them where they cannot be compiled."""
 
     def make_ops(self, capacity: int) -> ReferenceOps:
         compiled = library()

@@ -36,9 +36,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
-    """The library made with these flags, compiled now unless the folder has it.
+    """The library for these flags, compiled now unless the folder has it.
 
-    Its name holds a digest of all that decides what is in it: sources, flags, compiler, processor.
+    Its name holds a digest of all that determines its content: sources, flags, compiler, processor.
     Raises OSError or SubprocessError.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -59,7 +59,7 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this user's compiled kernels lie: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    """The folder of this user's compiled kernels: https://specifications.freedesktop.org/basedir-spec/latest/"""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan"
 
 

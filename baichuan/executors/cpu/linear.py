@@ -1,4 +1,4 @@
-"""`linear` on the CPU: what the kernels make of each type of weight, and the library that is faster for many rows."""
+"""`linear` on the CPU: each type of weight by the C kernels, or by a PyTorch operator where that is faster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
 
-# With one of these oneDNN's products of many rows are 2 (bfloat16) and 4 (INT8) times as fast as the kernels' float32.
+# With one of these, oneDNN's products of many rows are 2 (bfloat16) or 4 (INT8) times as fast as the C kernels.
 BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
 INT8_UNITS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
@@ -27,12 +27,12 @@ ManyRows = Callable[[Tensor, Communicator], Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """How one weight is multiplied with."""
+    """How products with one weight are computed."""
 
-    matrix: Matrix | None  # for the kernels; None = the reference's product
-    many_rows: ManyRows | None = None  # for more than FEW_ROWS, where a library is faster; in the weight's own dtype
-    dtype: torch.dtype | None = None  # of many_rows' results; None = any, it rounds nothing
-    smoother: Tensor | None = None  # of inputs that are quantised by the maximum of a token, which ranks share
+    matrix: Matrix | None  # the weight for the C kernels; None = the reference computes the product
+    many_rows: ManyRows | None = None  # a faster operator for more than FEW_ROWS rows
+    dtype: torch.dtype | None = None  # the only result dtype that many_rows rounds once to; None = any dtype
+    smoother: Tensor | None = None  # SmoothQuant's, where an input's scale is its maximum over all ranks
 
     def by_library(self, x: Tensor, out_dtype: torch.dtype) -> bool:
         return self.many_rows is not None and x.shape[0] > FEW_ROWS and self.dtype in (None, out_dtype)
@@ -75,7 +75,7 @@ class CpuLinear:
         self._products: dict[Weight, Product] = {}
 
     def matrix_of(self, weight: Weight, x: Tensor) -> Matrix | None:
-        """For a kernel that multiplies x and does more; None where another way is faster or needs the other ranks."""
+        """The weight for a fused kernel; None where an operator is faster or a scale needs the other ranks."""
         product = self._product_of(weight)
         alone = product.smoother is None or self.comm.world_size == 1
         return product.matrix if alone and not product.by_library(x, x.dtype) else None
@@ -88,7 +88,7 @@ class CpuLinear:
         if product.many_rows and product.by_library(x, out_dtype):
             return product.many_rows(x, self.comm).to(out_dtype)
         scales = None
-        if product.smoother is not None and self.comm.world_size > 1:  # as in quantise_input
+        if product.smoother is not None and self.comm.world_size > 1:  # the scale of quantise_input
             absmax = (x.float() / product.smoother).abs().amax(-1, keepdim=True)
             scales = scale_for(self.comm.all_reduce_max(absmax), torch.int8)
         return self.kernels.product(x, product.matrix, out_dtype, scales)

@@ -1,4 +1,4 @@
-"""The C kernels on tensors.  Every function returns new tensors; native/*.c says what is computed."""
+"""The C kernels called on tensors.  The formulas stand in native/*.c; results are new tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from baichuan.errors import UnsupportedError
 from baichuan.records import LayerCache, Weight
 
-TYPES = {  # enum type of native/vector.h
+TYPES = {  # must equal `enum type` in native/vector.h
     torch.float32: 0,
     torch.float16: 1,
     torch.bfloat16: 2,
@@ -20,8 +20,8 @@ TYPES = {  # enum type of native/vector.h
     torch.int8: 4,
     torch.uint8: 5,  # two 4-bit integers
 }
-FEW_ROWS = 16  # as in native/products.c
-GROUP_STEP = 32  # group sizes are multiples of this, or whole rows
+FEW_ROWS = 16  # must equal FEW_ROWS in native/products.c
+GROUP_STEP = 32  # a group is a multiple of this, or the whole row
 
 
 class _Matrix(ctypes.Structure):
@@ -61,7 +61,7 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as the kernels see it, which keeps the weight's memory alive."""
+    """A weight as `struct matrix` of native/products.h; keeps the weight's memory alive."""
 
     weight: Weight
     struct: _Matrix
@@ -76,7 +76,7 @@ class Matrix:
         smoother: Tensor | None = None,
         w8a8: bool = False,
     ) -> Matrix | None:
-        """None where the kernels cannot take it: groups of another size, memory with gaps, another type."""
+        """None where the kernels do not support the group size or a dtype, or the memory is not contiguous."""
         out_features, in_features = weight.shape
         groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
         tensors = [each for each in (data, scale, input_scale, smoother) if each is not None]
@@ -100,7 +100,7 @@ class Kernels:
         library.gated_mlp.argtypes = (*norm, c_void_p, c_void_p, c_void_p, c_void_p, c_int)
 
     def product(self, x: Tensor, matrix: Matrix, out_dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
-        """x @ Wᵀ.  x: [num_tokens, in_features]; scales: [num_tokens, 1] of SmoothQuant's inputs, if known already."""
+        """x @ Wᵀ.  x: [num_tokens, in_features]; scales: [num_tokens, 1], SmoothQuant's if already known."""
         x = x.contiguous()
         y = torch.empty(x.shape[0], matrix.struct.out, dtype=out_dtype)
         done = self._library.product(
@@ -140,7 +140,7 @@ class Kernels:
         return _checked(done, y), total
 
     def _norm_operands(self, x: Tensor, residual: Tensor | None, norm: Tensor, eps: float) -> tuple[tuple, Tensor]:
-        """The first arguments of every norm, and where x + residual goes: x itself without a residual."""
+        """The first arguments of every norm, and the tensor for x + residual: x itself without a residual."""
         total = x if residual is None else torch.empty_like(x)
         return (byref(_rows(x)), _pointer(residual), norm.data_ptr(), eps), total
 
@@ -153,13 +153,13 @@ class Kernels:
         return y
 
     def store_tokens(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Turn q and k in qkv itself, and store k and v.  rows, positions: [num_tokens] int64 of the cache."""
+        """Rotate q and k within qkv (RoPE), and store k and v.  rows, positions in the cache: [num_tokens] int64"""
         self._library.store_tokens(
             byref(cache), byref(_rows(qkv)), _argument(rows), _argument(positions), torch.get_num_threads()
         )
 
     def attend(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """store_tokens, then each token's attention over the keys up to its position, which is below `longest`."""
+        """store_tokens, then each token's attention over the keys up to its position.  longest: above every position"""
         y = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype)
         done = self._library.attend(
             byref(cache),

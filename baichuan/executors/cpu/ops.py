@@ -1,4 +1,4 @@
-"""ops.Ops by the C kernels, and by PyTorch where its library is faster."""
+"""ops.Ops by the C kernels, and by PyTorch where its operators are faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.parallel.comm import Communicator
 from baichuan.records import AttentionSpec, LayerCache, Step, Weight
 
-FEW_QUERIES = 8  # new tokens of a sequence up to which each attends by itself
+FEW_QUERIES = 8  # up to this many new tokens per sequence, attention runs token by token in a C kernel
 
 
 class CpuOps(ReferenceOps):
@@ -23,7 +23,7 @@ class CpuOps(ReferenceOps):
         super().__init__(spec, comm, capacity)
         self.kernels = kernels
         self.multiply = CpuLinear(kernels, comm)
-        self._caches: dict[LayerCache, Any] = {}  # as the kernels take them
+        self._caches: dict[LayerCache, Any] = {}  # each layer's cache as a C struct
         self._step: tuple[Step | None, Tensor, Tensor] = (None, torch.empty(0), torch.empty(0))
 
     def add_rms_norm(self, x, residual, weight, eps):
@@ -61,7 +61,7 @@ class CpuOps(ReferenceOps):
         return self.attend_stored(qkv.unflatten(-1, (3, spec.num_heads, -1))[:, 0], cache, step)
 
     def _places(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Row of the cache and position of each token, for all layers of a step."""
+        """Each token's row and position in the cache, computed once per step."""
         if self._step[0] is not step:
             lengths = step.cu_seqlens.diff()
             rows = torch.arange(step.batch_size).repeat_interleave(lengths)

@@ -1,4 +1,4 @@
-"""The reference executor: the ops' plain meaning in PyTorch on the CPU, which the others are tested against."""
+"""The reference executor: every op as its plain formula in PyTorch; the other executors are tested against it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ReferenceOps(ComposedOps):
 
     def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device | str = "cpu"):
         self.comm = comm
-        self.slopes: Tensor | None = None  # of ALiBi
-        self.cos: Any = None  # of RoPE, as sin
+        self.slopes: Tensor | None = None  # [heads] float32 with ALiBi
+        self.cos: Any = None  # like sin [capacity, head_dim / 2] float32 with RoPE
         self.sin: Any = None
         if spec.rotary:
             self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
@@ -61,7 +61,7 @@ class ReferenceOps(ComposedOps):
         return self.attend_stored(q, cache, step)
 
     def attend_stored(self, q: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """attention of turned queries, whose keys and values the cache has.  q: [num_tokens, heads, dim]"""
+        """attention of rotated queries over keys and values that are already cached.  q: [num_tokens, heads, dim]"""
         starts = step.cu_seqlens.tolist()
         out = torch.empty_like(q)
         for row, context in enumerate(step.context_lengths.tolist()):
@@ -74,21 +74,21 @@ class ReferenceOps(ComposedOps):
         return out.flatten(1)
 
     def _attend_decode(self, q, k, v, cache: LayerCache, step: Step):
-        """attention for one new token a sequence, all sequences at once.  q, k, v: [batch_size, heads, dim]"""
+        """attention for one new token per sequence, all sequences at once.  q, k, v: [batch_size, heads, dim]"""
         rows = torch.arange(step.batch_size, device=q.device)
         cache.k[rows, :, step.positions] = quantise_kv(k, cache.k_scale, cache.k.dtype)
         cache.v[rows, :, step.positions] = quantise_kv(v, cache.v_scale, cache.v.dtype)
         context = int(step.context_lengths.max())
         keys = dequantise_kv(cache.k[: step.batch_size, :, :context], cache.k_scale)  # [batch, heads, context, dim]
         values = dequantise_kv(cache.v[: step.batch_size, :, :context], cache.v_scale)
-        alone = self.slopes is None and step.batch_size == 1  # it sees all keys, and as they are
+        alone = self.slopes is None and step.batch_size == 1  # no mask and no bias: its query sees every key
         mask = None if alone else self._mask(step.positions[:, None, None, None], context)  # [batch, heads, 1, context]
         return F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, mask).flatten(1).to(q.dtype)
 
     def _mask(self, positions: Tensor, context: int) -> Tensor:
-        """What SDPA does to the scores: hide keys behind the query, and add ALiBi's bias where there is one.
+        """SDPA's attn_mask: hides keys after the query's position, and adds ALiBi's bias slope * (key - query).
 
-        positions: of the queries, [..., 1]; broadcast over the heads for ALiBi.
+        positions: the queries', [..., 1] -> [..., context]; with ALiBi broadcast over the heads
         """
         distance = torch.arange(context, device=positions.device) - positions
         if self.slopes is None:
@@ -122,7 +122,7 @@ class ReferenceExecutor:
         self.cache = KVCache()
 
     def reset(self, batch_size: int, capacity: int) -> None:
-        self.cache = KVCache()  # the old one makes room before the new one is asked for
+        self.cache = KVCache()  # frees the old cache before the new one is allocated
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         self.ops = self.make_ops(capacity)
 

@@ -18,10 +18,10 @@ from baichuan.quant.weight_only import dequantise
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
 
-BLOCK_ELEMENTS = 1 << 18  # a thread's part of a weight in float32, which stays in the second-level cache
+BLOCK_ELEMENTS = 1 << 18  # float32 elements of a weight per thread: fits the second-level cache
 FLOAT16_ROWS = 8  # more rows than this are faster, and exact, in float32
 
-_ONEDNN = threading.Lock()  # its switch is the process's, and ranks may be threads
+_ONEDNN = threading.Lock()  # oneDNN is switched for the whole process, and ranks may be threads
 
 
 def linear(x: Tensor, weight: Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
@@ -64,7 +64,7 @@ def fp8(x: Tensor, weight: Fp8Weight, out_dtype: torch.dtype, comm: Communicator
 def _own_gemv(x: Tensor, w: Tensor) -> Tensor:
     """F.linear by PyTorch's own GEMV, which reads bfloat16 weights 1.6 times as fast as oneDNN's."""
     with _ONEDNN:
-        backend: Any = torch.backends.mkldnn  # whose switches are properties that it sets itself
+        backend: Any = torch.backends.mkldnn  # Any: its properties are unknown to type checkers
         before, backend.enabled = backend.enabled, False
         try:
             return F.linear(x, w)
@@ -79,7 +79,7 @@ def _copy_of(w: Tensor) -> Callable[[slice, Tensor], Tensor]:
 def _by_blocks(
     x: Tensor, shape: tuple[int, int], write_rows: Callable[[slice, Tensor], Tensor], out_dtype: torch.dtype
 ) -> Tensor:
-    """x @ Wᵀ where write_rows(rows, out) makes rows of W in float32; W is never in memory as a whole."""
+    """x @ Wᵀ where write_rows(rows, out) writes rows of W in float32; W is never in memory as a whole."""
     out_features, in_features = shape
     step = torch.get_num_threads() * max(1, BLOCK_ELEMENTS // in_features)
     x = x.float()
@@ -92,7 +92,7 @@ def _by_blocks(
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
-    """x @ wᵀ in float32.  One row meets w in as many parts as there are threads, because a GEMV uses only one."""
+    """x @ wᵀ in float32.  For one row, w is split into a part per thread, because a GEMV uses one thread."""
     parts = torch.get_num_threads()
     if x.shape[0] == 1 and parts > 1 and w.shape[0] % parts == 0:
         return torch.bmm(w.unflatten(0, (parts, -1)), x.t().expand(parts, -1, -1)).view(1, -1)

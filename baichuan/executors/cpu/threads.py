@@ -1,4 +1,4 @@
-"""How many threads compute: one a physical core, which the ranks of a machine share."""
+"""How many threads compute: one per physical core, shared among the ranks of a machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def use_threads(threads: int | None, ranks: int) -> None:
     """Let PyTorch and the CPU kernels use `threads` threads in this process, one of `ranks` on this machine.
 
-    None stands for OMP_NUM_THREADS where it is set, else for this rank's share of the physical cores, as far as the
-    process may run on them.  Raises ConfigError for less than one.
+    None stands for OMP_NUM_THREADS where it is set, else for this rank's share of the physical cores that the process
+    may run on.  Raises ConfigError for less than one.
     """
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return

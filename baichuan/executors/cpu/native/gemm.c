@@ -1,18 +1,18 @@
-/* y = x @ Wᵀ for many tokens: W becomes floats in blocks that stay in the cache, and no block is made twice.
+/* y = x @ Wᵀ for many tokens: W is converted to float32 in blocks that stay in the cache, each block once.
 
-   A panel holds WIDTH tokens side by side, channel after channel, so that one weight meets WIDTH tokens at once. */
+   A panel holds WIDTH tokens as [channels, WIDTH], so that one weight is multiplied by WIDTH tokens at once. */
 #include "products.h"
 
 #define WIDTH (2 * LANES)
 #if LANES == 8
 #define ROWS 6
 #else
-#define ROWS 12 /* times two registers of sums */
+#define ROWS 12 /* each has two registers of sums */
 #endif
 #define STRIPE (4 * ROWS)
 #define DEPTH  512          /* channels of a block; 127 * 127 * DEPTH < 2^24: exact for 8-bit integers */
-#define PITCH  (DEPTH + 16) /* so that rows of a block do not compete for places in the cache */
-#define TOKENS 512          /* of one pass over W */
+#define PITCH  (DEPTH + 16) /* floats between rows, so that rows do not map to the same cache sets */
+#define TOKENS 512          /* tokens of one pass over W */
 _Static_assert(DEPTH * 127 * 127 < 1 << 24, "a float sums the integers of a block exactly");
 
 static void pack_panel(const struct matrix *w, const struct rows *x, const float *scales, size_t first, size_t n,
@@ -26,7 +26,7 @@ static void pack_panel(const struct matrix *w, const struct rows *x, const float
     }
 }
 
-/* Channels i to i + n of a row as floats, zeros up to the next STEP.  INT4: with their scales. */
+/* Channels i to i + n of a row as floats, zeros up to the next STEP.  INT4: multiplied by their scales. */
 INLINE void unpack(const struct matrix *w, enum type t, size_t row, size_t i, size_t n, float *to) {
     const char *data = (const char *)w->data + row * bytes_of(t, w->in);
     const char *scales = (const char *)w->scale + row * bytes_of(w->scale_type, w->groups);
@@ -54,7 +54,7 @@ static void unpack_row(const struct matrix *w, size_t row, size_t i, size_t n, f
     }
 }
 
-/* sums[ROWS][tokens] += rows of W by a panel, over n channels; the sums are integers where W and x are. */
+/* sums[ROWS][tokens] += rows of W times a panel, over n channels; with SmoothQuant the sums are exact integers. */
 static void multiply(const float *w, const float *panel, size_t n, float *sums, size_t tokens, int integers) {
     vf total[ROWS][2] = {0};
     for (size_t k = 0; k < n; k++) {
@@ -73,7 +73,7 @@ static void multiply(const float *w, const float *panel, size_t n, float *sums, 
     }
 }
 
-/* Rows of W from `row` on by all panels. */
+/* Rows of W from `row` on times all panels. */
 static void stripe(const struct matrix *w, size_t row, const float *panels, size_t tokens, size_t stride, float *block,
                    float *sums) {
     size_t rows = w->out - row < STRIPE ? w->out - row : STRIPE;

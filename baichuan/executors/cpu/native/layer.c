@@ -1,4 +1,4 @@
-/* What stands between the products of a layer: RMS norm, gated activation, attention. */
+/* The ops of a layer beside its products: RMS norm, gated activation, attention. */
 #include "products.h"
 
 /* r = x + residual, rounded; normed = r / sqrt(mean(r²) + eps), rounded, times weight.
@@ -28,7 +28,7 @@ void add_rms_norm(const struct rows *x, const void *residual, const void *weight
     }
 }
 
-/* y = silu(gate) * up; x: [tokens, 2 * width], all gate, all up. */
+/* y = silu(gate) * up; x: [tokens, 2 * width], the gate channels before the up channels. */
 void silu_mul(const struct rows *x, int64_t width, void *y, int threads) {
     enum type t = x->type;
 #pragma omp parallel for schedule(static) num_threads(threads) if (x->tokens > 1)
@@ -43,7 +43,7 @@ void silu_mul(const struct rows *x, int64_t width, void *y, int threads) {
     }
 }
 
-/* (norm's y @ Wᵀ, total) for add_rms_norm.  0 where there is no memory, else 1. */
+/* y = normed @ Wᵀ, with normed and total from add_rms_norm.  Returns 0 if memory is short, else 1. */
 int norm_product(const struct rows *x, const void *residual, const void *norm, float eps, void *total,
                  const struct matrix *w, const struct rows *y, int threads) {
     struct rows normed = {malloc(bytes_of(x->type, x->tokens * w->in)), x->tokens, x->type};
@@ -54,7 +54,7 @@ int norm_product(const struct rows *x, const void *residual, const void *norm, f
     return done;
 }
 
-/* silu(gate) * up of norm_product, times down_projᵀ.  0 where there is no memory, else 1. */
+/* y = (silu(gate) * up) @ down_projᵀ, with gate and up from norm_product.  Returns 0 if memory is short, else 1. */
 int gated_mlp(const struct rows *x, const void *residual, const void *norm, float eps, void *total,
               const struct matrix *gate_up, const struct matrix *down, const struct rows *y, int threads) {
     struct rows wide = {malloc(bytes_of(x->type, x->tokens * gate_up->out)), x->tokens, x->type};
@@ -69,10 +69,10 @@ int gated_mlp(const struct rows *x, const void *residual, const void *norm, floa
     return done;
 }
 
-/* One layer's cache, k and v [rows, heads, capacity, dim], and how its heads see positions. */
+/* One layer's cache, k and v [rows, heads, capacity, dim], and its position encoding. */
 struct cache {
     void *k, *v;
-    const float *k_scale, *v_scale; /* [1] of an 8-bit cache */
+    const float *k_scale, *v_scale; /* [1], with an 8-bit cache */
     const float *cos, *sin;         /* [positions, dim / 2]; NULL without RoPE */
     const float *slopes;            /* [heads]; NULL without ALiBi */
     int64_t heads, capacity, dim;
@@ -101,7 +101,7 @@ static void keep(const struct cache *c, enum type t, const void *head, void *to,
     }
 }
 
-/* Turns q and k of qkv [tokens, 3 * heads * dim] in place and stores k and v.  rows, positions: [tokens] */
+/* Rotates q and k of qkv [tokens, 3 * heads * dim] in place (RoPE) and stores k and v.  rows, positions: [tokens] */
 void store_tokens(const struct cache *c, const struct rows *qkv, const int64_t *rows, const int64_t *positions,
                   int threads) {
     size_t wide = 3 * c->heads * c->dim;
@@ -161,8 +161,8 @@ static void attend_typed(const struct cache *c, size_t at, size_t context, const
 }
 
 /* softmax(q kᵀ / sqrt(dim) + bias) v of each token over the keys up to its position, once all are stored.
-   qkv, rows, positions: as above; longest: no position is as large; y: [tokens, heads * dim].  0 where there is no
-   memory, else 1. */
+   qkv, rows, positions: as above; longest: above every position; y: [tokens, heads * dim].  Returns 0 if memory is
+   short, else 1. */
 int attend(const struct cache *c, const struct rows *qkv, const int64_t *rows, const int64_t *positions,
            int64_t longest, void *y, int threads) {
     store_tokens(c, qkv, rows, positions, threads);

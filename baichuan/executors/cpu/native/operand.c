@@ -1,20 +1,20 @@
-/* Activations in the form that a matrix asks for. */
+/* Activations as a matrix needs them: smoothed and quantised. */
 #include "products.h"
 
 #define LIMIT8    127.0f
 #define LIMIT_FP8 448.0f
 
-/* LANES channels from i on, divided by their smoothers or rounded to e4m3. */
+/* LANES channels from i on: SmoothQuant divides them by their smoothers, FP8 rounds them to e4m3. */
 static vf transformed(const struct matrix *w, const struct rows *x, const void *row, size_t i) {
     vf v = load_part(x->type, row, i, w->in);
     if (w->smoother) {
         vf smoother = load_part(F32, w->smoother, i, w->in);
-        return v / (vf)((vi)smoother | ((vi)splat(1) & (smoother == 0))); /* behind the last channel there is none */
+        return v / (vf)((vi)smoother | ((vi)splat(1) & (smoother == 0))); /* no division by 0 after the last channel */
     }
     return w->type == FP8 ? to_e4m3(clamp(v / *w->input_scale, LIMIT_FP8)) : v;
 }
 
-/* integers = round(x / scale), in place; returns the scale: the one given or max|x| / 127. */
+/* integers = round(x / scale), in place; returns the scale: *given, or max|x| / 127 without one. */
 static float to_integers(float *x, size_t n, const float *given) {
     vf found = {0};
     for (size_t i = 0; i < n; i += LANES) found = larger(found, absolute(LOAD(vf, x + i)));

@@ -1,27 +1,27 @@
-/* y = x @ Wᵀ for few tokens: a row of W is read once, as it is stored, and meets all tokens while it is in the cache.
+/* y = x @ Wᵀ for few tokens: each row of W is read from memory once, as stored, and multiplied by all tokens.
 
-   Every number enters as the float that it stands for; sums are float32, SmoothQuant's are exact. */
+   Weights and activations are converted to float32 in registers; sums are float32, and exact for SmoothQuant. */
 #include "products.h"
 
-#define ROWS 4 /* of W, and */
+#define ROWS 4 /* rows of W and TOKENS tokens of a tile whose sums fit the registers */
 #if LANES == 8
-#define TOKENS 2 /* these fit the registers */
+#define TOKENS 2
 #else
 #define TOKENS 4
 #endif
-#define FEW_ROWS 16   /* as in native.py: with more, panels are faster (gemm.c) */
-#define AHEAD    8192 /* bytes: what a processor's own prefetching does not see in several short rows */
+#define FEW_ROWS 16   /* must equal FEW_ROWS in native.py: for more tokens gemm.c is faster */
+#define AHEAD    8192 /* bytes of prefetch distance: the hardware prefetcher misses several short rows */
 #define CHUNK    64   /* steps whose scales are read at once */
 _Static_assert(2 * CHUNK * 127 * 127 < 1 << 24, "a lane sums the integers of a chunk exactly");
 
-/* Where the rows of W, or of its scales, begin; behind the last one stands the last one again. */
+/* The start of ROWS rows of W, or of its scales; after the last row the last one is repeated. */
 INLINE void row_starts(const void *data, size_t bytes, size_t row, size_t rows, const char *starts[ROWS]) {
     for (size_t r = 0; r < ROWS; r++) starts[r] = (const char *)data + (row + r < rows ? row + r : rows - 1) * bytes;
 }
 
-/* INT4: the scale of each of n steps of a row from step `first` on. */
+/* INT4: the scales of n steps of a row, from step `first` on. */
 static void read_scales(const struct matrix *w, const char *row, size_t first, size_t n, float scales[CHUNK]) {
-    size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* of a group */
+    size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* steps per group */
     for (size_t i = 0; steps == 1 && i < n; i += LANES) {
         vf v = load_part(w->scale_type, row, first + i, w->groups);
         memcpy(scales + i, &v, sizeof v);
@@ -32,7 +32,7 @@ static void read_scales(const struct matrix *w, const char *row, size_t first, s
     }
 }
 
-/* total[r][k] += STEP channels from i on of W's rows by those of the tokens. */
+/* total[r][k] += W[row + r, i : i + STEP] * x[k, i : i + STEP], lane by lane. */
 INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t left, const float *scales,
                      const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
     vf a[TOKENS], b[TOKENS];
@@ -56,7 +56,7 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
     }
 }
 
-/* y[r][k] = W's row `row + r` by token k. */
+/* y[r][k] = W[row + r] · x[k]. */
 INLINE void tile(const struct matrix *w, enum type t, int w8a8, size_t row, const float *x, size_t stride, int tokens,
                  float y[ROWS][TOKENS]) {
     const char *rows[ROWS], *scale_rows[ROWS];
@@ -94,7 +94,7 @@ INLINE void typed_tile(const struct matrix *w, size_t row, const float *x, size_
     }
 }
 
-/* ROWS rows of W by all tokens, scaled and rounded once. */
+/* ROWS rows of W times all tokens, scaled and rounded once. */
 static void stripe(const struct matrix *w, size_t row, const struct operand *x, const struct rows *y) {
     size_t n = w->out - row < ROWS ? w->out - row : ROWS, tokens = y->tokens;
     for (size_t token = 0; token < tokens;) {

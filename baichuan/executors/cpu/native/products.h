@@ -2,26 +2,26 @@
 #define PRODUCTS_H
 #include "vector.h"
 
-/* A matrix [out, in] as the engine file has it, row by row: Matrix of native.py. */
+/* A matrix [out, in] row by row as in the engine file; must equal _Matrix in native.py. */
 struct matrix {
     const void *data;
     const void *scale;        /* [out, groups] of scale_type; NULL for F32, F16 and BF16 */
-    const float *input_scale; /* [1], of FP8 and static SmoothQuant */
-    const float *smoother;    /* [in], of SmoothQuant */
+    const float *input_scale; /* [1], with FP8 and static SmoothQuant, else NULL */
+    const float *smoother;    /* [in], with SmoothQuant, else NULL */
     int64_t out, in, groups;
     int32_t type, scale_type;
-    int32_t w8a8; /* SmoothQuant */
+    int32_t w8a8; /* 1 with SmoothQuant: the activations become 8-bit integers */
 };
 
-/* Rows of activations or results: [tokens, features] of one type, without gaps. */
+/* Rows of activations or results: [tokens, features] of one type, contiguous. */
 struct rows {
     void *data;
     int64_t tokens;
     int32_t type;
 };
 
-/* Activations in the form that a matrix asks for, as floats: [tokens, stride], zeros behind the last channel.
-   INT4: in each STEP the even channels come before the odd ones.  SmoothQuant: integers, and a scale for each token. */
+/* Activations as a matrix needs them, in floats: [tokens, stride], zeros after the last channel.
+   INT4: in each STEP the even channels come before the odd ones.  SmoothQuant: integers, and a scale per token. */
 struct operand {
     float *floats;
     float *scales;
@@ -31,7 +31,7 @@ struct operand {
 
 INLINE size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/* What a sum is multiplied by: the token's scale and then the row's (INT4: is in the sum). */
+/* A sum is multiplied by the token's scale, then by the row's; INT4's scales are in the sum already. */
 INLINE float operand_scale(const struct matrix *w, const struct operand *x, size_t token) {
     return w->w8a8 ? x->scales[token] : w->type == FP8 ? *w->input_scale : 1;
 }
@@ -40,14 +40,14 @@ INLINE float row_scale(const struct matrix *w, size_t row) {
     return w->scale && w->type != INT4 ? ((const float *)w->scale)[row] : 1;
 }
 
-/* Room for the activations.  0 where there is none. */
+/* Allocates memory for the activations of `tokens` tokens.  Returns 0 if that fails, else 1. */
 int make_operand(const struct matrix *w, size_t tokens, struct operand *to);
 
-/* One token's activations; scales: of SmoothQuant's tokens where they are known already. */
+/* Fills in one token's activations.  scales: [tokens], SmoothQuant's if already known, else NULL. */
 void prepare_token(const struct matrix *w, const struct rows *x, const float *scales, struct operand *to, size_t token);
 
-/* y = x @ Wᵀ, by the way that suits the number of tokens.  0 where there is no memory, else 1.
-   scales: [tokens] of SmoothQuant's inputs where they are known already, else NULL. */
+/* y = x @ Wᵀ, by the faster way for the number of tokens.  Returns 0 if memory is short, else 1.
+   scales: [tokens], SmoothQuant's input scales if already known, else NULL. */
 int product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y, int threads);
 int few_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
                      int threads);

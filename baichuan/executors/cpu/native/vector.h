@@ -1,6 +1,6 @@
-/* One register of floats, the loads of every stored type, and the few instructions that C cannot say.
+/* One register of floats, loads of every stored type, and the few instructions that C has no operator for.
 
-   The compiler's vector types do the rest: LANES floats a register on AVX-512, AVX2 or NEON. */
+   All else uses the compiler's vector types: LANES floats per register on AVX-512, AVX2 or NEON. */
 #ifndef VECTOR_H
 #define VECTOR_H
 
@@ -24,10 +24,10 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16") /* so that arrays become registers */
-#define STEP   (2 * LANES)              /* channels that a product takes at once */
+#define UNROLL _Pragma("GCC unroll 16") /* so that arrays are kept in registers */
+#define STEP   (2 * LANES)              /* channels per iteration of a product */
 
-enum type { F32, F16, BF16, FP8, INT8, INT4 }; /* as in native.py */
+enum type { F32, F16, BF16, FP8, INT8, INT4 }; /* must equal TYPES in native.py */
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -58,7 +58,7 @@ INLINE vf load_f16(const void *p) {
 #endif
 }
 
-/* e4m3 is half precision without three bits of the mantissa and with the exponent 8 lower: value = half * 256. */
+/* An e4m3 number shifted into the bits of a half is 2^8 times too small: value = half * 256. */
 INLINE vf load_fp8(const void *p) {
 #if LANES == 16
     __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(p));
@@ -71,7 +71,7 @@ INLINE vf load_fp8(const void *p) {
     return load_f16(&h) * 256.0f;
 }
 
-/* LANES bytes with their signs. */
+/* LANES signed bytes. */
 INLINE vi widen_bytes(const void *p) {
 #if LANES == 16
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p));
@@ -94,7 +94,7 @@ INLINE vf load(enum type t, const void *row, size_t i) {
     }
 }
 
-/* LANES elements of a row of n from element i on, zeros behind the last. */
+/* LANES elements of a row of n from element i on, zeros after the last. */
 INLINE vf load_part(enum type t, const void *row, size_t i, size_t n) {
     if (i + LANES <= n) return load(t, row, i);
     char p[4 * LANES] = {0};
@@ -117,7 +117,7 @@ INLINE vf clamp(vf x, float limit) { return -larger(-larger(x, splat(-limit)), s
 
 INLINE vf absolute(vf x) { return (vf)((vu)x & 0x7FFFFFFF); }
 
-/* To nearest even, for |x| < 2^22. */
+/* Rounded to the nearest integer, ties to even, for |x| < 2^22. */
 INLINE vf nearest(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 /* To the nearest number of e4m3 (3 bits after the leading one, steps of 2^-9 below 2^-6), for |x| <= 448. */
@@ -139,7 +139,7 @@ INLINE vu half_bits(vf x) {
 #endif
 }
 
-/* LANES floats rounded to nearest even, as the type's bits at the low end of each lane; INT8, FP8: of their range. */
+/* LANES floats rounded to nearest even: the type's bits at the low end of each lane.  INT8, FP8: x in range. */
 INLINE vu encode(enum type t, vf x) {
     vu bits = (vu)x;
     switch (t) {
@@ -169,7 +169,7 @@ INLINE void store(enum type t, void *row, size_t i, vf x, size_t n) {
     else memcpy(to, from, bytes_of(t, n));
 }
 
-/* x as the type holds it. */
+/* x rounded to the type. */
 INLINE vf rounded(enum type t, vf x) {
     if (t == F32) return x;
     halves narrow = __builtin_convertvector(encode(t, x), halves);
@@ -219,7 +219,7 @@ INLINE void load_step(enum type t, const void *row, size_t i, vf step[2]) {
 #if LANES == 16
     const vf values = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
     __m512i nibbles = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
-    step[0] = (vf)_mm512_permutexvar_ps(nibbles, (__m512)values); /* which reads four bits of each */
+    step[0] = (vf)_mm512_permutexvar_ps(nibbles, (__m512)values); /* uses the low four bits of each index */
     step[1] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), (__m512)values);
 #else
     vi nibbles = (vi)widen_bytes(p);
@@ -228,7 +228,7 @@ INLINE void load_step(enum type t, const void *row, size_t i, vf step[2]) {
 #endif
 }
 
-/* load_step where only `left` channels are left: zeros behind the last. */
+/* load_step where only `left` channels remain: zeros after the last. */
 INLINE void load_step_part(enum type t, const void *row, size_t i, size_t left, vf step[2]) {
     char p[4 * STEP] = {0};
     memcpy(p, (const char *)row + bytes_of(t, i), bytes_of(t, left));
