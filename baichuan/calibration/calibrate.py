@@ -43,7 +43,7 @@ def calibrate(
 ) -> list[LayerRanges]:
     """The ranges of every layer over the samples, each a sequence of token ids.
 
-    scratch: a folder for the hidden states, 4 * hidden_size bytes a token.  device: "cpu" or "cuda"; None = the GPU
+    scratch: a folder for the hidden states, 4 * hidden_size bytes per token.  device: "cpu" or "cuda"; None = the GPU
     where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +71,7 @@ def calibrate(
 
 
 def _run_layer(ops, layer: LayerWeights, model: ModelConfig, spec: AttentionSpec, step: Step, hidden, first) -> None:
-    """One layer over the step's tokens, which are hidden's rows from `first` on."""
+    """Replace hidden's rows from `first` on, one per token of the step, by the layer's output."""
     rows = slice(first, first + len(step.tokens))
     shape = (step.batch_size, spec.num_heads, step.max_context_length, spec.head_dim)
     cache = LayerCache(*(torch.zeros(shape, device=step.tokens.device) for _ in range(2)))
@@ -82,7 +82,7 @@ def _run_layer(ops, layer: LayerWeights, model: ModelConfig, spec: AttentionSpec
 
 
 def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterator[tuple[int, Step]]:
-    """The samples in steps of up to `limit` tokens, at least one sample each, with the number of tokens before."""
+    """The samples in steps of up to `limit` tokens, at least one sample each; with the number of tokens before each."""
     batch: list[Sequence[int]] = []
     first, size = 0, 0
     for sample in samples:
@@ -111,7 +111,7 @@ class _ObservingOps(ReferenceOps):
         super().__init__(spec, Solo(), capacity, device)
 
     def observe(self, layer: LayerWeights) -> _Observed:
-        """From now on this layer's linears are observed."""
+        """Observe this layer's linears from now on."""
         self.observed = _Observed(layer)
         return self.observed
 
@@ -137,7 +137,7 @@ class _Observed:
             maxima[name] = torch.maximum(maxima.get(name, absmax), absmax)
 
     def see_cache(self, cache: LayerCache, spec: AttentionSpec) -> None:
-        """With RoPE a pair of dimensions turns with its position, and its length bounds both at every position."""
+        """With RoPE a pair of dimensions is rotated by position, so the pair's length bounds both at every position."""
         k = cache.k.unflatten(-1, (2, -1)).norm(dim=-2) if spec.rotary else cache.k.abs()
         self.k, self.v = torch.maximum(self.k, k.amax()), torch.maximum(self.v, cache.v.abs().amax())
 
@@ -147,7 +147,7 @@ class _Observed:
 
 
 class _Buffers:
-    """One layer's weights in float32 on the device, in memory that every layer uses in turn."""
+    """One layer's weights in float32 on the device, in buffers that all layers share."""
 
     def __init__(self, checkpoint: Checkpoint, device: str):
         self.checkpoint, self.device = checkpoint, device

@@ -1,4 +1,4 @@
-"""A checkpoint with its activation ranges -> the binary folder.  Complete or not at all; config.ini comes last."""
+"""Converting a checkpoint and its activation ranges to a binary folder, complete or not at all; config.ini is last."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from baichuan.weights.source import Checkpoint
 logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
-BYTES_PER_PROCESS = 256 << 20  # of output; starting a process takes longer than writing less
+BYTES_PER_PROCESS = 256 << 20  # output per process; starting a process takes longer than writing less
 DISK_SLACK_BYTES = 16 << 20
 
 
@@ -49,8 +49,8 @@ class ConvertRequest:
     processes: int = min(os.cpu_count() or 1, 16)
     alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
     storage_type: str = "fp32"
-    text_folder: Path | None = None  # whose tokenizer and generation settings come along
-    device: str = "auto"  # that calibrates: one of device.DEVICES
+    text_folder: Path | None = None  # its tokenizer and generation settings are copied
+    device: str = "auto"  # calibrates; one of device.DEVICES
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
@@ -112,7 +112,7 @@ def _write_all(writer: BinaryWriter, ranges: Sequence[LayerRanges], processes: i
 
 
 def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[str, list[float]]]) -> list[LayerScales]:
-    """What --enable_fp8 needs, of the checkpoint as it was before smoothing."""
+    """The scales that --enable_fp8 needs, for the weights before smoothing."""
 
     def scale(absmax: float) -> float:
         return scale_for(torch.tensor(absmax), E4M3).item()

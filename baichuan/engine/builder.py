@@ -31,7 +31,7 @@ from baichuan.weights.rank_tensors import TensorBlocks, total_bytes
 logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 1 << 30  # one writing process: the interpreter, PyTorch and a few blocks of weights
-DISK_SLACK_BYTES = 16 << 20  # config.json and the file system's own
+DISK_SLACK_BYTES = 16 << 20  # for config.json and the file system's metadata
 
 RankTensors = Callable[[int], list[TensorBlocks]]  # picklable: with --parallel_build each process calls its own
 
@@ -46,7 +46,7 @@ class BuildRequest:
     build: BuildConfig
     rank_tensors: RankTensors  # what a rank's file holds, not yet read
     parallel: bool = False
-    options: Any = None  # what the backend's build_options gave
+    options: Any = None  # the result of the backend's build_options
     text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
     dummy: bool = False  # the weights are made up
     device: str = "auto"  # whose memory the engine must fit: one of device.DEVICES
@@ -76,7 +76,7 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
 
 
 def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
-    """Say what the build and the engine take, and raise UnsupportedError where it is not there."""
+    """Log the memory and disk that build and engine need; raise UnsupportedError where they are not available."""
     processes = len(sizes) if request.parallel else 1
     backend = BACKENDS[request.build.backend]
     memory = PROCESS_BYTES + backend.build_memory(max(sizes), request.quant)
@@ -114,7 +114,7 @@ def _write_ranks(
 ) -> tuple[dict[str, dict], dict]:
     """The files' entries in config.json by name, and the contract, which is the same for all.
 
-    size: of the tensors in bytes.  Processes open the source again, because open files do not travel to them.
+    size: bytes of all tensors.  Each process opens the source again, because open files cannot be pickled.
     """
     with Progress("writing the engine", size, "B") as progress:
         if request.parallel and len(paths) > 1:
@@ -138,7 +138,7 @@ def _write_rank(
 ) -> tuple[dict, dict]:
     """The file's entry in config.json, and the contract.
 
-    A process of its own opens the source again and counts by _count.
+    Called without tensors and advance in a process of its own, which opens the source again and counts by _count.
     """
     backend, spec = BACKENDS[request.build.backend], EngineSpec(request.model, request.quant, request.build)
     tensors = tensors or request.rank_tensors(rank)
@@ -149,7 +149,7 @@ def _write_rank(
 
 
 def _in_processes(tasks: Mapping[int, Callable[[], Any]], progress: Progress) -> dict[int, Any]:
-    """The tasks' results, each made in a process of its own; the bytes that they have written meet in one counter."""
+    """The tasks' results, each made in a process of its own; one shared counter adds up the bytes written."""
     counter, done = CONTEXT.Value("q", 0), threading.Event()
 
     def watch() -> None:

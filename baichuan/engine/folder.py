@@ -33,7 +33,7 @@ MAX_CONFIG_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Engine:
-    """What config.json says."""
+    """The contents of config.json."""
 
     folder: Path
     model: ModelConfig
@@ -135,7 +135,7 @@ def read_engine(folder: Path) -> Engine:
             raise ConfigError("contract or dummy is damaged")
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} cannot be used ({error}); build the engine again") from None
-    if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes these
+    if set(files) != {rank_file_name(model, build, rank) for rank in range(build.world_size)}:  # a build deletes them
         raise EngineError(f"{path} does not list one file per rank; build the engine again")
     if not set(text_files) <= set(TEXT_FILES):
         raise EngineError(f"{path} lists text files that no engine has; build the engine again")
@@ -174,7 +174,7 @@ def check_world(engine: Engine, comm: Communicator, model_version: str | None = 
 def verified_meanwhile(engine: Engine, comm: Communicator) -> Iterator[None]:
     """Check this rank's file, its size first and its digests while the block reads it.
 
-    At the end every rank raises EngineError when one rank's file is not right: nothing may come of it before.
+    At the end every rank raises EngineError when one rank's file is damaged; nothing read may be used before.
     """
     path = engine.rank_file(comm.rank)
     _agree(comm, partial(manifest.require_size, path, engine.files[path.name]))
@@ -183,7 +183,7 @@ def verified_meanwhile(engine: Engine, comm: Communicator) -> Iterator[None]:
         try:
             yield
         except EngineError:
-            checked.result()  # the digests know better than a reader that stumbles over what is damaged
+            checked.result()  # damage explains the reader's failure: raise its error instead
             raise
         _agree(comm, checked.result)
 
@@ -224,7 +224,7 @@ def _holds_another_config(path: Path) -> bool:
 
 
 def _builder_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> dict:
-    """The section that readers of the old example's config.json know."""
+    """The section that readers of the old example's config.json expect."""
     return {
         "name": "baichuan",
         "precision": model.dtype,

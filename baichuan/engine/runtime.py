@@ -1,4 +1,4 @@
-"""From an engine folder to something that generates."""
+"""From an engine folder to a session that generates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_session(
 
     device: one of device.DEVICES.
     keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py).
-    Raises EngineError for a damaged engine or another world than it was built for, on every rank alike.
+    Raises EngineError for a damaged engine or another number of ranks than it was built for, on every rank alike.
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
@@ -37,7 +37,7 @@ def open_session(
 
 
 def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:
-    """The executor that the engine was built for, over this rank's file, which is verified by others."""
+    """The executor that the engine was built for, over this rank's file, which the caller verifies."""
     path = engine.rank_file(comm.rank)
     digests = engine.files[path.name]["sha256"]
     job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies)

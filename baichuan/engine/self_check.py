@@ -41,7 +41,7 @@ def all_logits(executor: Executor, ids: Sequence[int]) -> Tensor:
 
 
 def float_logits(float_model: Any, ids: Sequence[int]) -> Tensor:
-    """What check_engine expects, from the checkpoint's float32 transformers.PreTrainedModel, wherever it lies."""
+    """What check_engine expects, from the checkpoint's float32 transformers.PreTrainedModel, on any device."""
     with torch.inference_mode():
         return float_model(torch.tensor([ids], device=float_model.device)).logits[0].float().cpu()
 
@@ -50,7 +50,7 @@ def check_engine(engine: Engine, open_rank, expected: Tensor, ids: Sequence[int]
     """Compare the engine's logits with float_logits on one prompt.
 
     open_rank(communicator) -> Executor gives one rank of the engine; the ranks run as threads.
-    Raises EngineError when they have nothing to do with each other.
+    Raises EngineError when the two disagree by more than MAX_KL.
     """
 
     def run(comm: Communicator) -> Tensor:

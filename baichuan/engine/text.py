@@ -20,7 +20,7 @@ class EngineText:
     """What turns an engine's ids into text."""
 
     tokenizer: Tokenizer | None  # None: neither the engine nor the user has one
-    sampling: SamplingConfig  # where no flag says otherwise
+    sampling: SamplingConfig  # defaults of the flags
     folder: Path | None  # where generation_config.json is looked for
 
     def roles(self) -> chat.ChatRoles:

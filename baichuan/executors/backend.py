@@ -1,4 +1,4 @@
-"""What a backend is: how the ranks of an engine are written to files, and how these are run."""
+"""What a backend is: how it writes an engine's ranks to files, and how it runs them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RankToWrite:
     rank: int
     tensors: list[TensorBlocks]
     spec: EngineSpec
-    options: Any  # what the backend's build_options gave; None: its defaults
-    advance: Callable[[int], None]  # is told how many more bytes of weights are done
-    wrote: Callable[[int, int], None]  # may be told the place and size of what the file holds from then on
+    options: Any  # the result of the backend's build_options; None: its defaults
+    advance: Callable[[int], None]  # called with the number of bytes of weights just done
+    wrote: Callable[[int, int], None]  # may be called with offset and size of each range once it is in the file
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RankToOpen:
     path: Path
     digests: list[str]  # as config.json has them
     spec: EngineSpec
-    contract: Mapping  # what write_rank gave
+    contract: Mapping  # the result of write_rank
     comm: Communicator
     device: str  # one of device.DEVICES
     keep_copies: bool  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
@@ -41,24 +41,24 @@ class RankToOpen:
 
 class Backend(Protocol):
     name: str
-    title: str  # in messages
+    title: str  # as messages call it
     packed: bool  # steps are packed tokens without padding; else padded batches
-    flags: tuple[str, ...]  # of build.py: those that only some backends have
+    flags: tuple[str, ...]  # flags of build.py that only some backends have
 
     def require_installed(self) -> None:
         """Raise UnsupportedError where a library is missing."""
 
     def build_options(self, given: Mapping[str, Any]) -> Any:
-        """What write_rank takes as options.  given: a value for each of `flags`."""
+        """The `options` of write_rank.  given: a value for each of `flags`."""
 
     def build_memory(self, rank_bytes: int, quant: QuantConfig) -> int:
         """Host memory in bytes that writing a rank takes beyond a process that copies; rank_bytes: of its weights."""
 
     def build_disk(self, rank_bytes: int) -> int:
-        """Disk space in bytes that writing a rank takes for a while, beside the rank's file."""
+        """Disk space in bytes that writing a rank takes temporarily, beside the rank's file."""
 
     def write_rank(self, job: RankToWrite) -> dict:
-        """Write the file; what open_rank must know of it, as JSON values, the same for every rank."""
+        """Write the file.  Returns what open_rank needs to know of it, as JSON values, the same for every rank."""
 
     def require_runnable(self, contract: Mapping, ranks: int) -> None:
         """Raise UnsupportedError where this machine cannot run all ranks at once."""

@@ -31,7 +31,7 @@ class Executor(Protocol):
 
     @property
     def cache(self) -> Cache:
-        """From reset() on."""
+        """The cache that the last reset() made."""
 
     def reset(self, batch_size: int, capacity: int) -> None:
         """Forget every sequence and make room in the cache for batch_size sequences of up to capacity tokens each.

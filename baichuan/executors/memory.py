@@ -1,4 +1,4 @@
-"""Asking for memory before taking it."""
+"""Checking that memory is free before it is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backend `torch`: a safetensors file a rank, run by PyTorch on the CPU or by our kernels on a GPU."""
+"""The backend `torch`: a safetensors file per rank, run by PyTorch on the CPU or by our kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
-    """executors.backend.Backend"""
+    """Implements executors.backend.Backend."""
 
     name, title = "torch", "PyTorch"
     packed = True
@@ -69,6 +69,6 @@ class TorchBackend:
 
 
 def _start_gpu(index: int) -> None:
-    """What the first use of a GPU takes, while modules are imported and the file is opened."""
+    """Initialise the GPU, in a thread of its own while modules are imported and the file is opened."""
     if index < torch.cuda.device_count():
         torch.zeros(1, device=f"cuda:{index}")

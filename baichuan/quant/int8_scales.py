@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-20  # of a range; a matrix or an input of zeros has a scale all the same
+SMALLEST = 1e-20  # lower bound of a range, so that zeros have a finite scale
 
 
 def int8_scales(x_absmax: Tensor, y_absmax: Tensor, weight_absmax: Tensor, projections: int) -> Mapping[str, Tensor]:

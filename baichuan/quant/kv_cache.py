@@ -17,7 +17,7 @@ def quantise_kv(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def dequantise_kv(x: Tensor, scale: Tensor | None) -> Tensor:
-    """What attention sees of the cached x, in float32."""
+    """The cached x as attention reads it, in float32."""
     if x.dtype not in LIMITS:
         return x.float()
     assert scale is not None, "an 8-bit cache has scales"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearRange:
-    """Of one linear, over all calibration tokens."""
+    """One linear's ranges over all calibration tokens."""
 
     x: Tensor  # [in_features] float32, max|input| of each channel
     y: Tensor  # [out_features] float32, max|output| of each channel
@@ -19,5 +19,5 @@ class LinearRange:
 @dataclass(frozen=True)
 class LayerRanges:
     linears: Mapping[str, LinearRange]  # by shard.LINEARS' names; qkv and gate_up as one matrix of merged rows
-    k: float  # max|k| as the cache stores it; with RoPE, at whatever position
+    k: float  # max|k| as the cache stores it; with RoPE, a bound for every position
     v: float  # max|v|

@@ -29,7 +29,7 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def require_finite(absmax: Tensor) -> Tensor:
-    """absmax itself.  Raises CheckpointError where a weight was NaN or infinite."""
+    """absmax, unchanged.  Raises CheckpointError where a weight was NaN or infinite."""
     if not torch.isfinite(absmax).all():
         raise CheckpointError("a weight is not finite (NaN or infinity) and cannot be quantised; check the checkpoint")
     return absmax

@@ -12,8 +12,8 @@ from baichuan.parallel.comm import Communicator
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 
-SMALLEST = 1e-5  # of a smoother, and of the weight that it is divided by
-EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 matrix product over so many channels of int8 is exact
+SMALLEST = 1e-5  # lower bound of a smoother and of max|W| in its formula
+EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 product over up to this many int8 channels is exact
 
 
 def smoother(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:

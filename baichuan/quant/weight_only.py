@@ -21,14 +21,15 @@ INT4_MIN, INT4_MAX = -8, 7
 TINY = 1e-30  # a group below this is all zeros: the inverse of its scale would overflow
 CACHE_ELEMENTS = 1 << 17  # a CPU's thread works on float32 blocks of this many elements, which stay in its cache
 
-# The value of largest magnitude is mapped to -8 times these, by the size of the group up to which they are tried:
-# beyond 1 it is clipped, which long rows profit from.  Others of these never won on normal or heavy-tailed weights.
+# Factors that the search tries, each row with the largest group size that it is for: a group's value of largest
+# magnitude is mapped to -8 * factor.  A factor above 1 clips that value, which suits long groups.  Other factors never
+# won on normal or heavy-tailed weights.
 CLIPPING = (
     (64, (0.9, 0.98, 1.05, 1.15)),
     (128, (0.9, 0.98, 1.05, 1.15, 1.3)),
     (None, (1.05, 1.15, 1.3, 1.5, 1.8, 2.25, 3.0)),
 )
-SHORT_GROUP = 128  # of so many products with integers of 4 bits, numbers of 11 significant bits have exact sums
+SHORT_GROUP = 128  # float32 sums exactly up to this many products of 4-bit integers and 11-bit significands
 
 
 def quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +57,8 @@ def quantise_int4(rows: Tensor, group_size: int, scale_dtype: torch.dtype) -> tu
     and it leaves |w|² - <w, q>² / <q, q>.  So each candidate (the group's largest value mapped to -8 times one of
     CLIPPING) gives integers, these give their best scale and error, and the best candidate is refined once more.
     The scale is rounded to scale_dtype before the final integers are taken.
-    A GPU finds the CPU's very integers: products of integers and numbers of 16 bits, as checkpoints have them, and
-    their sums over a short group are exact in float32; those over a longer one are taken in float64.
+    A GPU gives the same integers as the CPU: products of integers with 16-bit weights, and their sums over at most
+    SHORT_GROUP channels, are exact in float32; longer sums are taken in float64.
     Raises CheckpointError for a NaN or an infinity, ConfigError where in_features is odd.
     """
     n, in_features = rows.shape
@@ -75,7 +76,7 @@ def quantise_int4(rows: Tensor, group_size: int, scale_dtype: torch.dtype) -> tu
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Two of [-8, 7] a byte, the even input channel in the low nibble: [n, in] of any type -> [n, in / 2] uint8."""
+    """Two of [-8, 7] per byte, the even input channel in the low nibble: [n, in] of any type -> [n, in / 2] uint8."""
     even, odd = q.to(torch.int8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return (even & 0xF) | (odd << 4)
 
@@ -101,7 +102,7 @@ def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None), out: 
 
 
 def check_group_size(group_size: int, in_features: int, name: str) -> None:
-    """Raise ConfigError unless a rank's `in_features` input channels of the linear `name` are whole groups."""
+    """Raise ConfigError unless a rank's `in_features` input channels of the linear `name` divide into groups."""
     if in_features % 2:
         raise ConfigError(f"a rank holds {in_features} input channels of {name} and INT4 packs two per byte; use INT8")
     if in_features % (group_size or 1) == 0:

@@ -1,4 +1,4 @@
-"""Which TensorRT is installed, what it logs, and its names for PyTorch's types.  Nothing else imports it."""
+"""Which TensorRT is installed, what it logs, and its names for PyTorch's types.  No other module imports it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Api:
 
     @property
     def network_flags(self) -> int:
-        """A strongly typed network's, where there are others."""
+        """The flag of strongly typed networks; 0 where every network is one."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 0 if flag is None else 1 << int(flag)
 

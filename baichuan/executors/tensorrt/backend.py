@@ -18,14 +18,14 @@ from baichuan.executors.tensorrt.plan_writer import BuildOptions, plan_memory, w
 
 
 class TensorRtBackend:
-    """executors.backend.Backend"""
+    """Implements executors.backend.Backend."""
 
     title = "TensorRT"
     packed = False
     flags: tuple[str, ...] = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
 
     def __init__(self, name: str):
-        self.name = name  # the Python module's, too
+        self.name = name  # also the Python module's name
 
     def require_installed(self) -> None:
         load(self.name)
@@ -42,7 +42,7 @@ class TensorRtBackend:
         return plan_memory(rank_bytes, quant)
 
     def build_disk(self, rank_bytes: int) -> int:
-        return rank_bytes  # the weights, beside the plan that is made of them
+        return rank_bytes  # the weights are stored beside the plan while it is built
 
     def write_rank(self, job: RankToWrite) -> dict:
         return write_plan(job)

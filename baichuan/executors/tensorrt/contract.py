@@ -13,13 +13,13 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig
 from baichuan.errors import EngineError
 from baichuan.executors.memory import KV_DTYPES
 
-OUTPUTS_PER_RUN = 128  # logits that one run of the context profile can give; more are made in several runs
+OUTPUTS_PER_RUN = 128  # most rows of logits in one run of the context profile; more take several runs
 IN_PLACE, GROWING = "in_place", "growing"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output.  A dimension is a number, or the name of one that a run chooses."""
+    """One input or output.  A dimension is a number, or a name whose size each run chooses."""
 
     name: str
     dtype: str  # PyTorch's name
@@ -62,7 +62,7 @@ class Contract:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
     targets: tuple[str, ...] = ()  # compute capabilities; empty = all that the module supports, or this machine's
-    debug: tuple[str, ...] = ()  # tensors that a debug listener is told of
+    debug: tuple[str, ...] = ()  # tensors that a debug listener receives
 
     def cache_bytes(self, batch_size: int) -> int:
         """Memory of the KV cache for batch_size sequences."""

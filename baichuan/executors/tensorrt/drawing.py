@@ -1,4 +1,4 @@
-"""A network as a picture: an SVG file for any browser, a row a layer, data flowing downwards."""
+"""A network as a picture: an SVG file for any browser, one row per layer, data flowing downwards."""
 
 from __future__ import annotations
 

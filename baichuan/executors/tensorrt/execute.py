@@ -23,7 +23,7 @@ CONTEXT, GENERATION = 0, 1  # the contract's profiles
 
 
 def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: Sequence[str]) -> TensorRtExecutor:
-    """The executor of the plan in `path`, whose digests (util/manifest.py) name what is kept of its kernels.
+    """The executor of the plan in `path`, whose digests (util/manifest.py) name its kernel cache.
 
     Raises what open_plan raises.
     """
@@ -34,7 +34,7 @@ def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: S
 class TensorRtExecutor:
     """executors.base.Executor over one rank's plan."""
 
-    cache: InPlaceBuffers | GrowingBuffers  # from reset() on
+    cache: InPlaceBuffers | GrowingBuffers  # set by reset()
 
     def __init__(self, plan: Plan, contract: Contract):
         self.plan, self.contract, self.device = plan, contract, plan.device
@@ -46,7 +46,7 @@ class TensorRtExecutor:
                 f"{batch_size} sequences of {capacity} tokens do not fit a plan for {largest} of "
                 f"{self.contract.capacity}; ask for less, or build with larger limits"
             )
-        vars(self).pop("cache", None)  # the old cache makes room before the new one is asked for
+        vars(self).pop("cache", None)  # frees the old cache before the new one is allocated
         if self.device.type == "cuda":
             size = self.contract.cache_bytes(batch_size)
             require_device_memory(size, f"a KV cache of {batch_size} x {self.contract.capacity} tokens", self.device)

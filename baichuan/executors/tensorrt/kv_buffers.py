@@ -11,7 +11,7 @@ from baichuan.errors import UnsupportedError
 from baichuan.executors.tensorrt.contract import FREE_SLOT, IN_PLACE, Contract, TensorSpec
 from baichuan.executors.tensorrt.padding import PaddedRun
 
-ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+ALIGNMENT = 256  # bytes; every address that TensorRT is given is a multiple
 
 
 def kv_buffers(contract: Contract, batch_size: int, device: torch.device) -> InPlaceBuffers | GrowingBuffers:
@@ -35,7 +35,7 @@ class InPlaceBuffers:
         self.contract, self.batch_size = contract, batch_size
         self.outputs = kv_names(contract)
         specs = {spec.name: spec for spec in contract.inputs}
-        # Zeros: the mask gives what no token has written yet the weight 0, and 0 times a NaN would be one.
+        # Zeros, because unwritten slots get the attention weight 0, and 0 * NaN is NaN.
         self.buffers = {
             name: torch.zeros(specs[name].dims({"batch": batch_size}), dtype=specs[name].torch_dtype, device=device)
             for name in self.outputs.values()
@@ -55,7 +55,7 @@ class InPlaceBuffers:
         return {name: self.buffers[past][: run.batch] for name, past in self.outputs.items()}
 
     def written(self, run: PaddedRun, outputs: Mapping[str, Tensor]) -> None:
-        """After a run; the buffers hold the new tokens already."""
+        """Called after a run; the buffers hold the new tokens already."""
 
     @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
@@ -63,14 +63,21 @@ class InPlaceBuffers:
             buffer[: parents.shape[0]] = buffer[parents]
 
     def truncate(self, row: int, length: int) -> None:
-        """Nothing moves: the next run writes from write_index on, and the network sees no position behind a query's."""
+        """Nothing moves: the next run writes from write_index on, and the network masks positions after a query's."""
 
 
 class GrowingBuffers:
-    """Slots [slots, batch, heads, head_dim], filled one run after another.  Slot 0 stays empty, so that no input is.
+    """Slots [slots, batch, heads, head_dim], filled one run after another.
 
-    Which position a slot holds differs from row to row where a run was padded, and the longest row may have left; the
-    gaps are closed when there is no other room.
+    A run takes the same new slots in every row, so that its padding leaves slots free in the shorter rows.
+    key_positions [batch, slots] holds each slot's position, or FREE_SLOT, here -.  A prompt of three tokens and one of
+    one token, then a decode step:
+
+        row 0:  -  0 1 2  3
+        row 1:  -  0 - -  1
+
+    Slot 0 is never used, because TensorRT's past input must not be empty.  When the slots are used up, each row's
+    tokens are moved together (_close_gaps).
     """
 
     def __init__(self, contract: Contract, batch_size: int, device: torch.device):
@@ -79,7 +86,7 @@ class GrowingBuffers:
         self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in contract.inputs}
         self.slots = contract.capacity + 1
         sizes = {"past": self.slots, "batch": batch_size}
-        self.buffers = {  # flat, because a smaller batch has closer slots
+        self.buffers = {  # flat, because the slots of a smaller batch lie closer together
             name: torch.zeros(self.specs[name].dims(sizes), dtype=torch.int8, device=device).flatten()
             for name in self.outputs.values()
         }
@@ -112,7 +119,7 @@ class GrowingBuffers:
         return tensors
 
     def written(self, run: PaddedRun, outputs: Mapping[str, Tensor]) -> None:
-        """After a run: its slots belong to the past."""
+        """Called after a run, whose slots become part of the past."""
         for name, past in self.outputs.items():
             slots = self._slots(past, run.batch)[self.used : self.used + run.new]
             if slots.data_ptr() != outputs[name].data_ptr():

@@ -9,12 +9,12 @@ from baichuan.executors.tensorrt.network import Graph
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
 
-INT4_BLOCKS = (128, 64, 32, 16)  # input channels a scale that the fused kernel takes
+INT4_BLOCKS = (128, 64, 32, 16)  # input channels per scale that the fused kernel supports
 SMALLEST_SCALE = 1e-20  # a token of zeros is divided by this and stays zero
 
 
 def linear(graph: Graph, x, weight: Weight, ranks: int):
-    """x @ Wᵀ in x's type.  x: [..., in_features], two or three dimensions; ranks: of the tensor parallelism.
+    """x @ Wᵀ in x's type.  x: [..., in_features], two or three dimensions; ranks: tp_size.
 
     Integer and FP8 products are written as quantise, dequantise, multiply: TensorRT multiplies the integers themselves
     and scales the sums, which the compiled plan shows.
@@ -64,7 +64,7 @@ def _product_of_8_bits(graph: Graph, x, weight: SmoothQuantWeight | Fp8Weight, i
 
 
 def _lead(x) -> tuple[int, ...]:
-    """Dimensions of size 1 that give a matrix as many as x has."""
+    """The leading dimensions of size 1 that give a matrix as many dimensions as x."""
     return (1,) * (len(x.shape) - 2)
 
 
@@ -83,5 +83,5 @@ def _smoothed(graph: Graph, x, weight: SmoothQuantWeight):
 
 
 def _rounded(graph: Graph, x, scale, dtype: torch.dtype):
-    """What 8 bits hold of x: dequantise(quantise(x))."""
+    """x rounded to 8 bits: dequantise(quantise(x))."""
     return graph.dequantize(graph.quantize(x, scale, dtype), scale, torch.float32)

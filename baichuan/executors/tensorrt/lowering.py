@@ -1,4 +1,4 @@
-"""The model as a TensorRT network: TensorRtOps speaks ops.Ops, model.forward writes the layers.
+"""The model as a TensorRT network: TensorRtOps implements ops.Ops, and decoder.forward calls it.
 
 Sequences are padded on the right: x is [batch, new, features].  Padding is computed and never read: its keys lie at
 or beyond the end of its sequence, where the mask hides them until real ones have replaced them.
@@ -44,7 +44,7 @@ class TensorRtOps(ComposedOps):
         self.ranks, self.capacity = build.world_size, build.max_seq_len
         self.mask = None  # made by the first layer, shared by all
         self.tables: tuple[Any, Any] | None = None  # cos and sin
-        self.residuals: list[Any] = []  # of every norm, in order
+        self.residuals: list[Any] = []  # the residual of every norm, in order
 
     def embedding(self, tokens, weight):
         return self.graph.gather(self.graph.constant(weight), tokens)
@@ -77,7 +77,7 @@ class TensorRtOps(ComposedOps):
         values = update(v, cache.past_v, cache.present_v, cache.v_scale)
         if self.mask is None:
             self.mask = g.cast(self._mask(step.positions, spec, MASKED[dtype]), dtype)
-        fused = self.build.gpt_attention_plugin and dtype != torch.float32  # which has no fused kernel over prompts
+        fused = self.build.gpt_attention_plugin and dtype != torch.float32  # float32 has no fused kernel over prompts
         out = g.attention(q, keys, values, self.mask, decomposable=not fused)
         return g.reshape(g.permute(out, (0, 2, 1, 3)), (0, 0, -1))
 

@@ -1,4 +1,4 @@
-"""A TensorRT network in the making: one method an operation, each checked, constants kept alive."""
+"""A TensorRT network under construction: one method per operation, each checked; constants are kept alive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from baichuan.executors.tensorrt.api import Api
 class Graph:
     """Methods take and return the network's tensors (ITensor); `constant` makes one of a PyTorch tensor.
 
-    names: of the constants, by the tensors that they are made of.
+    names: each constant's name, by the tensor that it is made of.
     """
 
     def __init__(self, api: Api, network, names: Mapping[Tensor, str] | None = None):
@@ -65,7 +65,7 @@ class Graph:
         return self._out(self.network.add_activation(x, self.trt.ActivationType.SIGMOID), "sigmoid")
 
     def reduce(self, operation: str, x):
-        """Over the last dimension, which stays with size 1."""
+        """Reduce the last dimension, which keeps size 1."""
         axes = 1 << (len(x.shape) - 1)
         return self._out(
             self.network.add_reduce(x, getattr(self.trt.ReduceOperation, operation), axes, True), operation
@@ -80,7 +80,7 @@ class Graph:
         return self._out(self.network.add_matrix_multiply(x, keep, weight, transpose), "matrix product")
 
     def reshape(self, x, shape: Sequence[int], then: Sequence[int] | None = None):
-        """Reshape, where 0 copies x's dimension and -1 is what remains, then permute."""
+        """Reshape, where 0 copies x's dimension and -1 is inferred, then permute."""
         layer = self.network.add_shuffle(x)
         layer.reshape_dims = tuple(shape)
         if then:
@@ -93,7 +93,7 @@ class Graph:
         return self._out(layer, f"permutation {tuple(order)}")
 
     def take(self, x, index: int, axis: int):
-        """x[index] along `axis`, which goes."""
+        """x[index] along `axis`, which is removed."""
         return self.gather(x, self.constant(torch.tensor(index, dtype=torch.int32)), axis)
 
     def gather(self, x, indices, axis: int = 0):
@@ -122,7 +122,7 @@ class Graph:
         return self._out(layer, "quantisation")
 
     def dequantize(self, x, scale: Tensor, dtype: torch.dtype, axis: int | None = None):
-        """x * scale in `dtype`.  scale: one number, one for each place along `axis`, or one a block of x's last axis"""
+        """x * scale in `dtype`.  scale: one number, one per place along `axis`, or one per block of the last axis"""
         shape = () if scale.numel() == 1 and axis is None else scale.shape
         layer = self.network.add_dequantize(x, self.constant(scale, shape=shape), self.api.dtype(dtype))
         if layer is not None and axis is not None:
@@ -172,7 +172,7 @@ class Graph:
         layer = self.network.add_dist_collective(x, *args, -1, list(range(ranks)))
         self.check(layer, kind)
         layer.num_ranks = ranks
-        layer.metadata = json.dumps({"kind": kind, "reduction": reduction, "ranks": ranks})  # the layer does not tell
+        layer.metadata = json.dumps({"kind": kind, "reduction": reduction, "ranks": ranks})  # the layer hides them
         return self._out(layer, kind)
 
     def _constant(self, tensor: Tensor, dtype, shape: Sequence[int]):

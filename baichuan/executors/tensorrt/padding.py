@@ -14,7 +14,7 @@ from baichuan.records import Step
 
 @dataclass(frozen=True)
 class PaddedRun:
-    """One run of the network: some of a step's tokens, a row a sequence, padded on the right."""
+    """One run of the network: some of a step's tokens, one row per sequence, padded on the right."""
 
     input_ids: Tensor  # [batch, new] int32, padding is 0
     positions: Tensor  # [batch, new] int32, padding is 0
@@ -34,7 +34,7 @@ class PaddedRun:
 
 
 def decode_run(step: Step) -> PaddedRun:
-    """A step of one token a sequence; nothing is read back from the device."""
+    """A step of one token per sequence; nothing is read back from the device."""
     positions = step.positions.int()
     columns = positions[:, None]
     return PaddedRun(
@@ -49,10 +49,10 @@ def decode_run(step: Step) -> PaddedRun:
 
 
 def prefill_runs(step: Step, max_new: int, max_outputs: int) -> Iterator[PaddedRun]:
-    """The step in windows of at most max_new tokens a sequence, with at most max_outputs outputs each.
+    """The step in windows of at most max_new tokens per sequence, with at most max_outputs outputs each.
 
     max_outputs is at least the batch.  Every window has a row for every sequence, so that row b is always sequence b;
-    a window without outputs asks for one that nobody wants.
+    a window without outputs computes one that is discarded.
     """
     device, starts = step.tokens.device, step.cu_seqlens.long().cpu()
     lengths = starts.diff()  # [batch]

@@ -29,7 +29,7 @@ FP8_TARGETS = ("8.9", "12.0", "12.1")  # the GPUs of TensorRT-RTX that multiply 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What only a TensorRT build has."""
+    """The options that only a TensorRT build has."""
 
     compute_capabilities: tuple[str, ...] = ()  # TensorRT-RTX: GPUs to build for; empty = all that can run the network
     timing_cache: Path | None = None  # TensorRT: kernel timings, read before and written after the build
@@ -37,7 +37,7 @@ class BuildOptions:
     debug_output: bool = False  # tell a debug listener each layer's residual
 
     def checked(self, api: Api, quant: QuantConfig) -> BuildOptions:
-        """These options for this module and quantisation.  Raises ConfigError for what they cannot have."""
+        """These options for this module and quantisation.  Raises ConfigError for an option they do not support."""
         targets = self.compute_capabilities
         if not api.rtx:
             if targets:
@@ -77,7 +77,7 @@ def build_plan(
     output: Path,
     options: BuildOptions | None = None,
 ) -> dict:
-    """Write rank `rank`'s plan to `output`, complete or not at all; what its runtime needs to know, for config.json.
+    """Write rank `rank`'s plan to `output`, complete or not at all.  Returns its contract as JSON values.
 
     The plan is written while it is made; memory-mapped weights are read from their file when they are used.
     Raises UnsupportedError when TensorRT is missing, refuses the network, or logs an error.
@@ -104,7 +104,7 @@ def build_plan(
             settings.progress_monitor = monitor = _monitor(api, progress)  # noqa: F841  TensorRT does not keep it alive
             writer = _writer(api, file)
             done = builder.build_serialized_network_to_stream(graph.network, settings, writer)
-            if writer.failure:  # which TensorRT takes for success
+            if writer.failure:  # TensorRT does not notice a failed write
                 raise UnsupportedError(
                     f"{output} cannot be written ({writer.failure}); free disk space or choose another --output_dir"
                 )
@@ -174,7 +174,7 @@ def _writer(api: Api, file):
         def write(self, data):
             try:
                 return 0 if self.failure else file.write(data)
-            except OSError as error:  # must not leave Python
+            except OSError as error:  # must not be raised into TensorRT
                 self.failure = error
                 return 0
 
