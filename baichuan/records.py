@@ -163,7 +163,7 @@ class Step:
             cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
             context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
             output_rows=outputs.to(device),
-            max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # with an empty sequence no decode
+            max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # not decode if one is empty
             max_context_length=max(contexts),
         )
 

@@ -52,7 +52,7 @@ class Backend(Protocol):
         """The `options` of write_rank.  given: a value for each of `flags`."""
 
     def build_memory(self, rank_bytes: int, quant: QuantConfig) -> int:
-        """Host memory in bytes that writing a rank takes beyond a process that copies; rank_bytes: of its weights."""
+        """Host memory in bytes that writing a rank of rank_bytes weights takes beyond a process that copies them."""
 
     def build_disk(self, rank_bytes: int) -> int:
         """Disk space in bytes that writing a rank takes temporarily, beside the rank's file."""

@@ -1,4 +1,4 @@
-"""Which TensorRT is installed, what it logs, and its names for PyTorch's types.  No other module imports it."""
+"""Which TensorRT is installed, what it logs, and its names for PyTorch's types.  Only doctor.py imports it too."""
 
 from __future__ import annotations
 

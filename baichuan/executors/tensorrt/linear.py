@@ -10,7 +10,7 @@ from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, Smo
 from baichuan.weights.types import product_of
 
 INT4_BLOCKS = (128, 64, 32, 16)  # input channels per scale that the fused kernel supports
-SMALLEST_SCALE = 1e-20  # a token of zeros is divided by this and stays zero
+SMALLEST_SCALE = 1e-20  # divides a token of zeros, which stays zero
 
 
 def linear(graph: Graph, x, weight: Weight, ranks: int):

@@ -82,7 +82,7 @@ class BinaryWriter:
         ranks, scales = range(self.layout.tp_size), None
         files = {"": [self._create(self.layout.weight(layer, name, rank)) for rank in ranks]}
         if self.alpha is not None or name == QKV:
-            y_absmax = y.view(projections, -1)[-2:].amax()  # of QKV k and v alone: q is never cached
+            y_absmax = y.view(projections, -1)[-2:].amax()  # for QKV only k and v: q is never cached
             scales = int8_scales(x_absmax, y_absmax, _absmax(source, factor)[1], projections)
             self._write_scales(layer, name, scales)
             for kind in ("int8", "int8.col"):

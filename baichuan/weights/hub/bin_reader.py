@@ -14,7 +14,7 @@ from baichuan.weights.source import TensorSource
 
 MAX_PICKLE_BYTES = 16 << 20  # names, shapes and offsets; a 13B checkpoint's takes 60 kB
 MAX_SHOWN = 100  # characters of a name
-LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip archive's record; the lengths of its name and its extra field
+LOCAL_HEADER = struct.Struct("<26x2H")  # a zip record's header: the lengths of its name and its extra field
 
 
 def open_bin(path: Path) -> dict[str, TensorSource]:
