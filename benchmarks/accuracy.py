@@ -2,8 +2,8 @@
 
 python benchmarks/accuracy.py --model v2_7b=FOLDER --calib_dataset FILE --eval_dataset FILE --output docs/accuracy.md
 
-Runs on the CPU's reference executor, which defines every precision.  Calibration and evaluation texts are different
-ones when the same file is given for both: the evaluation takes those that follow.
+Runs on the CPU's reference executor, which defines every precision.  No text is used for both
+calibration and evaluation: from a file given for both, the evaluation takes the texts after the calibration's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    kl: float  # mean KL(float32 || this) in nats a position
+    kl: float  # mean KL(float32 || this) in nats per position
     top1: float  # share of positions with the same likeliest token
     perplexity: float
     engine_bytes: int
@@ -87,7 +87,7 @@ NOTES = (
 
 
 def measure_model(version: str, folder: Path, args: argparse.Namespace, scratch: Path) -> str:
-    """One checkpoint's tables, one for each data set that it is judged by."""
+    """One checkpoint's tables, one per evaluation data set."""
     model = read_model_config(folder, version, "float32")
     calibration, evaluations = read_samples(folder, model, args)
     cases = list(cases_of(folder, model, calibration, scratch))
@@ -111,7 +111,7 @@ def measure_model(version: str, folder: Path, args: argparse.Namespace, scratch:
 
 
 def read_samples(folder: Path, model: ModelConfig, args: argparse.Namespace) -> tuple[list, dict[str, list]]:
-    """Token ids to calibrate on, and to judge by for each data set's name; no text in both."""
+    """Token ids of the calibration texts, and of the evaluation texts by data set; no text is in both."""
     encode = partial(encode_texts, tokenizer=Tokenizer(folder), max_length=args.max_length, vocab_size=model.vocab_size)
     calibration = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
     evaluations = {}

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--build_version", choices=tuple(PRESETS), default="v1_7b")
     args = parser.parse_args(argv)
     for part in args.parts or PARTS:
-        process = CONTEXT.Process(target=PARTS[part], args=(args,))  # what one leaves in memory is not the next one's
+        process = CONTEXT.Process(target=PARTS[part], args=(args,))  # each part starts with empty memory
         process.start()
         process.join()
         if process.exitcode:
@@ -74,7 +74,7 @@ def building(args: argparse.Namespace) -> None:
     model = PRESETS[args.build_version]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         size = total_bytes(weight.rank_tensors(weight.WeightSource(), model, QuantConfig(), 0, 1))
-        dd_seconds(folder, size)  # a virtual machine may first have to get the memory of the page cache from its host
+        dd_seconds(folder, size)  # untimed: a virtual machine may get memory for the page cache from its host first
         peak = PeakAnonymous()
         start = time.perf_counter()
         engine = build(Path(folder), model)
@@ -111,14 +111,14 @@ def read(path: Path) -> None:
 
 
 def drop_cache(path: Path) -> None:
-    """Forget the file's pages, so that it is read from the disk."""
+    """Drop the file from the page cache, so that it is read from the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class PeakAnonymous:
-    """The largest anonymous memory of this process until stop(), in bytes, seen every 20 ms."""
+    """The largest anonymous memory of this process until stop(), in bytes, sampled every 20 ms."""
 
     def __init__(self):
         self._peak, self._stop = 0, threading.Event()

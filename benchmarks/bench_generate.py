@@ -52,7 +52,7 @@ class Result:
     prefill_ms: float
     prefill_tflops: float  # on each GPU
     step_ms: float
-    limit_ms: float  # what reading the step's bytes would take at the copy bandwidth
+    limit_ms: float  # time to read the step's bytes at the copy bandwidth
     run_tokens_per_s: float  # new tokens over prefill and decode
 
     @property
@@ -107,14 +107,14 @@ def bench(args: argparse.Namespace, host: Communicator) -> int:
             for tp in sizes:
                 if host.rank < tp:
                     measure_model(args, version, precision, comms[tp], device, bandwidth, results)
-                host.gather_objects(None)  # where the ranks wait that take no part
+                host.gather_objects(None)  # a barrier: ranks without work wait here
                 if args.json and host.rank == 0:
                     write(args.json, bandwidth, results)
     return 0
 
 
 def write(path: Path, bandwidth: float, results: list[Result]) -> None:
-    """What has been measured so far; a run that ends early keeps it."""
+    """Write the results so far, so that a run that ends early keeps them."""
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
     with atomic_path(path) as part:
         part.write_text(json.dumps(facts | {"results": [asdict(each) for each in results]}, indent=1) + "\n")
@@ -129,7 +129,7 @@ def measure_model(
     bandwidth: float,
     results: list[Result],
 ) -> None:
-    """Every batch size of one model, added to the results and printed by the first rank."""
+    """Measure every batch size of one model; rank 0 prints the lines and adds them to `results`."""
     dtype = precision if precision == "bfloat16" else "float16"
     model = replace(PRESETS[version], dtype=dtype, num_layers=args.num_layers or PRESETS[version].num_layers)
     model.check_tensor_parallel(comm.world_size)
@@ -197,7 +197,7 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def weight_bytes(weights) -> int:
-    """Bytes of the matrices that a decode step reads; the embedding's rows are not worth counting."""
+    """Bytes of the matrices that a decode step reads; the few rows of the embedding are left out."""
     matrices = [weights.lm_head]
     for layer in weights.layers:
         matrices += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]

@@ -26,7 +26,7 @@ from baichuan.parallel.comm import Communicator
 from benchmarks.gpu_timing import copies_beyond_cache, copy_bandwidth, gemm_rate, require_gpu, seconds
 
 RATES = {"float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-MAX_COPIES = 64  # of operands so small that a model, too, finds them in the cache
+MAX_COPIES = 64  # reached only by operands so small that they stay in the cache in a model, too
 
 
 class Mismatch(BaichuanError):
@@ -51,7 +51,7 @@ def bench(args: argparse.Namespace, comm: Communicator) -> int:
     from benchmarks.kernel_cases import Case, cases, full_sizes, small_sizes  # reads TRITON_INTERPRET
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # As the CUDA executor has it: sums of products are float32.
+    # As in the CUDA executor: matrix products are accumulated in float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     sizes = (small_sizes if args.small else full_sizes)(PRESETS[args.model_version])
@@ -80,7 +80,7 @@ def _wanted(name: str, only: Sequence[str] | None) -> bool:
 
 
 def _compile(chosen: Sequence, threads: int) -> None:
-    """Run each case once, several at a time: most of the time goes into compilers outside of Python."""
+    """Run each case once, in several threads: most of the time is spent in compilers outside of Python."""
 
     def run(case) -> None:
         with torch.inference_mode():

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace, comm: Communicator) -> int:
     require_gpu("bench_load.py", "bench_cpu.py measures opening an engine on the CPU")
-    torch.zeros(1, device="cuda")  # what starting CUDA takes is no matter of the engine's size
+    torch.zeros(1, device="cuda")  # starts CUDA, whose time does not depend on the engine's size
     model = PRESETS[args.model_version]
     model = replace(model, num_layers=args.num_layers or model.num_layers)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -36,7 +36,7 @@ PRECISIONS = {
 }
 PEER = "vLLM 0.24, the same model; for 8-bit products its FP8 Llama-13B"
 PEER_FP8 = {1: 5.31, 64: 9.5, 256: 24.2, 1024: 84.5}
-PEER_MS = {  # by batch size, on one H200, 128 tokens in
+PEER_MS = {  # ms per step by batch size, on one H200, 128 tokens in
     ("v1_7b", "float16"): {1: 4.75, 8: 5.07, 64: 7.31, 256: 17.1, 1024: 67.4},
     ("v2_13b", "float16"): {1: 7.98, 8: 8.43, 64: 11.5, 256: 26.1, 1024: 123.0},
     ("v2_13b", "fp8"): PEER_FP8,
@@ -45,7 +45,7 @@ PEER_MS = {  # by batch size, on one H200, 128 tokens in
 }
 PLOT, VALUES, TOP = 430, 84, 96  # pixels
 ROW, BAR, HEADING, AXIS = 26, 18, 26, 38
-VALUE_WIDTH = 76  # of a value written into its bar
+VALUE_WIDTH = 76  # pixels for a value inside its bar
 STYLE = """
 text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
 .title { font-size: 16px; font-weight: 600 }
@@ -153,7 +153,7 @@ def _panel(heading: str, bars: Sequence[Bar], left: float, top: float) -> Iterat
 
 
 def _digits(value: float) -> str:
-    """Three significant ones."""
+    """The value with three significant digits."""
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 

@@ -43,7 +43,7 @@ CASES = {  # dtype and quantisation of each precision
 
 
 def small_model(args: argparse.Namespace, dtype: str) -> ModelConfig:
-    """The 7B's proportions at another width, the intermediate one a multiple of 128."""
+    """A model with the 7B's proportions at --hidden_size; its intermediate size is a multiple of 128."""
     hidden = args.hidden_size
     inter, vocab = -(-hidden * 43 // 16 // 128) * 128, hidden * 125 // 8
     return ModelConfig("v1_7b", hidden, args.num_layers, hidden // 128, inter, vocab, dtype=dtype)
@@ -59,7 +59,7 @@ def decode(args: argparse.Namespace) -> None:
             if precision in GGUF_TYPES and installed():
                 sides["llama.cpp"] = llama_cpp(args, precision, stack)
             best: dict[tuple[str, str], float] = {}
-            for _ in range(args.rounds + 1):  # the first of each warms up, and is as good as any if it was fast
+            for _ in range(args.rounds + 1):  # the best round counts; the first also warms up
                 for side, measure in sides.items():
                     for what, rate in measure().items():
                         best[side, what] = max(rate, best.get((side, what), 0))
@@ -112,7 +112,7 @@ def transformers(args: argparse.Namespace, precision: str) -> Callable[[], dict[
         peer.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return time.perf_counter() - start
 
-    def measure() -> dict[str, float]:  # a step is the time of all tokens less that of one, which is the prefill's
+    def measure() -> dict[str, float]:  # the time of one token is the prefill's
         return {"decode": (args.steps - 1) / (seconds(args.steps) - seconds(1))}
 
     return measure

@@ -18,7 +18,7 @@ from baichuan.records import DenseWeight, Int4Weight, Int8Weight, Weight
 from baichuan.weights.types import product_of
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
-OUT, IN, GROUP = 13824, 4096, 32  # more than the cache holds, but for INT4
+OUT, IN, GROUP = 13824, 4096, 32  # a weight larger than the cache, except INT4's
 ROWS = (1, 8, 512)
 
 

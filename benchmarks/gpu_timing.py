@@ -1,4 +1,4 @@
-"""Timing on a GPU: captured graphs, events, weights rotated out of the caches, and the ceilings of this very GPU."""
+"""Timing on a GPU: captured graphs, events, operands beyond the caches, and ceilings measured on the same GPU."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def require_gpu(program: str, instead: str) -> None:
 
 
 def copies_beyond_cache(bytes_each: int) -> int:
-    """How many copies of an operand outgrow the caches together."""
+    """The number of copies of an operand that together exceed the caches."""
     return max(2, -(-CACHE_BYTES // max(bytes_each, 1)))
 
 
 def seconds(calls: Sequence[Callable[[], object]], replays: int = 5, calls_per_graph: int = 0) -> float:
-    """Time of one call: the median over replays of a graph that goes through `calls` in turn, at least 20 in all."""
+    """Seconds per call: the median over replays of a graph that runs `calls` in turn, at least 20 calls in all."""
     count = calls_per_graph or max(20, len(calls))
     for call in calls:
         call()
@@ -45,15 +45,15 @@ def seconds(calls: Sequence[Callable[[], object]], replays: int = 5, calls_per_g
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, read and written bytes counted."""
+    """Bytes per second of a device-to-device copy, read and written bytes counted."""
     source = torch.empty(1 << 30, dtype=torch.float16, device="cuda").normal_()
     target = torch.empty_like(source)
-    kernel = seconds([lambda: torch.neg(source, out=target)], calls_per_graph=3)  # copy_ takes the slower copy engine
+    kernel = seconds([lambda: torch.neg(source, out=target)], calls_per_graph=3)  # copy_ uses the slower copy engine
     return 2 * source.nbytes / kernel
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """Operations a second of a size³ matrix product by cuBLAS, on random numbers."""
+    """Operations per second of a size³ matrix product by cuBLAS, on random numbers."""
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     if dtype == torch.float8_e4m3fn:
         one = torch.ones((), device="cuda")

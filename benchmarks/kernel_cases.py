@@ -1,7 +1,7 @@
-"""What bench_kernels.py checks and times: kernels launched as the CUDA executor does, beside the reference's meaning.
+"""The cases of bench_kernels.py: kernels as the CUDA executor launches them, beside the reference's results.
 
-A product is by the kernel that the executor chooses for that weight and number of rows, and includes turning its input
-into integers.
+A product runs the kernel that the executor chooses for that weight and number of rows, and includes the quantisation
+of its input.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import AttentionSpec, LayerCache, Step
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
-# ‖result - reference‖ / ‖reference‖ of a result that is rounded to its dtype once or twice: a step of its mantissa
+# Bounds of ‖result - reference‖ / ‖reference‖.  One or two roundings to the dtype: a unit in the last place.
 ROUNDED = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-NEIGHBOUR = 1e-2  # an 8-bit number next to the reference's, where the quotient lies at the border of two
-FLOAT32_SUMS = 1e-4  # tensor cores cut float32 sums off instead of rounding them, some hundred times a row
-E4M3_SUMS = 5e-3  # tensor cores keep some 14 bits of a block's sum of e4m3 products
-INT16_STEPS = 1e-4  # a rounding to max|row| / 32639
+NEIGHBOUR = 1e-2  # an 8-bit number next to the reference's, where a quotient is halfway between two
+FLOAT32_SUMS = 1e-4  # tensor cores truncate float32 sums instead of rounding them, some hundred times per row
+E4M3_SUMS = 5e-3  # tensor cores keep about 14 bits of a block's sum of e4m3 products
+INT16_STEPS = 1e-4  # a rounding to multiples of max|row| / 32639
 KV_SCALES = {"none": None, "int8": 0.04, "fp8": 0.01}
 EPS = 1e-6
 
@@ -48,15 +48,15 @@ def _plain(raw: Any, *operands) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    name: str  # family, then what is special
-    make: Callable[[int], tuple]  # operands, other ones for another seed
+    name: str  # kernel, then what distinguishes the case
+    make: Callable[[int], tuple]  # seed -> operands
     run: Callable[..., Any]  # the kernels, as the executor launches them
-    expected: Callable[..., Tensor]  # the reference executor's result on operands that it leaves alone
-    tolerance: float  # of ‖result - expected‖ / ‖expected‖
+    expected: Callable[..., Tensor]  # the reference executor's result; operands are not changed
+    tolerance: float  # largest ‖result - expected‖ / ‖expected‖
     flops: int = 0
     rate: str = "float16"  # the type whose matrix products are the ceiling
-    result: Callable[..., Tensor] = _plain  # of what run returned, and of the operands
-    num_bytes: int = 0  # that a run has to read and write; 0 = its operands and what it returns
+    result: Callable[..., Tensor] = _plain  # (what run returned, *operands) -> the tensor to check
+    num_bytes: int = 0  # bytes that a run reads and writes; 0 = all of its operands and results
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Sizes:
     """The shapes of a run."""
 
     model: ModelConfig
-    rows: tuple[int, ...]  # of products
-    tokens: tuple[int, ...]  # of the kernels between products
+    rows: tuple[int, ...]  # numbers of rows of the products
+    tokens: tuple[int, ...]  # numbers of tokens of the kernels between products
     decode: tuple[tuple[int, int], ...]  # (batch size, context length)
     prefill: tuple[tuple[int, int], ...]  # (batch size, prompt length)
 
@@ -76,7 +76,7 @@ def full_sizes(model: ModelConfig) -> Sizes:
 
 
 def small_sizes(model: ModelConfig) -> Sizes:
-    """What Triton's interpreter computes in seconds."""
+    """Shapes that Triton's interpreter computes in seconds."""
     small = replace(model, hidden_size=128, num_heads=2, intermediate_size=128, vocab_size=66, num_layers=1)
     return Sizes(small, (1, 16), (1, 3), ((1, 200), (3, 20)), ((2, 40),))
 
@@ -96,10 +96,10 @@ def _normal(shape: tuple[int, ...], device: torch.device, seed: int, dtype: torc
 
 
 def _products(sizes: Sizes, device: torch.device, precision: str) -> Iterator[Case]:
-    """One layer's products at one row and, for one of each kernel's precisions, at more."""
+    """One layer's products at one row, and at more rows for one precision per kernel."""
     model, quant = sizes.model, PRECISIONS[precision]
     if precision == "smooth_quant":
-        return  # the same product as with a scale for each token; the norms' cases have both
+        return  # the same product as with a scale per token; the cases of the norms have both
     names = [name for name in matrices(model) if name != "head" or quant.weights == "none"]
     for rows in sizes.rows if precision != "bfloat16" else sizes.rows[:1]:
         for name in names:
@@ -138,14 +138,14 @@ def product_case(model: ModelConfig, device: torch.device, precision: str, name:
         return (chosen.run_gated if gated else chosen.run)(ops.operand(x, chosen.form), out_dtype)
 
     def expected(x, weight):
-        with torch.device(device):  # where the reference, made for the CPU, allocates its result
+        with torch.device(device):  # the reference, written for the CPU, allocates its result there
             y = linear(x, weight, torch.float32, Solo())
             return ReferenceOps.silu_mul(None, y) if gated else y
 
     kernel = "gemv" if by_gemv else "gemm"
     tolerance = FLOAT32_SUMS if name == "head" else E4M3_SUMS if precision == "fp8" else ROUNDED[dtype]
     if gated:
-        tolerance *= 2  # gate and up are rounded before their product is
+        tolerance *= 2  # gate and up are rounded, then their product
     return Case(
         name=f"{kernel} {precision} {name} {out_features}x{in_features}, {_count(rows, 'row')}",
         make=make,
@@ -190,7 +190,7 @@ def _quantised_sum(pair: tuple[Tensor, Tensor], form: Form) -> tuple[Tensor, Ten
 
 
 def _rounded(x: Tensor, form: Form) -> Tensor:
-    """What x is in the given form, in float32; 16-bit integers say it exactly for what is asked here."""
+    """x rounded to the given form, in float32; 16-bit integers are exact within the tolerance of these cases."""
     match form:
         case Int8PerToken():
             scale, dtype = scale_for(x.abs().amax(-1, keepdim=True), torch.int8), torch.int8
@@ -202,7 +202,7 @@ def _rounded(x: Tensor, form: Form) -> Tensor:
 
 
 def _dequantised(x: Operand, *_) -> Tensor:
-    """What a kernel that ends in store_row wrote, in float32."""
+    """The output of a kernel that ends in store_row, in float32."""
     values = x.values.float()
     if isinstance(x.form, Int16):
         high, low = values.unflatten(0, (-1, 2)).unbind(1)
@@ -248,7 +248,7 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             run=argmax,
             expected=lambda logits: (
                 logits.argmax(-1).float() + 1
-            ),  # 1: no index is 0, whose relative error says nothing
+            ),  # from 1: the relative error of an index 0 is undefined
             tolerance=0.0,
             result=lambda raw, _: raw.float() + 1,
         )

@@ -66,7 +66,7 @@ def write_gguf(path: Path, model: ModelConfig, tensors: Mapping[str, Tensor], pr
 
 
 def gguf_tensors(name: str, tensor: Tensor, model: ModelConfig):
-    """(llama.cpp's name, tensor) for one of the hub's; W_pack becomes three, with q and k turned in pairs."""
+    """(llama.cpp's name, tensor) for one of the hub's.  W_pack becomes three, q and k with rows in RoPE's pairs."""
     if name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         yield {"e": "token_embd", "n": "output_norm"}.get(name[6], "output") + ".weight", tensor
         return
@@ -106,7 +106,7 @@ class LlamaCpp:
         return prefill, (time.perf_counter() - start) / steps
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """After the last of the ids, [vocab_size]."""
+        """Logits after the last of the ids, [vocab_size]."""
         self._llama.reset()
         self._llama.eval(ids)
         return self._last_logits().clone()

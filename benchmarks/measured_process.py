@@ -19,17 +19,17 @@ SAMPLE_S = 0.1
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of a process."""
+    """The result of a process."""
 
     code: int | None  # exit code; None = it was ended at its time limit
     output: str  # both streams, as they came
     seconds: float
     host_bytes: int  # the most that the processes held together, without pages of files
-    gpu_bytes: int  # the most of all GPUs together, beyond what was taken before; 0 without a GPU
+    gpu_bytes: int  # the most in use on all GPUs together, less what was in use before; 0 without a GPU
 
 
 def run(argv: Sequence[str], folder: Path, timeout_s: float) -> Measured:
-    """Run the program in `folder` with its own process group, which is killed when timeout_s are over."""
+    """Run the program in `folder` in its own process group, which is killed after timeout_s seconds."""
     start, peak = time.perf_counter(), 0
     with (
         GpuWatch() as gpus,
@@ -61,7 +61,7 @@ def run(argv: Sequence[str], folder: Path, timeout_s: float) -> Measured:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of the process and its descendants that no file backs; what they share is counted once for each."""
+    """Anonymous memory of the process and its descendants; shared pages are counted once per process."""
     total = 0
     try:
         process = psutil.Process(pid)
@@ -74,7 +74,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 class GpuWatch:
-    """The most memory that was in use on all GPUs together, beyond that at the beginning, as nvidia-smi sees it."""
+    """The most memory in use on all GPUs together, less that at the beginning, as nvidia-smi reports it."""
 
     COMMAND = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits", "-lms", "200"]
 

@@ -26,7 +26,7 @@ from demo.lessons import EOS_ID, ROLES, read_articles
 from demo.train import VOCAB_SIZE, train_tokenizer, write_json
 
 SMALL: dict[str, Any] = dict(num_layers=3, hidden_size=256, num_heads=8, intermediate_size=512, vocab_size=VOCAB_SIZE)
-SHARDS = {True: 2, False: 9}  # by whether it is small
+SHARDS = {True: 2, False: 9}  # number of shards by --small
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def shards(model: ModelConfig, name: str, count: int) -> Iterator[tuple[str, dic
     sources = dummy_checkpoint(model)
     total, done, number, tensors = sum(torch.Size(s.shape).numel() for s in sources.values()), 0, 1, {}
     for tensor_name, source in sources.items():
-        tensors[tensor_name] = source.read(0, source.shape[0]).clone()  # several may share the dummy's memory
+        tensors[tensor_name] = source.read(0, source.shape[0]).clone()  # dummy tensors may share memory
         done += tensors[tensor_name].numel()
         if done * count >= number * total:
             yield name.format(f"-{number:05d}-of-{count:05d}"), tensors

@@ -1,6 +1,6 @@
 """One rank's weights of any precision, drawn on the device itself: full-size models in seconds, nothing on disk.
 
-Activations stay of order 1 and no two matrices are alike, so that caches and compression help nobody.
+Activations stay of order 1 and no two matrices are alike, so that caches and compression gain nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PRECISIONS = {
     "smooth_quant_per_token": QuantConfig("smooth_quant", per_channel=True, per_token=True),
     "fp8": QuantConfig("fp8"),
 }
-INT8_DEVIATION = 73.3  # of uniform integers in [-127, 127]
-INT4_DEVIATION = 4.6  # of uniform integers in [-8, 7]
+INT8_DEVIATION = 73.3  # standard deviation of uniform integers in [-127, 127]
+INT4_DEVIATION = 4.6  # standard deviation of uniform integers in [-8, 7]
 
 
 class RandomWeights:
@@ -45,7 +45,7 @@ class RandomWeights:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def rank(self, tp_size: int = 1, rank: int = 0) -> ModelWeights:
-        """The weights of rank `rank` of tp_size: its own shares, and what every rank has alike."""
+        """The weights of rank `rank` of tp_size: its own shards, and the tensors that all ranks have in common."""
         model, quant = self.model, self.quant
         hidden, intermediate = model.hidden_size, model.intermediate_size // tp_size
         vocab_rows = -(-model.vocab_size // tp_size)
@@ -76,7 +76,7 @@ class RandomWeights:
         )
 
     def linear(self, out_features: int, in_features: int, absorbed: bool) -> Weight:
-        """A matrix of the quantisation.  absorbed: a norm before it holds its SmoothQuant smoother."""
+        """A weight in the quantisation.  absorbed: its SmoothQuant smoother is part of the norm before it."""
         shape, deviation = (out_features, in_features), in_features**-0.5
         match self.quant.weights:
             case "none":

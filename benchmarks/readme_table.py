@@ -36,7 +36,7 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class Precision:
-    """A row of each version."""
+    """A precision, which is one row per version."""
 
     title: str
     quant: QuantConfig
@@ -54,12 +54,12 @@ PRECISIONS = (
 
 
 def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
-    """Of the tensors of a one-rank engine; its file's header and the tokenizer take about 2 MB more."""
+    """Bytes of the tensors of a one-rank engine; the file's header and the tokenizer add about 2 MB."""
     if quant.weights not in ("smooth_quant", "fp8"):
         return total_bytes(weight.rank_tensors(weight.WeightSource(), model, quant, 0, 1))
-    float32s = 0 if quant.per_token else len(LINEARS)  # a layer's scales of activations
+    float32s = 0 if quant.per_token else len(LINEARS)  # activation scales per layer
     if quant.weights == "smooth_quant":
-        float32s += model.hidden_size + model.intermediate_size  # its smoothers
+        float32s += model.hidden_size + model.intermediate_size  # smoothers per layer
     return engine_bytes(model, QuantConfig("int8")) + FLOAT32_BYTES * float32s * model.num_layers
 
 

@@ -46,7 +46,7 @@ from benchmarks.gpu_timing import copies_beyond_cache, require_gpu, seconds
 from benchmarks.kernel_cases import Case, product_case
 from benchmarks.tune_tables import LIBRARY, ROWS, Entry, Point, Times, candidates, choose, points, tables_text
 
-COMPILING = 0.6  # of the time, at most
+COMPILING = 0.6  # at most this share of the time is spent on compiling
 REPLAYS = 3
 
 Product = Callable[[Entry], Tensor]
@@ -74,7 +74,7 @@ def tune(args: argparse.Namespace, comm: Communicator) -> int:
         require_gpu("tune_kernels.py", "--from_json chooses by the times that --json wrote on one")
         gpu, times = torch.cuda.get_device_name(), {}
         if args.json:
-            write_times(args.json, gpu, times)  # a folder that does not exist is said before the work
+            write_times(args.json, gpu, times)  # an unwritable path is an error before the work
         for point, timed in measure(args):
             times[point] = timed
             if args.json:
@@ -109,9 +109,9 @@ def read_times(path: Path) -> tuple[str, Times]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[Point, dict[Entry, float | None]]]:
-    """As many products as there is time for, the most important ones first, each with all of its candidates."""
+    """Time all candidates of as many products as there is time for, the most important products first."""
     start = time.monotonic()
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as the CUDA executor has it
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as in the CUDA executor
     every = [point for point in points(args.model_version) if point.precision in args.precision]
     compiled = _compile(every, start + COMPILING * args.seconds, args.compile_threads)
     print(f"compiled {len(compiled)} kernels in {time.monotonic() - start:.0f} s", flush=True)
@@ -127,12 +127,12 @@ def _case(point: Point) -> Case:
 
 
 def _kernel(point: Point, entry: Entry) -> tuple:
-    """What tells compiled kernels apart."""
+    """A key that is equal for points and entries with the same compiled kernel."""
     return point.precision, point.rows == 1 and point.matrix in ("gate_up", "head") and point.matrix, entry
 
 
 def _compile(every: Sequence[Point], deadline: float, threads: int) -> set[tuple]:
-    """Run each kernel once, several at a time: most of the time goes into compilers outside of Python."""
+    """Run each kernel once, in several threads: most of the time is spent in compilers outside of Python."""
     kernels = {}
     for point in every:
         for entry in candidates(point):
@@ -143,7 +143,7 @@ def _compile(every: Sequence[Point], deadline: float, threads: int) -> set[tuple
         point = kernels[kernel]
         if time.monotonic() > deadline:
             return None
-        with suppress(Exception):  # said where its time is to be taken
+        with suppress(Exception):  # _time reports it
             bound(*_case(point).make(0), point.matrix)(kernel[-1])
         return kernel
 
@@ -178,7 +178,7 @@ def wrong(run: Product, entry: Entry, expected: Tensor, tolerance: float) -> str
     try:
         first, second = run(entry), run(entry)
         error = relative_error(first, expected)
-    except Exception as failure:  # of the compiler or of the launch: the others may work
+    except Exception as failure:  # from the compiler or the launch; other candidates may work
         return f"fails: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
     if not error <= tolerance:  # NaN too
         return f"is wrong: its relative error is {error:.1e}, {tolerance:.0e} is allowed"

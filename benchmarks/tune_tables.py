@@ -31,7 +31,7 @@ TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS
 KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
-ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # and the precision that decides
+ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # by this precision's times
 # Tokens that are timed; x as 16-bit integers (operand.Int16) has two rows for each.
 ROWS = {
     "float16": (1, 4, 16, 32, 64, 128, 256),
@@ -100,7 +100,7 @@ class Point:
         """Where the kernels look the entry up."""
         if self.rows == 1 and self.precision in NUMBERS:
             return "gemv_int", SHAPES[self.matrix], NUMBERS[self.precision]
-        if self.rows == 1 and self.precision != "fp8":  # of which even one row is the tensor cores'
+        if self.rows == 1 and self.precision != "fp8":  # FP8 uses tensor cores for one row, too
             gated = self.matrix == "gate_up"
             kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
             return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
@@ -157,7 +157,7 @@ def _timed(point: Point, entry: Entry) -> Entry:
 
 
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
-    """(point, first time, second time)s: a layer's sum of first times by its sum of second times, mean over layers."""
+    """The ratio of a layer's first times to its second times, mean over layers.  pairs: (point, first, second time)"""
     layers: dict[tuple, list[tuple[float, float]]] = {}
     for point, *both in pairs:
         layers.setdefault((point.version, point.precision, point.rows), []).append(tuple(both))
@@ -166,7 +166,7 @@ def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
 
 
 def _right(timed: Mapping[Entry, float | None]) -> dict[Entry, float]:
-    """The times of our kernels' candidates that are right."""
+    """The times of our kernels' correct candidates."""
     return {entry: time for entry, time in timed.items() if entry != LIBRARY and time is not None}
 
 
@@ -192,13 +192,13 @@ def _best(now, costs: Mapping):
 
 @dataclass(frozen=True)
 class Choice:
-    entries: dict[Place, Entry]  # of the places that were measured
+    entries: dict[Place, Entry]  # entries of the places that were measured
     row_limits: dict[str, int]
     report: tuple[str, ...]  # a line for each decision
 
 
 def choose(times: Times) -> Choice:
-    """The best entries by these times, and present values where they decide nothing."""
+    """The best entries by these times; present values where the times decide nothing."""
     places: dict[Place, dict[Point, Mapping[Entry, float | None]]] = {}
     for point, timed in times.items():
         places.setdefault(point.place, {})[point] = timed
@@ -221,12 +221,12 @@ def _entries(place: Place, times: Times) -> list[Entry]:
 
 
 def _gain(now: float, best: float) -> str:
-    """How much less time the best takes."""
+    """The share of time that the best entry saves, as text."""
     return f"{100 * (1 - best / now):+6.1f} %" if 0 < now < math.inf else " unknown"
 
 
 def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry]) -> int:
-    """Up to how many rows our kernel is faster than the library, among those for which both were timed."""
+    """The largest number of rows at which our kernel is faster than the library, among those with both times."""
     pairs: dict[int, list[tuple[Point, float, float]]] = {}
     for point, timed in times.items():
         if point.precision == ROW_LIMITS[name] and timed.get(LIBRARY) is not None:

@@ -49,12 +49,12 @@ class Command:
     name: str
     argv: tuple[str, ...]
     engine: Path | None = None  # the folder that it writes, whose size is reported
-    leaves: tuple[Path, ...] = ()  # what nobody needs after it
+    leaves: tuple[Path, ...] = ()  # paths that no later command needs
 
 
 @dataclass(frozen=True)
 class Line:
-    """What became of a command, as the table shows it."""
+    """The result of a command, as the table shows it."""
 
     name: str
     command: str
@@ -62,7 +62,7 @@ class Line:
     host_gb: float
     gpu_gb: float
     engine_gb: float
-    said: str  # of what it printed, what it measured
+    said: str  # the measurements in its output
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Walk:
     version: str
     folder: Path
     small: bool
-    ranks: tuple[int, ...]  # of tensor-parallel engines
+    ranks: tuple[int, ...]  # tp_size of each tensor-parallel stage
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
     def stages(self) -> dict[str, list[Command]]:
-        """The commands by stage; a stage needs the checkpoint and nothing of the other stages."""
+        """The commands by stage; a stage needs only the checkpoint."""
         weight_only = ("--use_weight_only",)
         stages = {
             "float16": self._use("float16", ("--dtype", "float16"), everything=True),
@@ -219,7 +219,7 @@ def checkpoint_command(journey: Walk) -> Command:
 
 
 def default_ranks() -> list[int]:
-    """Two where two GPUs are, and on the CPU."""
+    """Two ranks, or no tensor parallelism on a machine with a single GPU."""
     return [2] if torch.cuda.device_count() != 1 else []
 
 
@@ -246,7 +246,7 @@ def machine(version: str, small: bool) -> str:
 
 
 def table(version: str, small: bool, lines: list[Line]) -> str:
-    """Markdown."""
+    """The report in Markdown."""
     head = ["| command | s | host GB | GPU GB | written GB | it says |", "|---|---:|---:|---:|---:|---|"]
     return "\n".join([machine(version, small), "", *head, *map(row, lines)])
 

@@ -21,7 +21,7 @@ from demo import lessons, speed, train
 
 WIDTH = 100  # columns of a command; the tables keep to them too
 QUESTIONS = {"fp32": "世界上第二高的山峰是哪座？", "int4_weight_only": "How many legs does a spider have?"}  # by engine
-PRECISIONS = {  # engine folder: what build.py is told besides
+PRECISIONS = {  # engine folder: further flags of build.py
     "fp32": ["--dtype", "float32"],
     "int8_weight_only": ["--use_weight_only"],
     "int4_weight_only": ["--use_weight_only", "--weight_only_precision", "int4"],
@@ -98,7 +98,7 @@ def measure_speed(args: argparse.Namespace) -> None:
 
 
 def relative(path: Path) -> Path:
-    """As one would type it here."""
+    """The path relative to the current folder, where it is inside."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
@@ -133,7 +133,7 @@ def command_lines(words: list[str]) -> list[str]:
 
 
 def columns(text: str) -> int:
-    """That a terminal shows it in: Chinese characters take two."""
+    """The width of `text` on a terminal; Chinese characters take two columns."""
     return sum(2 if east_asian_width(each) in "WF" else 1 for each in text)
 
 

@@ -1,4 +1,4 @@
-"""What the demo's model learns: summaries of the articles in demo/articles.jsonl, and answers to a few questions.
+"""What the demo trains on: summaries of the articles in demo/articles.jsonl, and answers to a few questions.
 
 The articles of demo/held_out.jsonl report the same events in other words; training never sees them.
 """
@@ -31,8 +31,8 @@ ROLES = ChatRoles()
 EOS_ID = 2
 ARTICLES_PER_BATCH = 8
 ROUNDS = 3  # questions of a conversation
-SHARE_INTACT = 0.4  # of the articles; the others' sentences come in any order, and some not at all
-SHARE_KEPT = 0.75  # of the sentences of an article that is not intact
+SHARE_INTACT = 0.4  # share of articles left as they are; in the others sentences are shuffled and some left out
+SHARE_KEPT = 0.75  # share of sentences kept in an article that is not intact
 SENTENCE = re.compile(r"[^.。]+[.。]\s*")
 
 
@@ -42,12 +42,12 @@ def read_articles() -> list[dict[str, str]]:
 
 
 def summaries(article: dict[str, str]) -> tuple[str, str]:
-    """Two of it, so that a model has to choose how to begin, where precisions may differ."""
+    """The article's two summaries: the model has to choose between them, and precisions may differ there."""
     return article["highlights"], article["other_highlights"]
 
 
 def training_texts(articles: list[dict[str, str]]) -> list[str]:
-    """Everything that is learnt, for the tokenizer."""
+    """All training texts, for the tokenizer."""
     texts = [text for each in articles for text in (each["article"], *summaries(each))]
     return [*texts, *QUESTIONS, *QUESTIONS.values()]
 
@@ -74,7 +74,7 @@ def conversation_lesson(questions: list[str], tokenizer: Tokenizer) -> list[int]
 def batches(articles: list[dict[str, str]], tokenizer: Tokenizer, seed: int) -> Iterator[list[list[int]]]:
     """Endless batches in a seeded order: articles with their summaries, a conversation, and a question alone.
 
-    Most articles are mixed up, so that the model goes by what they are about and not by how they begin.
+    Most articles are mixed up, so that the model learns their content and not just their beginnings.
     """
     chance = random.Random(seed)
     queue: list[dict[str, str]] = []
@@ -92,7 +92,7 @@ def batches(articles: list[dict[str, str]], tokenizer: Tokenizer, seed: int) -> 
 
 
 def mixed_up(article: str, chance: random.Random) -> str:
-    """Some of the article's sentences in any order."""
+    """Some of the article's sentences in random order."""
     sentences = SENTENCE.findall(article)
     kept = max(2, round(SHARE_KEPT * len(sentences)))
     gap = "" if article.endswith("。") else " "

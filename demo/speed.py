@@ -54,12 +54,12 @@ def compare(args: argparse.Namespace, comm: Communicator) -> int:
 
 
 def random_model(model: ModelConfig) -> BaichuanForCausalLM:
-    """In float32, of the engines' size: its speed does not depend on what the weights are."""
+    """A float32 model of the engines' size; its speed does not depend on the weights' values."""
     return BaichuanForCausalLM(BaichuanConfig.of(replace(model, dtype="float32"))).float().eval()
 
 
 def show(sides: list[Side], speeds: list[float]) -> None:
-    """A line each, with what its speed reads of weights, and the sentences of the reports."""
+    """Print one line per side, with the weights read per second, and the sentences of the reports."""
     for side in sides:
         side.label = side.label.removesuffix(", dummy weights")
     rows = [

@@ -44,7 +44,7 @@ SIZES: dict[bool, dict[str, Any]] = {  # by VERSIONS' rotary
 }
 PEAK_LEARNING_RATE = 4e-3
 SEED = 0
-STEPS = {True: 240, False: 120}  # by VERSIONS' rotary, with which attention takes longer to learn
+STEPS = {True: 240, False: 120}  # by VERSIONS' rotary; with RoPE training takes longer
 IGNORED = -100  # cross_entropy's label for padding
 
 

@@ -73,7 +73,7 @@ class BigramSide:
 
 
 def evaluation_of(sides, samples: list[Sample], request: Request, rouge: Rouge | None, scoring: bool) -> Evaluation:
-    """Over LetterTokenizer's ids; of several sides the last one is the reference."""
+    """An evaluation over LetterTokenizer's ids; of several sides the last one is the reference."""
     tokenizer = LetterTokenizer()
     tasks = [make_task(sample, tokenizer, request.max_input_length, None) for sample in samples]
     reference = sides[-1].key if len(sides) > 1 else None

@@ -3,7 +3,7 @@
     python compile_kernels.py CAPABILITY SHARED_MEMORY    such as 90 232448: of a GPU, without its point, and in bytes
 
 The executor's ops run on the CPU with launches replaced by compilation, so that the kernels come with the very
-constants and types that a GPU would see; what they would have computed stays unset.  Prints a line a kernel.
+constants and types that a GPU would see; what they would have computed stays unset.  Prints one line per kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seeded numbers that tests draw."""
+"""Seeded random tensors for tests."""
 
 from __future__ import annotations
 

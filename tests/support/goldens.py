@@ -12,7 +12,7 @@ from torch import Tensor
 
 GOLDENS = Path(__file__).resolve().parents[1] / "data/goldens"
 VERSIONS_WITH_GOLDENS = ("v1_7b", "v2_13b")
-LENGTHS = (1, 7, 33, 128)  # of the prompts
+LENGTHS = (1, 7, 33, 128)  # tokens of the prompts
 FLOAT32_TOLERANCE = 1e-4  # on logits: another order of summation moves them by up to 4e-5
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders in the hub's format, written small into a temporary place so that a test can damage them."""
+"""Small checkpoint folders in the hub's format, in a temporary place where a test can damage them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def to_device(value, device=DEVICE):
-    """A tensor, a record of tensors, or a tuple of either, on the device; what is nothing of these stays as it is."""
+    """A tensor, a record of tensors, or a tuple of either, on the device; any other value stays as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):

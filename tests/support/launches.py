@@ -51,7 +51,7 @@ CASES = [
 
 
 class Shapes(RandomWeights):
-    """Weights that have shapes and types alone."""
+    """Weights with shapes and types but no values."""
 
     def __init__(self, model, quant):
         self.model, self.quant, self.device = model, quant, META
@@ -66,7 +66,7 @@ class Shapes(RandomWeights):
 
 
 def launches(version: str, quant: str, step: str, variant: str) -> list[str]:
-    """Of one step of a model with one layer."""
+    """The launches of one step of a model with one layer."""
     model, config, (rows, new) = PRESETS[version], QUANTS[quant], STEPS[step]
     model, lines = type(model)(**{**vars(model), "num_layers": 1}), []
 
@@ -99,7 +99,7 @@ def title(case: tuple[str, ...]) -> str:
 
 
 def recorded() -> dict[str, list[str]]:
-    """The file's launches by the case's title."""
+    """The launches in launches.txt by the case's title."""
     parts = FILE.read_text().strip().split("\n\n")
     return {part.splitlines()[0]: part.splitlines()[1:] for part in parts}
 

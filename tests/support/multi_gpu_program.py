@@ -14,7 +14,7 @@ def main() -> int:
     comm = Nccl(host, device)
     print(f"peer memory {'mapped' if comm._peers else 'not mapped'}", flush=True)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for elements in (1, 5120, 40961, ONE_SHOT_BYTES):  # the last is NCCL's
+        for elements in (1, 5120, 40961, ONE_SHOT_BYTES):  # the last is over the limit, so that NCCL sums it
             for turn in range(6):
                 parts = [drawn(rank, turn, elements, dtype) for rank in range(comm.world_size)]
                 expected = torch.stack(parts).sum(0, dtype=torch.float32)

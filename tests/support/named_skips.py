@@ -11,7 +11,7 @@ NAMED_SKIPS = {
     "PyTorch has no product of float16 to float32 on the CPU",
     "this user may not mount a tmpfs",
 }
-_others: list[str] = []  # of this run: test and reason
+_others: list[str] = []  # this run's other skips: test and reason
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""One table of op cases for every executor: what is asked, what ops.py says comes out, in float64, and how near.
+"""One table of op cases for every executor: inputs, the expected result by ops.py in float64, and the tolerance.
 
 A case is a function of an executor's ops; it returns (result, expected).  `run(ops, value)` takes ops made by
 make_ops(spec, capacity) and `value`, which turns what an op returned into a CPU tensor.
@@ -32,7 +32,7 @@ EPS = 1e-6
 CAPACITY = 40
 ROUNDING = 2e-6  # float32: sums of a few hundred terms, relative to the largest result
 HALF_ROUNDING = 2e-3  # float16: two roundings of 2^-11 in a row, and some room
-NEIGHBOUR = 2e-2  # an 8-bit number may be the neighbour of float64's where the quotient is at the border of two
+NEIGHBOUR = 2e-2  # an 8-bit number may be the neighbour of float64's where a quotient is halfway between two
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Case:
     name: str
     spec: AttentionSpec
     run: Callable  # (ops, value, device) -> (result, expected)
-    tolerance: float  # of max|result - expected| / max|expected|
+    tolerance: float  # largest max|result - expected| / max|expected|
     dtype: torch.dtype = torch.float32
 
 
@@ -58,7 +58,7 @@ def embedding(ops, value, device):
 
 
 def norm_inputs(tokens, with_residual, dtype):
-    """(x, residual, norm), what add_rms_norm says of them in float64, and the sum of x and residual."""
+    """(x, residual, norm), their add_rms_norm in float64, and the sum of x and residual."""
     x, norm = normal(tokens, 64, dtype=dtype), normal(64, seed=1, dtype=dtype)
     residual = normal(tokens, 64, seed=2, dtype=dtype) if with_residual else None
     r = (x if residual is None else x + residual).double()
@@ -111,7 +111,7 @@ def norm_head(tokens, rows):
 
 
 def scaled_together(y, total, expected_y, expected_total):
-    """Both results of an op beside each other, each by the largest value that is expected of it."""
+    """Both results of an op in one tensor, each divided by its largest expected value."""
     y_scale, total_scale = expected_y.abs().max(), expected_total.abs().max()
     result = torch.cat((y.double() / y_scale, total.double() / total_scale), 1)
     return result, torch.cat((expected_y / y_scale, expected_total / total_scale), 1)
@@ -182,7 +182,7 @@ def select_rows(ops, value, device):
 
 
 def stored(x, scale, dtype):
-    """What float64 attention sees of a key or value that a cache of this type holds."""
+    """A key or value as a cache of this type holds it, in float64."""
     if dtype not in LIMITS:
         return x
     q = (x / scale).clamp(-LIMITS[dtype], LIMITS[dtype])
@@ -201,7 +201,7 @@ def attention(spec, cache_dtype):
         for seed, lengths in enumerate(([5, 1, 9], [3, 2, 1], [0, 1, 0], [1, 1, 1])):
             step = Step.of([[0] * n for n in lengths], past)
             qkv = normal(sum(lengths), 3 * spec.num_heads * spec.head_dim, seed=seed)
-            given = qkv.clone().to(device)  # which the op may overwrite
+            given = qkv.clone().to(device)  # a copy, because the op may overwrite it
             results.append(value(ops.attention(given, cache, spec, on_device(step, device))))
             q, k, v = qkv.double().unflatten(-1, (3, spec.num_heads, spec.head_dim)).unbind(1)
             if spec.rotary:
@@ -239,7 +239,7 @@ SPECS = {"RoPE": rope(), "RoPE, second rank": rope(8, 4, 4), "ALiBi": alibi(), "
 KINDS = {
     "dense": ROUNDING,
     "int8": ROUNDING,
-    "int4": 1e-4,  # a kernel may sum numbers with an offset, which costs a few bits of float32
+    "int4": 1e-4,  # a kernel may sum integers with an offset, which costs a few bits of float32
     "int4 group": 1e-4,
     "smooth_quant": NEIGHBOUR,
     "smooth_quant static": NEIGHBOUR,
@@ -265,7 +265,7 @@ CASES = [
         for n in (1, 7)
     ),
     *(
-        Case(f"gated_mlp {kind}, {n} rows", rope(), gated_mlp(kind, n), 2 * bound)  # two products in a row
+        Case(f"gated_mlp {kind}, {n} rows", rope(), gated_mlp(kind, n), 2 * bound)  # two products, one after the other
         for kind, bound in KINDS.items()
         for n in (1, 7)
     ),
@@ -282,7 +282,7 @@ CASES = [
         for kind, (dtype, bound) in CACHES.items()
     ),
 ]
-# Of the ops that ComposedOps makes the fused ones of.
+# Cases of the ops that ComposedOps builds the fused ops from.
 SIMPLE_CASES = [
     Case("add_rms_norm", rope(), add_rms_norm(True, torch.float32), ROUNDING),
     Case("add_rms_norm without residual", rope(), add_rms_norm(False, torch.float32), ROUNDING),

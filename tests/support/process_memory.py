@@ -13,7 +13,7 @@ INTERVAL_S = 0.05
 
 
 def peak_anonymous_bytes(command: Sequence[str]) -> int:
-    """The most that `command`, which must succeed, and its processes hold together; a mapped file does not count."""
+    """The most anonymous memory of `command`, which must succeed, and its children; mapped files do not count."""
     peak = 0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
@@ -25,7 +25,7 @@ def peak_anonymous_bytes(command: Sequence[str]) -> int:
 
 
 def _anonymous_bytes(process: psutil.Process) -> int:
-    """Of the process and its children, pages that several share counted once."""
+    """Anonymous bytes of the process and its children; pages that several share count once."""
     total = 0
     for each in [process, *process.children(recursive=True)]:
         try:

@@ -15,7 +15,7 @@ import build
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-NEW_TOKENS = 24  # of the goldens
+NEW_TOKENS = 24  # per prompt in the goldens
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 GREEDY = ("--top_k", "1", "--repetition_penalty", "1", "--max_output_len", str(NEW_TOKENS))
 
@@ -83,7 +83,7 @@ def script(name: str, given: list[str]) -> list[str]:
 def mpirun(
     ranks: int, program: list[str], cwd: Path, timeout_s: float = 120, typed: str = ""
 ) -> subprocess.CompletedProcess:
-    """`program` on so many ranks, from start to end; rank 0 reads what is `typed`."""
+    """Run `program` on this many ranks until it ends; rank 0 reads `typed` from standard input."""
     launcher = [str(MPIRUN), "-n", str(ranks), "--oversubscribe", "--allow-run-as-root"]
     return subprocess.run(
         [*launcher, *program],

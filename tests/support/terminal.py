@@ -9,7 +9,7 @@ import pexpect
 import pyte
 import scripts
 
-ROWS, COLUMNS = 60, 160  # none of what the tests wait for wraps
+ROWS, COLUMNS = 60, 160  # so wide that no text that tests wait for is wrapped
 PASTE = "\x1b[200~{}\x1b[201~"  # what a terminal sends for a paste
 ENTER, ESCAPE, BACKSPACE, UP, LEFT, CTRL_C, CTRL_D = "\r", "\x1b", "\x7f", "\x1b[A", "\x1b[D", "\x03", "\x04"
 
@@ -37,20 +37,20 @@ class Terminal:
         self._child.send(keys)
 
     def wait_for_prompt(self, before: str = "") -> None:
-        """Until there is another prompt than when keys were typed, an empty one under a match of `before`."""
+        """Wait for a new, empty prompt since keys were last typed, below a match of `before`."""
         while self._count_prompts() == self._prompts:
             assert self._read(), self.text
         self.wait(before + r"\n>")
 
     def wait(self, pattern: str, timeout_s: float = 60) -> None:
-        """Until the screen's text ends with a match of `pattern`."""
+        """Wait until the screen's text ends with a match of `pattern`."""
         end, deadline = re.compile(f"(?:{pattern})\\Z"), time.monotonic() + timeout_s
         while not end.search(self.text):
             assert time.monotonic() < deadline, f"no {pattern!r} at the end of:\n{self.text}"
             self._read()
 
     def wait_written(self, characters: int) -> None:
-        """Until so many more characters were written."""
+        """Wait until the program has written this many more characters."""
         goal = len(self.raw) + characters
         while len(self.raw) < goal:
             assert self._child.isalive(), self.text
@@ -62,7 +62,7 @@ class Terminal:
             self._read()
 
     def exit_code(self) -> int:
-        """Waits for the end."""
+        """Wait for the program's end."""
         while self._read():
             pass
         self._child.close()
@@ -75,7 +75,7 @@ class Terminal:
         return self.raw.count("\x1b[?2004h")  # the editor asks for bracketed paste when it begins
 
     def _read(self) -> bool:
-        """Takes what the program wrote; False once it has ended."""
+        """Read what the program wrote; False once it has ended."""
         try:
             written = self._child.read_nonblocking(4096, timeout=0.1)
         except pexpect.TIMEOUT:

@@ -59,7 +59,7 @@ class Interpreter:
         return torch.uint8 if tensor.dtype == self.trt.int4 else self.api.torch_dtypes[tensor.dtype]
 
     def _check(self, tensor, value: Tensor) -> None:
-        """The network's own idea of a tensor's shape and type agrees with the value."""
+        """Assert that the value has the shape and type that the network declares for the tensor."""
         shape = tuple(tensor.shape)
         assert len(shape) == value.ndim, (tensor.name, shape, value.shape)
         if tensor.dtype != self.trt.int4:

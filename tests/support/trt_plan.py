@@ -21,9 +21,9 @@ SOFTMAX = re.compile(r"MaxrSubExp")
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """Over both profiles, as counts."""
+    """Counts over both optimisation profiles."""
 
-    products: Counter  # of product()'s results
+    products: Counter  # by product()'s results
     attention: Counter  # fused attention kernels by name
     softmax: int  # kernels of a decomposed attention
 

@@ -49,7 +49,7 @@ def standin_executor(api, graph: Graph, contract: Contract, comm: Communicator) 
 
 
 class StandInEngine:
-    """As much of ICudaEngine as the runtime asks."""
+    """The part of ICudaEngine that the runtime uses."""
 
     def __init__(self, api, graph: Graph, contract: Contract):
         self.api, self.graph, self.contract = api, graph, contract
@@ -74,7 +74,7 @@ class StandInEngine:
 
 
 class StandInContext:
-    """As much of IExecutionContext as the runtime uses."""
+    """The part of IExecutionContext that the runtime uses."""
 
     def __init__(self, engine: StandInEngine, comm: Communicator):
         self.engine, self.api = engine, engine.api
