@@ -11,10 +11,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from baichuan.util.signals import ignored
+from baichuan.util.signals import deferred, ignored
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,18 @@ def staged_folder(target: Path) -> Iterator[Path]:
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
     parent, prefix = target.parent if beside else target, f".{target.name}.building-"
     _remove_abandoned(parent, prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
-    try:
+    with ExitStack() as cleanup:
+        with deferred(signal.SIGINT, signal.SIGTERM):
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            cleanup.callback(_remove, folder)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
+        cleanup.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
-    except OSError as error:
-        error.filename = error.filename or str(target)  # a failed write does not name its file
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        try:
+            yield folder
+        except OSError as error:
+            error.filename = error.filename or str(target)  # a failed write does not name its file
+            raise
 
 
 def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:
@@ -66,6 +67,11 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
             for name in replaced - names:
                 (target / name).unlink(missing_ok=True)
         _sync(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    with deferred(signal.SIGINT, signal.SIGTERM):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:

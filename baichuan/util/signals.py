@@ -1,4 +1,4 @@
-"""Signals that end a program: ignored for a while, or raised as an exception that lets cleanup run."""
+"""Signals that end a program: ignored or deferred for a while, or raised as an exception that lets cleanup run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ def ignored(*signals: signal.Signals) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def deferred(*signals: signal.Signals) -> Iterator[None]:
+    """Signals that come within the block are delivered at its end, each once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in sorted(set(came)):
+            signal.raise_signal(number)
 
 
 class Terminated(BaseException):
