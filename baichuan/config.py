@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from baichuan.errors import ConfigError
 
@@ -227,16 +227,16 @@ def to_json(record) -> dict:
 
 def from_json(cls, values: dict):
     """A record of type `cls`; raises ConfigError for missing, unknown or wrongly typed fields."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    types = get_type_hints(cls)
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__} is a {type(values).__name__} instead of an object; the file is damaged")
     if unknown := sorted(set(values) - set(types)):
         raise ConfigError(f"{cls.__name__} has no field {unknown[0]}; the file was written by another version")
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    kinds: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
     for name, value in values.items():
         kind = kinds.get(types[name], object)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, not of type {types[name]}")
+            raise ConfigError(f"{cls.__name__}.{name} is {value!r}, not of type {types[name].__name__}")
     try:
         return cls(**values)
     except TypeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from typing import get_type_hints
 
 from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_weight_copies
 from baichuan.config import SamplingConfig
@@ -43,6 +43,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling (defaults: the checkpoint's generation settings, or else its version's)"
     )
-    types = {field.name: int if field.type == "int" else float for field in fields(SamplingConfig)}
+    types = get_type_hints(SamplingConfig)
     for name, text in SAMPLING_FLAGS.items():
         group.add_argument(f"--{name}", type=types[name], help=text)
