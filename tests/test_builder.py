@@ -177,7 +177,7 @@ def test_the_engine_lists_what_its_files_are(tmp_path, monkeypatch, parallel):
 @pytest.mark.parametrize(
     ("more", "least", "most"),
     [
-        ([], 0.2e9, 1.0e9),  # PyTorch and the dummy weights' pool; the engine has 1.45 GB
+        ([], 0.2e9, 1.2e9),  # PyTorch, the dummy weights' pool, what writers hold: 0.8 to 1.04; the engine has 1.45 GB
         pytest.param(
             ["--use_weight_only", "--weight_only_precision", "int4", "--world_size", "2", "--parallel_build"],
             0.4e9,

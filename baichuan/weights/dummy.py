@@ -13,6 +13,7 @@ from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
 
 POOL_SIZE = 16_777_259  # a prime, so that rows of any width begin at different places of the pool
+SCALE_AT_ONCE = 1 << 20  # numbers; all at once would take another 134 MB for a moment
 
 
 def dummy_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
@@ -39,13 +40,19 @@ class _Pool:
     def read(self, start: int, count: int, mean: float, deviation: float) -> Tensor:
         """`count` numbers from `start` on, wrapping around the pool; a view where they do not wrap."""
         if (mean, deviation) not in self.scaled:
-            self.scaled[mean, deviation] = (self.numbers * deviation + mean).to(self.dtype)
+            self.scaled[mean, deviation] = self._scale(mean, deviation)
         numbers, pieces = self.scaled[mean, deviation], []
         while count > 0:
             start %= POOL_SIZE
             pieces.append(numbers[start : start + count])
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [numbers[:0]])
+
+    def _scale(self, mean: float, deviation: float) -> Tensor:
+        scaled = torch.empty_like(self.numbers, dtype=self.dtype)
+        for target, numbers in zip(scaled.split(SCALE_AT_ONCE), self.numbers.split(SCALE_AT_ONCE), strict=True):
+            target.copy_(numbers * deviation + mean)
+        return scaled
 
 
 def _source(pool: _Pool, config: ModelConfig, name: str, shape: tuple[int, ...]) -> TensorSource:
