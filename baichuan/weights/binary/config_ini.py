@@ -13,18 +13,12 @@ from baichuan.errors import CheckpointError
 from baichuan.util import manifest
 from baichuan.util.files import read_at_most
 from baichuan.weights.binary.layout import CONFIG_NAME
+from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, tokenizer_evidence
 from baichuan.weights.strangers import recognise
 
 SECTION = "baichuan"
 MAX_BYTES = 1 << 20
-SIZES = {  # ModelConfig's field, the hub's key
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-}
 SEAL = "sha256"  # ours alone: the old script's files have none
 PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 

@@ -14,15 +14,14 @@ from baichuan.weights.hub.version import config_evidence, decide_version, tokeni
 
 MAX_CONFIG_BYTES = 1 << 20
 
-_FIELDS = {  # ModelConfig's field: the hub's key
+SIZES = {  # ModelConfig's field: the hub's key
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "intermediate_size": "intermediate_size",
     "vocab_size": "vocab_size",
-    "hidden_act": "hidden_act",
-    "rms_norm_eps": "rms_norm_eps",
 }
+_FIELDS = SIZES | {"hidden_act": "hidden_act", "rms_norm_eps": "rms_norm_eps"}
 
 
 def read_model_config(folder: Path, model_version: str | None, dtype: str) -> ModelConfig:
