@@ -24,10 +24,11 @@ from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
 from baichuan.util.publishing import publish_folder
-from baichuan.weights.binary.config_ini import SIZES, write_binary_config
+from baichuan.weights.binary.config_ini import write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_TYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
+from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
 

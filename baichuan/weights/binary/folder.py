@@ -15,7 +15,7 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import LIMITS, scale_for
-from baichuan.weights.binary.config_ini import SEAL, SIZES, BinaryConfig
+from baichuan.weights.binary.config_ini import SEAL, BinaryConfig
 from baichuan.weights.binary.fp8_scales import FILE_NAME, LayerScales, read_fp8_scales
 from baichuan.weights.binary.layout import (
     CONFIG_NAME,
@@ -29,6 +29,7 @@ from baichuan.weights.binary.layout import (
     has_smoother,
     int8_kind,
 )
+from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource, known, stacked
 
