@@ -45,6 +45,14 @@ VERSIONS = {
 }
 
 
+def require_no_rope_with_alibi(model_version: str, theta: float, factor: float) -> None:
+    """Raise ConfigError when RoPE's settings are other than the defaults in a version that has ALiBi."""
+    if not VERSIONS[model_version].rotary and (theta, factor) != (ModelConfig.rope_theta, ModelConfig.rope_factor):
+        raise ConfigError(
+            f"rope_theta {theta:g} with scaling factor {factor:g} is of RoPE and {model_version} has ALiBi; remove it"
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One Baichuan model's shape.  `dtype` is that of its activations and dense weights."""
@@ -59,6 +67,8 @@ class ModelConfig:
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     dtype: str = "float16"
+    rope_theta: float = 10000.0  # RoPE: base of the angles
+    rope_factor: float = 1.0  # RoPE: what positions are divided by, for texts longer than those of the training
 
     def __post_init__(self):
         require_choice("model_version", self.model_version, VERSIONS)
@@ -68,6 +78,9 @@ class ModelConfig:
         for name in ("hidden_size", "num_heads", "intermediate_size", "vocab_size", "max_positions"):
             require_range(name, getattr(self, name), 1, 1 << 24)
         require_range("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
+        require_range("rope_theta", self.rope_theta, 1.0, 1e12)
+        require_range("rope_factor", self.rope_factor, 1.0, 1e4)
+        require_no_rope_with_alibi(self.model_version, self.rope_theta, self.rope_factor)
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "

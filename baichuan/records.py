@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baichuan.config import ModelConfig
+
 
 class _Matrix:
     """What the weight types share.  Two weights are equal only if they are the same object."""
@@ -109,6 +111,8 @@ class AttentionSpec:
     total_heads: int  # heads of all ranks: an ALiBi slope depends on the global head index
     head_dim: int
     rotary: bool  # RoPE, else ALiBi
+    rope_theta: float = ModelConfig.rope_theta
+    rope_factor: float = ModelConfig.rope_factor
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,7 @@ def write_gguf(path: Path, model: ModelConfig, tensors: Mapping[str, Tensor], pr
     writer.add_head_count(model.num_heads)
     writer.add_head_count_kv(model.num_heads)
     writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.rms_norm_eps)
     writer.add_vocab_size(model.vocab_size)
     writer.add_tokenizer_model("none")

@@ -269,7 +269,7 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, message", [({"hidden_act": "gelu"}, "hidden_act"), ({"rope_theta": 1e6}, "rope_theta")]
+    "settings, message", [({"hidden_act": "gelu"}, "hidden_act"), ({"rope_scaling": {"type": "yarn"}}, "rope_scaling")]
 )
 def test_other_architectures_are_refused(settings, message):
     with pytest.raises(BaichuanError, match=message):

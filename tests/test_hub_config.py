@@ -74,8 +74,7 @@ def test_contradictions_in_the_config_are_refused(changes, message, tmp_path):
         ({"quantization_config": {"load_in_4bit": True}}, "quantised by bitsandbytes"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"model_type": ...}, "model_type None"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_theta": 500000}, "rope_theta 500000"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn'"),
         ({"intermediate_size": ...}, "has no intermediate_size"),
     ],
 )

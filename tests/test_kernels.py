@@ -323,7 +323,7 @@ class Attention:
         scales = [None, None] if kv_type is None else [torch.tensor([s], device=DEVICE) for s in (0.03, 0.025)]
         empty = torch.full((rows, HEADS, CAPACITY, DIM), UNTOUCHED, device=DEVICE).to(kv_type or dtype)
         self.cache = LayerCache(empty, empty.clone(), *scales)
-        self.cos, self.sin = position.rope_table(CAPACITY, DIM, DEVICE)
+        self.cos, self.sin = position.rope_table(CAPACITY, self.spec, DEVICE)
         self.slopes = position.alibi_slopes(2 * HEADS)[2 : 2 + HEADS].to(DEVICE)
         self.history = [[] for _ in range(rows)]  # each (k, v) of one step, [new, HEADS, DIM] as stored
 

@@ -82,6 +82,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
         model = {key: getattr(request.model, field) for field, key in SIZES.items()}
         model |= {key: request.model.max_positions for key in request.model.version.length_keys}
         model |= {"hidden_act": request.model.hidden_act, "rms_norm_eps": request.model.rms_norm_eps}
+        rope = {"rope_theta": request.model.rope_theta, "rope_factor": request.model.rope_factor}
         fixed = {
             "tensor_parallelism": request.tp_size,
             "smoothquant": request.alpha,
@@ -90,7 +91,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
         }
         if request.text_folder:
             copy_text_files(request.text_folder, staged)
-        write_binary_config(staged, model | dict(settings) | fixed)
+        write_binary_config(staged, model | dict(settings) | rope | fixed)
         _publish(staged, request.folder)
     return request.folder
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from baichuan.config import VERSIONS, ModelConfig, Version, require_choice
+from baichuan.config import VERSIONS, ModelConfig, Version, require_choice, require_no_rope_with_alibi
 from baichuan.errors import ConfigError
-from baichuan.weights.hub.config_json import refuse_other_rope
+from baichuan.weights.hub.rope import ROPE_KEYS, read_rope
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, fitting_versions
 
 
@@ -32,7 +32,7 @@ class BaichuanConfig(PreTrainedConfig):
         **kwargs,
     ):
         require_choice("hidden_act", hidden_act, ("silu",))
-        refuse_other_rope("config.json", kwargs)
+        self.rope_theta, self.rope_factor = read_rope("config.json", {key: kwargs.pop(key, None) for key in ROPE_KEYS})
         lengths = dict(zip(LENGTH_KEYS, (max_position_embeddings, model_max_length), strict=True))
         evidence = {"hidden_size": hidden_size, "vocab_size": vocab_size, "model_version": model_version, **lengths}
         self._evidence = evidence | {"architectures": kwargs.get("architectures")}
@@ -66,6 +66,8 @@ class BaichuanConfig(PreTrainedConfig):
             max_position_embeddings=model.max_positions,
             hidden_act=model.hidden_act,
             rms_norm_eps=model.rms_norm_eps,
+            rope_theta=model.rope_theta,
+            rope_scaling={"type": "linear", "factor": model.rope_factor},
             dtype=model.dtype,
         )
 
@@ -80,12 +82,15 @@ class BaichuanConfig(PreTrainedConfig):
             )
         if self._evidence["architectures"]:
             decide_version("config.json", self.model_version, config_evidence(self._evidence))
+        require_no_rope_with_alibi(self.model_version, self.rope_theta, self.rope_factor)
         return VERSIONS[self.model_version]
 
     def to_dict(self) -> dict:
         """As in the hub's config.json: the version's class name and its keys for the length."""
         values = super().to_dict()
         values.pop("_evidence", None)
+        if (factor := values.pop("rope_factor", 1.0)) != 1.0:
+            values["rope_scaling"] = {"type": "linear", "factor": factor}
         if self.model_version in VERSIONS:
             version, length = VERSIONS[self.model_version], values.pop("max_position_embeddings")
             values |= {"architectures": [version.architecture], **dict.fromkeys(version.length_keys, length)}

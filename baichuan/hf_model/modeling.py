@@ -125,6 +125,8 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.version = config.version
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.rope = config.rope_theta, config.rope_factor
         self.model = Decoder(config)
         head = NormHead if self.version.norm_head else nn.Linear
         self.lm_head = head(config.hidden_size, config.vocab_size, bias=False)
@@ -183,7 +185,7 @@ class BaichuanForCausalLM(PreTrainedModel, GenerationMixin):
         if self.version.rotary:
             if position_ids is None:
                 position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-            rope = rope_at(position_ids, self.config.hidden_size // self.config.num_attention_heads)
+            rope = rope_at(position_ids, self.head_dim, *self.rope)
         # Slots for keys: a static cache has empty ones.
         slots = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         if self.version.rotary and slots == past + length and length in (1, slots) and bool(real.all()):

@@ -32,4 +32,12 @@ def forward(
 def attention_spec(config: ModelConfig, rank: int, tp_size: int) -> AttentionSpec:
     """Rank `rank`'s share of the heads."""
     num_heads = config.num_heads // tp_size
-    return AttentionSpec(num_heads, rank * num_heads, config.num_heads, config.head_dim, config.version.rotary)
+    return AttentionSpec(
+        num_heads,
+        rank * num_heads,
+        config.num_heads,
+        config.head_dim,
+        config.version.rotary,
+        config.rope_theta,
+        config.rope_factor,
+    )

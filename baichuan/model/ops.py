@@ -32,7 +32,7 @@ class Ops(Protocol):
 
         qkv: [num_tokens, 3 * num_heads * head_dim], all q, all k, all v; it may be overwritten.  Stores k and v in the
         cache at the tokens' positions, quantised where the cache is, and attends to the stored values.  RoPE (half
-        rotation, base 10000) rotates q and k by their positions in float32 before that; ALiBi adds
+        rotation, spec's base and factor) rotates q and k by their positions in float32 before that; ALiBi adds
         bias = slope[global head] * (key position - query position) in float32.
         -> [num_tokens, num_heads * head_dim]
         """

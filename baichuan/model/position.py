@@ -7,23 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-ROPE_BASE = 10000.0
+from baichuan.records import AttentionSpec
 
 
-def rope_table(positions: int, head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin of position / base^(2i / head_dim), each [positions, head_dim / 2] float32.
-
-    Computed in float64 and rounded once: float32 angles lose accuracy at large positions.
-    Source: Su et al., RoFormer, eq. 15.
-    """
-    cos, sin = rope_at(torch.arange(positions), head_dim)
+def rope_table(positions: int, spec: AttentionSpec, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """rope_at for the positions from 0 on, each [positions, head_dim / 2] float32 on the device."""
+    cos, sin = rope_at(torch.arange(positions), spec.head_dim, spec.rope_theta, spec.rope_factor)
     return cos.to(device), sin.to(device)
 
 
-def rope_at(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """rope_table's rows for the given positions: [...] int64 -> each [..., head_dim / 2] float32."""
+def rope_at(positions: Tensor, head_dim: int, theta: float, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of (position / factor) / theta^(2i / head_dim).
+
+    positions: [...] int64 -> each [..., head_dim / 2] float32.  Computed in float64 and rounded once: float32 angles
+    lose accuracy at large positions.  Source: Su et al., RoFormer, eq. 15; for the factor Chen et al., Extending
+    Context Window of Large Language Models via Position Interpolation, eq. 4.
+    """
     steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    angles = positions[..., None].double() * ROPE_BASE ** -(steps / head_dim)
+    angles = positions[..., None].double() / factor * theta ** -(steps / head_dim)
     return angles.cos().float(), angles.sin().float()
 
 

@@ -28,7 +28,7 @@ class ReferenceOps(ComposedOps):
         self.cos: Any = None  # like sin [capacity, head_dim / 2] float32 with RoPE
         self.sin: Any = None
         if spec.rotary:
-            self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
+            self.cos, self.sin = position.rope_table(capacity, spec, device)
         else:
             self.slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads].to(device)
 

@@ -63,7 +63,7 @@ class CudaOps:
         self.slopes = slopes.to(device)
         self.cos = self.sin = self.slopes  # which no kernel reads with ALiBi
         if spec.rotary:
-            self.cos, self.sin = position.rope_table(capacity, spec.head_dim, device)
+            self.cos, self.sin = position.rope_table(capacity, spec, device)
         if not switches.own_attention:
             self.library = ReferenceOps(spec, comm, capacity, device)
 

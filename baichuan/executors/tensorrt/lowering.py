@@ -108,7 +108,7 @@ class TensorRtOps(ComposedOps):
 
     def _rope(self, spec: AttentionSpec):
         if self.tables is None:
-            cos, sin = position.rope_table(self.capacity, spec.head_dim)
+            cos, sin = position.rope_table(self.capacity, spec)
             self.tables = self.graph.constant(cos), self.graph.constant(sin)
         return self.tables
 

@@ -117,5 +117,7 @@ def read_binary_model(folder: Path, model_version: str | None, dtype: str) -> Mo
         **({"max_positions": config.integer(lengths[0])} if lengths else {}),
         hidden_act=config.text("hidden_act"),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope_theta=config.number("rope_theta", ModelConfig.rope_theta),
+        rope_factor=config.number("rope_factor", ModelConfig.rope_factor),
         dtype=dtype,
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from baichuan.config import VERSIONS, ModelConfig, from_json
 from baichuan.errors import CheckpointError, ConfigError
-from baichuan.model.position import ROPE_BASE
 from baichuan.util.files import read_at_most
+from baichuan.weights.hub.rope import read_rope
 from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -37,16 +36,15 @@ def read_model_config(folder: Path, model_version: str | None, dtype: str) -> Mo
             f"{path} has model_type {values.get('model_type')!r}; only 'baichuan' checkpoints are read"
         )
     _refuse_quantised(path, values)
-    refuse_other_rope(str(path), values)
+    rope_theta, rope_factor = read_rope(str(path), values)
     model_version = decide_version(str(path), model_version, config_evidence(values) | tokenizer_evidence(folder))
     length_key = VERSIONS[model_version].length_keys[0]
     if missing := [key for key in (*_FIELDS.values(), length_key) if key not in values]:
         raise CheckpointError(f"{path} has no {missing[0]}; take config.json from the checkpoint's publisher again")
     fields = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
+    fields |= {"model_version": model_version, "max_positions": values[length_key], "dtype": dtype}
     try:
-        return from_json(
-            ModelConfig, {"model_version": model_version, "max_positions": values[length_key], "dtype": dtype, **fields}
-        )
+        return from_json(ModelConfig, fields | {"rope_theta": rope_theta, "rope_factor": rope_factor})
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
 
@@ -73,16 +71,6 @@ def read_json_object(path: Path, max_bytes: int) -> dict:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
     return values
-
-
-def refuse_other_rope(where: str, values: Mapping) -> None:
-    """Raise CheckpointError when config.json's values ask for positions that no version has."""
-    base = values.get("rope_theta", ROPE_BASE)
-    if values.get("rope_scaling") is not None or base != ROPE_BASE:
-        raise CheckpointError(
-            f"{where} sets rope_theta {base} and rope_scaling {values.get('rope_scaling')}; "
-            f"Baichuan's own positions (base {ROPE_BASE:g}, not scaled) are the only ones that are computed"
-        )
 
 
 def _refuse_quantised(path: Path, values: dict) -> None:
