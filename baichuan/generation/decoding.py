@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,16 +42,16 @@ class Strategy(Protocol):
         """Each prompt's continuation, once choose() has given None."""
 
 
-def decode(forward: Callable[[Step], Tensor], cache: Cache, strategy: Strategy, logits: Tensor, step: Step) -> int:
-    """Run decode steps until the strategy is finished; returns their number.
+def decode(
+    forward: Callable[[Step], Tensor], cache: Cache, strategy: Strategy, logits: Tensor, step: Step
+) -> Iterator[None]:
+    """Run decode steps until the strategy is finished; yields after each of them.
 
     logits: [sequences, vocab_size] float32; step: the step that computed them
     """
-    steps = 0
     while (choice := strategy.choose(logits)) is not None:
         if choice.parents is not None:
             cache.reorder(choice.parents)
         step = step.next(choice.tokens, choice.parents)
         logits = forward(step)
-        steps += 1
-    return steps
+        yield

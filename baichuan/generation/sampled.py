@@ -22,13 +22,15 @@ class Sampled:
         self,
         sampler: Sampler,
         configs: Sequence[SamplingConfig],
-        max_new_tokens: int,
+        limits: Sequence[int],
         on_tokens: OnTokens | None = None,
         keep_logits: bool = False,
     ):
-        """on_tokens is called once per step."""
-        self._sampler, self._max_new_tokens, self._on_tokens = sampler, max_new_tokens, on_tokens
-        self._sequences = [_Sequence({config.eos_id, *config.stop_ids}) for config in configs]
+        """limits: each sequence's most new tokens.  on_tokens is called once per step."""
+        self._sampler, self._longest, self._on_tokens = sampler, max(limits), on_tokens
+        self._sequences = [
+            _Sequence({config.eos_id, *config.stop_ids}, limit) for config, limit in zip(configs, limits, strict=True)
+        ]
         self._kept: list[Tensor] | None = [] if keep_logits else None  # each [sequences, vocab_size]
         self._unread: _Readback | None = None  # the newest tokens, not yet read by the host
         self._made = 0  # steps so far, each with one token per sequence
@@ -38,14 +40,14 @@ class Sampled:
             self._kept.append(logits.cpu().clone())
         tokens = self._sampler(logits)
         self._made += 1
-        last = self._made == self._max_new_tokens
+        last = self._made == self._longest
         previous, self._unread = self._unread, _Readback(tokens)
         if previous:
             self._hear(previous)
         if last or tokens.device.type == "cpu":
             self._hear(self._unread)
             self._unread = None
-        return None if last or all(each.ended for each in self._sequences) else Choice(tokens)
+        return None if last or all(each.done for each in self._sequences) else Choice(tokens)
 
     def results(self) -> list[Generation]:
         return [each.generation(self._kept, number) for number, each in enumerate(self._sequences)]
@@ -76,11 +78,18 @@ class _Sequence:
     """One continuation while it grows."""
 
     end_ids: set[int]
+    limit: int  # most ids
     ids: list[int] = field(default_factory=list)
-    ended: bool = False
+    ended: bool = False  # by one of end_ids
+
+    @property
+    def done(self) -> bool:
+        return self.ended or len(self.ids) == self.limit
 
     def append(self, token: int) -> int | None:
-        if self.ended or token in self.end_ids:
+        if self.done:
+            return None
+        if token in self.end_ids:
             self.ended = True
             return None
         self.ids.append(token)

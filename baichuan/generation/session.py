@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,6 +64,27 @@ class Session:
         on_tokens is called once per step (not with beam search, whose tokens are known only at the end).
         """
         self.check(prompts, sampling, max_new_tokens)
+        configs, limits = numbered_seeds(sampling, len(prompts)), [max_new_tokens] * len(prompts)
+        steps = self.steps(prompts, configs, limits, on_tokens, keep_logits)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        configs: Sequence[SamplingConfig],
+        limits: Sequence[int],
+        on_tokens: OnTokens | None = None,
+        keep_logits: bool = False,
+    ) -> Generator[None, None, list[Generation]]:
+        """generate(), which yields after each decode step, with settings and most new tokens of each prompt.
+
+        Prompts that the engine cannot hold are the caller's fault.  With beam search all settings and limits are equal.
+        """
+        sampling, max_new_tokens = configs[0], max(limits)
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
         start = time.perf_counter()
@@ -75,10 +96,11 @@ class Session:
         if sampling.num_beams > 1:
             strategy = BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
         else:
-            configs = numbered_seeds(sampling, len(prompts))
             sampler = Sampler(configs, prompts, self.model.vocab_size, max_new_tokens, logits.device)
-            strategy = Sampled(sampler, configs, max_new_tokens, on_tokens, keep_logits)
-        self.timing.decode_steps = decode(self._forward, self.executor.cache, strategy, logits, step)
+            strategy = Sampled(sampler, configs, limits, on_tokens, keep_logits)
+        for _ in decode(self._forward, self.executor.cache, strategy, logits, step):
+            self.timing.decode_steps += 1
+            yield
         self._wait()
         self.timing.decode_s = time.perf_counter() - start
         self.timing.new_tokens = len(prompts) * sampling.num_beams * (self.timing.decode_steps + 1)
