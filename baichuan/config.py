@@ -11,6 +11,7 @@ from baichuan.errors import ConfigError
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # described in weights/types.py
 BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # implemented by the entries of executors/registry.py
+STORAGE_TYPES = ("fp32", "fp16")  # of a binary folder's weights; weights/binary/layout.py says what they mean
 DEVICES = ("auto", "cpu", "cuda")  # executors/device.py resolves auto
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 

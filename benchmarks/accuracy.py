@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
-from baichuan.calibration.convert import ConvertRequest, convert
+from baichuan.calibration.convert import convert
+from baichuan.calibration.request import ConvertRequest
 from baichuan.config import DTYPES, ModelConfig, QuantConfig
 from baichuan.engine.self_check import all_logits
 from baichuan.errors import ConfigError

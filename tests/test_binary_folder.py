@@ -12,7 +12,8 @@ import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
 
-from baichuan.calibration.convert import ConvertRequest, convert
+from baichuan.calibration.convert import convert
+from baichuan.calibration.request import ConvertRequest
 from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
 from baichuan.executors.cpu.reference import ReferenceExecutor

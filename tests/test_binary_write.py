@@ -9,7 +9,7 @@ from binary_models import ROTARY, make_checkpoint, make_tensors
 
 from baichuan.errors import CheckpointError
 from baichuan.quant.ranges import LayerRanges, LinearRange
-from baichuan.weights.binary.layout import STORAGE_TYPES, Layout
+from baichuan.weights.binary.layout import STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
 from baichuan.weights.shard import LINEARS
 
@@ -31,7 +31,7 @@ def some_ranges(seed=1) -> LayerRanges:
 
 
 def write(folder, alpha, tp_size, storage="fp32"):
-    layout = Layout(ROTARY, tp_size, STORAGE_TYPES[storage])
+    layout = Layout(ROTARY, tp_size, STORAGE_DTYPES[storage])
     writer = BinaryWriter(partial(make_checkpoint, ROTARY), layout, folder, alpha)
     for layer in range(ROTARY.num_layers):
         for name in LINEARS:
@@ -159,7 +159,7 @@ def test_float16_overflow_and_damaged_weights_are_named(tmp_path):
         made["model.layers.0.mlp.down_proj.weight"].read(0, 1)[0, 5] = value
         return made
 
-    layout = Layout(ROTARY, 1, STORAGE_TYPES["fp16"])
+    layout = Layout(ROTARY, 1, STORAGE_DTYPES["fp16"])
     with pytest.raises(
         CheckpointError, match="mlp.down_proj has values beyond float16's 65504; use --storage-type fp32"
     ):

@@ -19,6 +19,7 @@ from tiny_engine import snapshot
 
 import build
 import weight
+from baichuan.cli.build import self_checker
 from baichuan.config import BACKEND_NAMES, BuildConfig, QuantConfig
 from baichuan.engine import builder, self_check
 from baichuan.engine.builder import BuildRequest, build_engine
@@ -260,7 +261,7 @@ def test_an_engine_of_another_version_is_refused(tmp_path):
     taken_for = replace(asked.model, model_version="v1_13b")
     rank_tensors = partial(weight.rank_tensors, source, taken_for, asked.quant, tp_size=1)
     with pytest.raises(EngineError, match=r"mean KL of 1\d nats"):
-        build_engine(replace(asked, model=taken_for, rank_tensors=rank_tensors), build.self_checker(source, taken_for))
+        build_engine(replace(asked, model=taken_for, rank_tensors=rank_tensors), self_checker(source, taken_for))
     assert not list(tmp_path.iterdir())
 
 
@@ -273,7 +274,7 @@ def test_a_bad_engine_is_refused_and_leaves_the_old_one(folder, spoil, tp_size):
     before = snapshot(folder)
     asked, source = request(folder, tp_size=tp_size, change=partial(spoilt, spoil, tp_size))
     with pytest.raises(EngineError, match=r"mean KL of (nan|\d+\.?\d*) nats.*--no_self_check") as error:
-        build_engine(asked, build.self_checker(source, asked.model))
+        build_engine(asked, self_checker(source, asked.model))
     assert "\n" not in str(error.value)
     assert snapshot(folder) == before
     build_engine(asked)  # unchecked, it is written
@@ -287,7 +288,7 @@ def test_the_check_fits_the_shortest_engine(tmp_path, capsys):
 
 
 def test_a_check_without_memory_for_it_is_skipped_and_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build, "fits_host_memory", lambda _: False)
+    monkeypatch.setattr("baichuan.cli.build.fits_host_memory", lambda _: False)
     assert build.main(scripts.build_flags(tmp_path, VERSION)) == 0
     assert "self-check skipped: the float32 weights take 0.0 GB of memory" in capsys.readouterr().err
     open_session(tmp_path, Solo(), VERSION)

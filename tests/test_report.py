@@ -16,8 +16,8 @@ from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.evaluation import html_report, report
 from baichuan.evaluation.datasets import Sample
+from baichuan.evaluation.request import Request
 from baichuan.evaluation.rouge import KINDS, Rouge
-from baichuan.evaluation.summary import Request
 from baichuan.evaluation.svg_chart import LETTER, WIDTH, Axis, Bar, bar_chart, tick_step
 from baichuan.evaluation.text_table import table
 from baichuan.evaluation.wording import conditions_text, decoding, speed_text

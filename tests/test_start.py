@@ -15,8 +15,12 @@ HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no_such_flag"]])
-def test_run_py_answers_without_the_libraries_that_it_runs_with(flags):
-    program = f"import sys, run\ntry: run.main({flags!r})\nfinally: print(sorted(set(sys.modules) & set({HEAVY!r})))"
+@pytest.mark.parametrize("script", ["build", "run", "summarize", "hf_baichuan_convert"])
+def test_a_script_answers_without_the_libraries_that_it_runs_with(script, flags):
+    program = (
+        f"import sys, {script}\ntry: {script}.main({flags!r})\n"
+        f"finally: print(sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 

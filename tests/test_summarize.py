@@ -22,10 +22,11 @@ from baichuan.engine.runtime import open_session
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.journal import run_all
+from baichuan.evaluation.request import Request
 from baichuan.evaluation.rouge import Rouge
 from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_log_likelihood
 from baichuan.evaluation.sides import EngineSide, HfSide, check_hf_sampling
-from baichuan.evaluation.summary import Evaluation, Request
+from baichuan.evaluation.summary import Evaluation
 from baichuan.evaluation.tasks import make_task, prompt_text
 from baichuan.evaluation.wording import decoding
 from baichuan.hf_model.modeling import load_hf_model

@@ -16,6 +16,7 @@ import pytest
 from tiny_engine import SAMPLES, engine
 
 import summarize
+from baichuan.cli.common import only_rank_zero
 from baichuan.engine.folder import Engine
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.parallel.comm import run_ranks
@@ -158,7 +159,7 @@ def test_what_this_machine_lacks(articles, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert summarize.main([*given, "--hf_device", "cuda"]) == 2
     assert "device cuda needs a GPU" in capsys.readouterr().err
-    monkeypatch.setattr(summarize, "float32_bytes", lambda model: 1 << 60)
+    monkeypatch.setattr("baichuan.cli.summarize.float32_bytes", lambda model: 1 << 60)
     assert summarize.main(given) == 2
     assert "the transformers model in fp32 needs 1152921504.61 GB of host memory" in capsys.readouterr().err
 
@@ -243,7 +244,7 @@ def test_an_error_in_one_rank_is_every_ranks():
             raise ConfigError("x is wrong; make it right")
 
         with pytest.raises(BaichuanError, match="x is wrong"):
-            summarize.only_rank_zero(comm, make)
-        return summarize.only_rank_zero(comm, lambda: comm.rank)
+            only_rank_zero(comm, make)
+        return only_rank_zero(comm, lambda: comm.rank)
 
     assert run_ranks(2, fail) == [0, None]

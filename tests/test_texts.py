@@ -6,7 +6,8 @@ import pandas
 import pytest
 
 from baichuan.errors import ConfigError
-from baichuan.text.texts import DEFAULT_DATASET, encode_texts, read_texts
+from baichuan.text.hub_dataset import CNN_DAILYMAIL
+from baichuan.text.texts import encode_texts, read_texts
 
 ROWS = [{"id": number, "article": f"text {number}", "highlights": "short"} for number in range(4)]
 
@@ -58,7 +59,7 @@ def test_without_a_network_one_sentence_names_the_flag(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigError, match="cannot be loaded from the hub .no route to the hub.; give --calib_dataset"):
-        read_texts(DEFAULT_DATASET, 3, "--calib_dataset")
+        read_texts(CNN_DAILYMAIL, 3, "--calib_dataset")
 
 
 class Letters:

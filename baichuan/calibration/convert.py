@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from typing import Any
 import torch
 
 from baichuan.calibration.calibrate import calibrate
-from baichuan.config import ModelConfig, require_range
+from baichuan.calibration.request import ConvertRequest
 from baichuan.engine.folder import staging
-from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.errors import UnsupportedError
 from baichuan.executors.device import resolve_device
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import scale_for
@@ -26,11 +24,10 @@ from baichuan.util.progress import Progress
 from baichuan.util.publishing import publish_folder
 from baichuan.weights.binary.config_ini import write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
-from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_TYPES, Layout
+from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
 from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.shard import LINEARS
-from baichuan.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,38 +36,12 @@ BYTES_PER_PROCESS = 256 << 20  # output per process; starting a process takes lo
 DISK_SLACK_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class ConvertRequest:
-    """One conversion."""
-
-    out_dir: Path  # the folder itself is out_dir/{tp_size}-gpu
-    model: ModelConfig
-    open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
-    tp_size: int = 1
-    processes: int = min(os.cpu_count() or 1, 16)
-    alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
-    storage_type: str = "fp32"
-    text_folder: Path | None = None  # its tokenizer and generation settings are copied
-    device: str = "auto"  # calibrates; one of device.DEVICES
-
-    def __post_init__(self):
-        require_range("tensor parallelism", self.tp_size, 1, 1024)
-        require_range("processes", self.processes, 1, 1024)
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ConfigError(f"SmoothQuant's alpha {self.alpha} is outside [0, 1]; 0.5 to 0.8 is a good choice")
-        self.model.check_tensor_parallel(self.tp_size)
-
-    @property
-    def folder(self) -> Path:
-        return self.out_dir / f"{self.tp_size}-gpu"
-
-
 def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Path:
     """Calibrate on the samples (token ids) and write the folder, which is returned.
 
     settings: what config.ini keeps of the command line and of the hub's config.json.
     """
-    layout = Layout(request.model, request.tp_size, STORAGE_TYPES[request.storage_type])
+    layout = Layout(request.model, request.tp_size, STORAGE_DTYPES[request.storage_type])
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
         ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, resolve_device(request.device))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_weight_copies
-from baichuan.config import SamplingConfig
+from baichuan.config import DEVICES, SamplingConfig
 from baichuan.errors import ConfigError
-from baichuan.evaluation.summary import Request
-from baichuan.executors.device import DEVICES
-from baichuan.parallel.comm import Communicator
+from baichuan.evaluation.request import Request
+
+if TYPE_CHECKING:
+    from baichuan.parallel.comm import Communicator
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))

@@ -7,10 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 from baichuan.errors import ConfigError
-from baichuan.text.hub_dataset import CNN_DAILYMAIL, hub_rows, load_dataset, reason
+from baichuan.text.hub_dataset import hub_rows, load_dataset, reason
 from baichuan.text.tokenizer import Tokenizer, check_ids
 
-DEFAULT_DATASET = CNN_DAILYMAIL
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 TEXT_COLUMNS = ("article", "text", "content")  # in order of preference; else the first column of text
 

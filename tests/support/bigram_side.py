@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from baichuan.evaluation.datasets import Sample
+from baichuan.evaluation.request import Request
 from baichuan.evaluation.rouge import Rouge
-from baichuan.evaluation.summary import Evaluation, Request
+from baichuan.evaluation.summary import Evaluation
 from baichuan.evaluation.tasks import make_task
 from baichuan.generation.decoding import Generation
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from trt_standin import Network
 
 import weight
-from baichuan.calibration.convert import ConvertRequest, convert
+from baichuan.calibration.convert import convert
+from baichuan.calibration.request import ConvertRequest
 from baichuan.config import VERSIONS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.base import Executor
 from baichuan.executors.cpu.reference import ReferenceExecutor

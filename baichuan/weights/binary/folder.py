@@ -23,7 +23,7 @@ from baichuan.weights.binary.layout import (
     MODULE_NAMES,
     NORM_NAMES,
     QKV,
-    STORAGE_TYPES,
+    STORAGE_DTYPES,
     Array,
     Layout,
     has_smoother,
@@ -135,7 +135,7 @@ class BinaryFolder:
             shape = " x ".join(map(str, array.shape))
             others = [
                 name
-                for name, dtype in STORAGE_TYPES.items()
+                for name, dtype in STORAGE_DTYPES.items()
                 if size == array.size // array.dtype.itemsize * dtype.itemsize
             ]
             hint = f", which would fit {others[0]} instead of {array.dtype.name}" if others else ""
@@ -237,16 +237,16 @@ def open_binary(
             f"build with --world_size {ranks}, or convert the checkpoint again with -tp {tp_size}"
         )
     storage = values.text("weight_data_type")
-    if storage not in STORAGE_TYPES:
+    if storage not in STORAGE_DTYPES:
         raise CheckpointError(
-            f"{path / CONFIG_NAME} says weight_data_type = {storage}; it is {' or '.join(STORAGE_TYPES)}"
+            f"{path / CONFIG_NAME} says weight_data_type = {storage}; it is {' or '.join(STORAGE_DTYPES)}"
         )
     if values.text("multi_query_mode", "False") != "False":
         raise CheckpointError(
             f"{path} is in multi-query mode, which no Baichuan model has; convert the checkpoint again"
         )
     model.check_tensor_parallel(tp_size)
-    return BinaryFolder(path, Layout(model, tp_size, STORAGE_TYPES[storage]), values.smoothed, device)
+    return BinaryFolder(path, Layout(model, tp_size, STORAGE_DTYPES[storage]), values.smoothed, device)
 
 
 def _torch_dtype(array: Array) -> torch.dtype:

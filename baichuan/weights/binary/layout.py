@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import STORAGE_TYPES, ModelConfig, QuantConfig
 from baichuan.weights.shard import LINEARS
 
 CONFIG_NAME = "config.ini"
-STORAGE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}  # config.ini's weight_data_type
+STORAGE_DTYPES = dict(zip(STORAGE_TYPES, map(np.dtype, ("<f4", "<f2")), strict=True))  # config.ini's weight_data_type
 FLOAT32, INT8 = np.dtype("<f4"), np.dtype("i1")
 
 GLOBAL_NAMES = {

@@ -1,0 +1,41 @@
+"""What is asked of a conversion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from baichuan.config import ModelConfig, require_range
+from baichuan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from baichuan.weights.source import Checkpoint
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """One conversion."""
+
+    out_dir: Path  # the folder itself is out_dir/{tp_size}-gpu
+    model: ModelConfig
+    open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
+    tp_size: int = 1
+    processes: int = min(os.cpu_count() or 1, 16)
+    alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
+    storage_type: str = "fp32"
+    text_folder: Path | None = None  # its tokenizer and generation settings are copied
+    device: str = "auto"  # calibrates; one of device.DEVICES
+
+    def __post_init__(self):
+        require_range("tensor parallelism", self.tp_size, 1, 1024)
+        require_range("processes", self.processes, 1, 1024)
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ConfigError(f"SmoothQuant's alpha {self.alpha} is outside [0, 1]; 0.5 to 0.8 is a good choice")
+        self.model.check_tensor_parallel(self.tp_size)
+
+    @property
+    def folder(self) -> Path:
+        return self.out_dir / f"{self.tp_size}-gpu"

@@ -1,0 +1,153 @@
+"""What build.py does: a checkpoint, or dummy weights, in; an engine out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import weight
+from baichuan.cli import build_records
+from baichuan.cli.common import check_device
+from baichuan.config import ModelConfig, QuantConfig
+from baichuan.engine import self_check
+from baichuan.engine.builder import BuildRequest, build_engine
+from baichuan.engine.folder import Engine
+from baichuan.engine.runtime import open_executor
+from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
+from baichuan.executors.base import Executor
+from baichuan.executors.device import resolve_device
+from baichuan.executors.memory import fits_host_memory, free_device_memory
+from baichuan.parallel.comm import Communicator
+from baichuan.text.settings import sampling_defaults
+from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.weights.binary.config_ini import BinaryConfig
+from baichuan.weights.hub.checkpoint import resolve_folder
+from baichuan.weights.hub.version import require_tokenizer
+
+logger = logging.getLogger(__name__)
+
+GPU_SLACK = 1.05  # GPU memory that the self-check needs, relative to the size of its float32 weights
+CHECK_TEXT = "世界上第二高的山峰是哪座？"
+
+
+def build(args: argparse.Namespace, comm: Communicator) -> int:
+    if comm.world_size > 1:
+        raise ConfigError(f"build.py was started on {comm.world_size} ranks; start it once, with --world_size instead")
+    check_device(args, comm)
+    backend = build_records.choose_backend(args.backend)
+    build_records.check_flags(args, backend)
+    source, model = open_source(args)
+    build_records.check_sizes(args, model)
+    limits = build_records.build_config(args, backend)
+    quant = build_records.quant_config(args, model)
+    if source.binary_folder:
+        say_unused_calibration(source.binary_folder, quant)
+    device = resolve_device(args.device)
+    rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
+    options = build_records.backend_options(args, backend)
+    check_text_files(source, model)
+    request = BuildRequest(
+        Path(args.output_dir),
+        model,
+        quant,
+        limits,
+        rank_tensors,
+        args.parallel_build,
+        options,
+        text_folder=source.folder,
+        dummy=source.folder is None,
+        device=device,
+    )
+    build_engine(request, None if args.no_self_check else self_checker(source, model, device))
+    logger.info("engine written to %s", args.output_dir)
+    return 0
+
+
+def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelConfig]:
+    """Where the weights come from, and the model that they make."""
+    source = weight.WeightSource(
+        resolve_folder(args.model_dir) if args.model_dir else None,
+        Path(args.bin_model_dir) if args.bin_model_dir else None,
+        Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None,
+    )
+    if source.folder is None:
+        logger.warning(
+            "neither --model_dir nor --bin_model_dir is given: the engine gets dummy weights and its text means nothing"
+        )
+        return source, build_records.dummy_model(args)
+    return source, weight.read_model(source, args.model_version, args.dtype)
+
+
+def say_unused_calibration(folder: Path, quant: QuantConfig) -> None:
+    """Warn where the engine uses nothing of what the folder was calibrated for."""
+    smoothed = BinaryConfig(folder).smoothed
+    if smoothed and quant.weights != "smooth_quant":
+        made_for, flags = "SmoothQuant", "--use_smooth_quant"
+    elif not smoothed and quant.kv_cache == "none" and quant.weights != "fp8":
+        made_for, flags = "an 8-bit KV cache or FP8", "--int8_kv_cache, --fp8_kv_cache or --enable_fp8"
+    else:
+        return
+    weights = "not quantised" if quant.weights == "none" else f"quantised to {quant.weights} alone"
+    logger.warning("%s was calibrated for %s and the engine is %s; add %s", folder, made_for, weights, flags)
+
+
+def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = "auto") -> Callable[[Engine], None]:
+    """The check of a finished engine, on `device`, against the checkpoint itself, in float32."""
+
+    def open_rank(engine: Engine, comm: Communicator) -> Executor:
+        return open_executor(engine, comm, device=device)
+
+    def check(engine: Engine) -> None:
+        if source.folder is None:
+            logger.info("self-check skipped: dummy weights leave nothing to compare the engine with")
+            return
+        size = self_check.float32_bytes(model)
+        on_gpu = resolve_device(device) == "cuda" and size * GPU_SLACK < free_device_memory(torch.device("cuda"))
+        if not (on_gpu or fits_host_memory(size)):
+            logger.info("self-check skipped: the float32 weights take %.1f GB of memory", size / 1e9)
+            return
+        start = time.perf_counter()
+        try:
+            engine.backend.require_runnable(engine.contract, engine.build.world_size)
+            ids = check_ids(source, model)[: engine.build.max_input_len]
+            where = "cuda" if on_gpu else "cpu"
+            expected = self_check.float_logits(weight.float_model(source, model, engine.build.world_size, where), ids)
+            agreement = self_check.check_engine(engine, partial(open_rank, engine), expected, ids)
+        except (CheckpointError, UnsupportedError) as error:
+            logger.info("self-check skipped: %s", error)
+            return
+        logger.info(
+            "self-check against the float32 weights: mean KL %.2g nats, same first choice at %.1f %% of the positions, "
+            "%.1f s",
+            agreement.kl,
+            100 * agreement.top1,
+            time.perf_counter() - start,
+        )
+
+    return check
+
+
+def check_text_files(source: weight.WeightSource, model: ModelConfig) -> None:
+    """Raise a BaichuanError for a tokenizer or generation settings of no use to the engine; say where it gets none."""
+    if source.folder is None:
+        return
+    sampling_defaults(model.model_version, source.folder)
+    if (source.folder / MODEL_NAME).is_file():
+        require_tokenizer(Tokenizer(source.folder), str(source.folder / MODEL_NAME), model)
+    else:
+        logger.warning(
+            "%s has no %s, so the engine gets none: run.py will need --tokenizer_dir", source.folder, MODEL_NAME
+        )
+
+
+def check_ids(source: weight.WeightSource, model: ModelConfig) -> list[int]:
+    """The self-check's prompt: a question by the checkpoint's own tokenizer, or seeded ids where there is none."""
+    if source.folder and (source.folder / MODEL_NAME).is_file():
+        return Tokenizer(source.folder).encode(CHECK_TEXT)
+    return self_check.default_ids(model.vocab_size)

@@ -1,0 +1,54 @@
+"""What hf_baichuan_convert.py does: a checkpoint and texts in, a calibrated folder out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+from baichuan.calibration.convert import convert
+from baichuan.calibration.request import ConvertRequest
+from baichuan.cli.common import check_device
+from baichuan.config import require_range
+from baichuan.errors import ConfigError
+from baichuan.parallel.comm import Communicator
+from baichuan.text.texts import encode_texts, read_texts
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.hub.checkpoint import open_checkpoint, resolve_folder
+from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
+
+logger = logging.getLogger(__name__)
+
+
+def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
+    if comm.world_size > 1:
+        raise ConfigError(f"{comm.world_size} ranks were started; start hf_baichuan_convert.py once, with -tp instead")
+    check_device(args, comm)
+    if args.smoothquant is None and not args.calibrate_kv_cache:
+        raise ConfigError(
+            "neither -kv nor -sq was given; add one, or build from the checkpoint itself with build.py --model_dir"
+        )
+    require_range("calib_size", args.calib_size, 1, 1 << 20)
+    require_range("calib_max_length", args.calib_max_length, 1, 1 << 16)
+    folder = resolve_folder(args.in_file)
+    hub_config = read_json_object(folder / "config.json", MAX_CONFIG_BYTES)
+    model = read_model_config(folder, args.model_version, "float32")
+    request = ConvertRequest(
+        Path(args.out_dir),
+        model,
+        partial(open_checkpoint, folder, model),
+        args.tensor_parallelism,
+        args.processes,
+        args.smoothquant,
+        args.storage_type,
+        folder,
+        args.device,
+    )
+    texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
+    if len(texts) < args.calib_size:
+        logger.warning("%s has %d texts, fewer than calib_size %d", args.calib_dataset, len(texts), args.calib_size)
+    samples = encode_texts(texts, Tokenizer(folder), args.calib_max_length, model.vocab_size)
+    written = convert(request, samples, vars(args) | hub_config | {"model_version": model.model_version})
+    logger.info("written to %s", written)
+    return 0

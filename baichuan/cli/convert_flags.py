@@ -1,0 +1,59 @@
+"""hf_baichuan_convert.py's flags.  Every default is a dataclass's."""
+
+from __future__ import annotations
+
+import argparse
+
+from baichuan.calibration.request import ConvertRequest
+from baichuan.cli.common import add_device, add_model_version
+from baichuan.config import STORAGE_TYPES
+from baichuan.text.hub_dataset import CNN_DAILYMAIL
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in-file", "--in_file", "-i", required=True, help="checkpoint in Hugging Face format: a folder or a hub id"
+    )
+    parser.add_argument("--out-dir", "--out_dir", "-o", required=True, help="write the folder OUT_DIR/{tp}-gpu")
+    parser.add_argument(
+        "--tensor-parallelism",
+        "--tensor_parallelism",
+        "-tp",
+        type=int,
+        default=ConvertRequest.tp_size,
+        help="number of ranks of the engine",
+    )
+    parser.add_argument(
+        "--processes", "-p", type=int, default=ConvertRequest.processes, help="number of processes that write"
+    )
+    parser.add_argument(
+        "--calibrate-kv-cache",
+        "--calibrate_kv_cache",
+        "-kv",
+        action="store_true",
+        help="calibrate the scales for an INT8 or FP8 KV cache and for FP8 weights",
+    )
+    parser.add_argument(
+        "--smoothquant",
+        "-sq",
+        type=float,
+        metavar="ALPHA",
+        help="calibrate for SmoothQuant with this strength, 0 to 1, and the KV cache as well",
+    )
+    parser.add_argument(
+        "--storage-type",
+        "--storage_type",
+        "-t",
+        choices=STORAGE_TYPES,
+        default=ConvertRequest.storage_type,
+        help="data type of weights that are not quantised",
+    )
+    add_model_version(parser, "must agree with the checkpoint (default: found from its files)")
+    add_device(parser, "calibrates")
+    parser.add_argument(
+        "--calib_dataset",
+        default=CNN_DAILYMAIL,
+        help="texts: a json, jsonl, csv, parquet or txt file, or the hub id of a data set",
+    )
+    parser.add_argument("--calib_size", type=int, default=512, help="number of texts")
+    parser.add_argument("--calib_max_length", type=int, default=512, help="tokens per text; the rest is cut off")

@@ -1,0 +1,216 @@
+"""What summarize.py does: articles summarised by engines and by the checkpoint, measured alike."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baichuan.cli.common import check_device, only_rank_zero
+from baichuan.cli.summarize_flags import DTYPES, check_flags, request_of
+from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
+from baichuan.engine.folder import Engine, check_world, read_engine
+from baichuan.engine.runtime import open_session
+from baichuan.engine.self_check import float32_bytes
+from baichuan.engine.text import open_text, require_text
+from baichuan.errors import ConfigError
+from baichuan.evaluation.datasets import load_samples
+from baichuan.evaluation.journal import run_all
+from baichuan.evaluation.request import Request
+from baichuan.evaluation.rouge import TOKENIZER, Rouge
+from baichuan.evaluation.sides import EngineSide, HfSide, Side, check_hf_sampling, enough_memory
+from baichuan.evaluation.summary import Evaluation, check_tasks
+from baichuan.evaluation.tasks import Task, make_task
+from baichuan.evaluation.wording import decoding
+from baichuan.executors.device import resolve_device
+from baichuan.executors.memory import require_host_memory
+from baichuan.generation.limits import check_request
+from baichuan.parallel.comm import Communicator
+from baichuan.text.printable import one_line
+from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
+from baichuan.weights.hub.config_json import read_model_config
+from baichuan.weights.hub.version import require_tokenizer
+
+logger = logging.getLogger(__name__)
+
+BELOW_THRESHOLD = 1  # exit code
+
+
+def summarize(args: argparse.Namespace, comm: Communicator) -> int:
+    check_flags(args, comm)
+    check_device(args, comm)
+    request = request_of(args)
+    engines = open_engines(args, comm) if args.test_trt_llm else []
+    check_limits(args, request, engines)
+    hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
+    output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
+    tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))
+    loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
+    tasks, data_settings = comm.broadcast_object(loaded)
+    scoring = args.eval_ppl or (args.test_trt_llm and args.test_hf)
+    only_rank_zero(comm, lambda: check_tasks(tasks, request, [engine.spec for engine in engines], scoring))
+    sides = open_sides(args, comm, engines, hf)
+    evaluation = Evaluation(
+        sides,
+        tasks,
+        request,
+        tokenizer,
+        rouge=Rouge() if comm.rank == 0 else None,
+        scoring=scoring,
+        reference=HfSide.key if engines and args.test_hf else None,
+    )
+    settings = {**data_settings, **run_settings(args, request, comm)}
+    run_all(evaluation, settings, output_dir, shows=comm.rank == 0)
+    return verdict(args, comm, evaluation)
+
+
+def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
+    """Every engine's record.  Raises ConfigError unless one tokenizer and one checkpoint fit all of them."""
+    engines = [read_engine(Path(folder)) for folder in args.engine_dir]
+    for engine in engines:
+        check_world(engine, comm, args.model_version)
+    for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):
+        if len(values := {getattr(engine.model, name) for engine in engines}) > 1:
+            found = ", ".join(f"{getattr(engine.model, name)} in {engine.folder}" for engine in engines)
+            raise ConfigError(f"{name} has {len(values)} values ({found}); compare engines of one checkpoint")
+    tokenizers = {str(engine.text_files[MODEL_NAME]["sha256"]) for engine in engines if MODEL_NAME in engine.text_files}
+    if len(tokenizers) > 1:
+        raise ConfigError(f"the engines have {len(tokenizers)} different tokenizers; compare engines of one checkpoint")
+    return engines
+
+
+def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
+    """Raise a BaichuanError, before anything is loaded, for limits that a side cannot hold with any article."""
+    for engine in engines:
+        check_request(engine.model, engine.build, [[0]], request.sampling, request.output_len)
+    if args.test_hf:
+        check_hf_sampling(request.sampling)
+        resolve_device(args.hf_device or args.device)
+
+
+def prepared_folder(output_dir: str | None) -> Path | None:
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model: ModelConfig | None) -> Tokenizer:
+    """The engines' own tokenizer, which a given one must equal; else --tokenizer_dir's or the checkpoint's."""
+    owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
+    given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
+    folder = resolve_tokenizer(given) if given else None
+    if owner and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
+        folder = None
+    if not engines:
+        assert folder is not None, "check_flags has required one"
+        tokenizer = Tokenizer(folder)
+        if hf_model:
+            require_tokenizer(tokenizer, str(given), hf_model)
+        return tokenizer
+    fallback = folder or (owner.folder if owner else None)  # the tokenizer of engines without their own
+    texts = [open_text(each, folder if MODEL_NAME in each.text_files else fallback) for each in engines]
+    return [require_text(*pair) for pair in zip(engines, texts, strict=True)][0]
+
+
+def load_tasks(
+    args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engines: Sequence[Engine]
+) -> tuple[list[Task], dict[str, Any]]:
+    """The articles as prompts, and what the report says of them."""
+    path = Path(args.dataset_path) if args.dataset_path else None
+    dataset = load_samples(path, request.batch_size * request.max_iterations)
+    limit = min((engine.build.max_input_len for engine in engines), default=None)  # tokens that all accept
+    tasks = [make_task(sample, tokenizer, request.max_input_length, limit) for sample in dataset.samples]
+    if cut := sum(task.left_out > 0 for task in tasks):
+        logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
+    return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
+
+
+def open_sides(
+    args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine], hf: tuple[Path, ModelConfig] | None
+) -> list[Side]:
+    """The engines on every rank, then the transformers model on rank 0.  hf: what find_hf found there."""
+    sides: list[Side] = []
+    for number, engine in enumerate(engines, start=1):
+        session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
+        sides.append(EngineSide(engine, session, f"engine_{number}" if len(engines) > 1 else "engine"))
+        if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
+            logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
+    tell_apart(sides)
+    if args.test_hf:
+        near = session.executor.device if engines else None
+        hf_side = only_rank_zero(comm, lambda: hf and open_hf(args, *hf, near))
+        sides += [hf_side] if hf_side else []
+    return sides
+
+
+def tell_apart(sides: Sequence[Side]) -> None:
+    """Add the folder to labels that several engines share."""
+    shared = [label for label, count in Counter(side.label for side in sides).items() if count > 1]
+    for side in sides:
+        if side.label in shared:
+            side.label += f", {side.facts['engine_dir']}"
+
+
+def find_hf(args: argparse.Namespace, engines: Sequence[Engine]) -> tuple[Path, ModelConfig]:
+    """The checkpoint's folder and its model, which must be of the engines' version."""
+    folder = resolve_folder(args.hf_model_dir)
+    version = args.model_version or (engines[0].model.model_version if engines else None)
+    return folder, read_model_config(folder, version, DTYPES[args.data_type])
+
+
+def open_hf(args: argparse.Namespace, folder: Path, model: ModelConfig, near: torch.device | None) -> HfSide:
+    """The transformers model; near: the engine's device, which it shares if that is a GPU."""
+    from baichuan.hf_model.modeling import load_hf_model
+
+    kind = resolve_device(args.hf_device or args.device)
+    device = near if near is not None and near.type == kind else torch.device(kind)
+    size = float32_bytes(model) * BYTES_PER_ELEMENT[model.dtype] // BYTES_PER_ELEMENT["float32"]
+    require_host_memory(size, f"the transformers model in {args.data_type}")  # the model is read into host memory first
+    with enough_memory():
+        return HfSide(load_hf_model(folder, model.model_version, model.dtype, device), str(args.hf_model_dir))
+
+
+def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:
+    """The settings that the figures were obtained with, as JSON values."""
+    return {
+        "batch_size": request.batch_size,
+        "max_ite": request.max_iterations,
+        "output_len": request.output_len,
+        "max_input_length": request.max_input_length,
+        "decoding": decoding(request.sampling),
+        "sampling": to_json(request.sampling),
+        "eval_ppl": request.eval_ppl,
+        "rouge_tokenizer": TOKENIZER,
+        "world_size": comm.world_size,
+        "tokenizer_dir": args.tokenizer_dir or args.hf_model_dir or args.engine_dir,
+    }
+
+
+def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation) -> int:
+    """Exit code, the same on every rank."""
+    if not args.check_accuracy:
+        return 0
+    threshold, low = args.tensorrt_llm_rouge1_threshold, {}
+    if comm.rank == 0:
+        engines = [side for side in evaluation.sides if side.key != HfSide.key]
+        scores = {side.label: evaluation.figures(side.key).rouge["rouge1"].value for side in engines}
+        low = {label: score for label, score in scores.items() if score < threshold}
+        for label, score in low.items():
+            print(
+                f"{Path(__file__).name}: ROUGE-1 of {one_line(label)} is {score:.2f} and at least {threshold:g} is "
+                "required; compare with --test_hf, or build with a finer quantisation",
+                file=sys.stderr,
+            )
+    return BELOW_THRESHOLD if comm.broadcast_object(low) else 0
