@@ -93,7 +93,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library
-        library.add_rms_norm.restype = library.silu_mul.restype = library.store_tokens.restype = None
+        library.add_rms_norm.restype = library.silu_mul.restype = None
         norm = (c_void_p, c_void_p, c_void_p, c_float)  # x, residual, weight, eps
         library.add_rms_norm.argtypes = (*norm, c_int64, c_void_p, c_void_p, c_int)
         library.norm_product.argtypes = (*norm, c_void_p, c_void_p, c_void_p, c_int)
@@ -152,20 +152,22 @@ class Kernels:
         self._library.silu_mul(byref(_rows(gate_up)), c_int64(width), _argument(y), torch.get_num_threads())
         return y
 
-    def store_tokens(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Rotate q and k within qkv (RoPE), and store k and v.  rows, positions in the cache: [num_tokens] int64"""
-        self._library.store_tokens(
-            byref(cache), byref(_rows(qkv)), _argument(rows), _argument(positions), torch.get_num_threads()
-        )
+    def attend(
+        self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        """Rotate q and k in qkv (RoPE), store k and v, then each token's attention over the keys up to its position.
 
-    def attend(self, cache: _Cache, qkv: Tensor, rows: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """store_tokens, then each token's attention over the keys up to its position.  longest: above every position"""
+        rows, positions: [num_tokens] int64, in the cache; cu_seqlens: [batch_size + 1] int32; longest: above every
+        position
+        """
         y = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype)
         done = self._library.attend(
             byref(cache),
             byref(_rows(qkv)),
             _argument(rows),
             _argument(positions),
+            _argument(cu_seqlens),
+            c_int64(cu_seqlens.shape[0] - 1),
             c_int64(longest),
             _argument(y),
             torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""ops.Ops by the C kernels, and by PyTorch where its operators are faster."""
+"""ops.Ops by the C kernels; some products by PyTorch where its operators are faster."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from baichuan.executors.cpu.native import Kernels, cache_struct
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.parallel.comm import Communicator
 from baichuan.records import AttentionSpec, LayerCache, Step, Weight
-
-FEW_QUERIES = 8  # up to this many new tokens per sequence, attention runs token by token in a C kernel
 
 
 class CpuOps(ReferenceOps):
@@ -55,10 +53,7 @@ class CpuOps(ReferenceOps):
         struct = self._caches.get(cache)
         if struct is None:
             struct = self._caches[cache] = cache_struct(cache, self.cos, self.sin, self.slopes)
-        if step.max_new_tokens <= FEW_QUERIES:
-            return self.kernels.attend(struct, qkv, rows, positions, step.max_context_length)
-        self.kernels.store_tokens(struct, qkv, rows, positions)
-        return self.attend_stored(qkv.unflatten(-1, (3, spec.num_heads, -1))[:, 0], cache, step)
+        return self.kernels.attend(struct, qkv, rows, positions, step.cu_seqlens, step.max_context_length)
 
     def _places(self, step: Step) -> tuple[Tensor, Tensor]:
         """Each token's row and position in the cache, computed once per step."""

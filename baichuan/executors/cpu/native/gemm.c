@@ -1,9 +1,8 @@
 /* y = x @ Wᵀ for many tokens: W is converted to float32 in blocks that stay in the cache, each block once.
 
    A panel holds WIDTH tokens as [channels, WIDTH], so that one weight is multiplied by WIDTH tokens at once. */
-#include "products.h"
+#include "tile.h"
 
-#define WIDTH (2 * LANES)
 #if LANES == 8
 #define ROWS 6
 #else
@@ -55,20 +54,13 @@ static void unpack_row(const struct matrix *w, size_t row, size_t i, size_t n, f
 }
 
 /* sums[ROWS][tokens] += rows of W times a panel, over n channels; with SmoothQuant the sums are exact integers. */
-static void multiply(const float *w, const float *panel, size_t n, float *sums, size_t tokens, int integers) {
-    vf total[ROWS][2] = {0};
-    for (size_t k = 0; k < n; k++) {
-        vf a = LOAD(vf, panel + k * WIDTH), b = LOAD(vf, panel + k * WIDTH + LANES);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            vf weight = splat(w[r * PITCH + k]);
-            total[r][0] += weight * a;
-            total[r][1] += weight * b;
-        }
-    }
+static void add_product(const float *w, const float *panel, size_t n, float *sums, size_t tokens, int integers) {
+    vf total[ROWS][2];
+    multiply(ROWS, w, PITCH, 1, panel, n, total);
+    if (!integers) return add_tile(ROWS, sums, tokens, total);
     UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int half = 0; half < 2; half++) {
-        float *to = sums + r * tokens + half * LANES;
-        vf before = LOAD(vf, to);
-        vf after = integers ? (vf)((vi)before + __builtin_convertvector(total[r][half], vi)) : before + total[r][half];
+        int32_t *to = (int32_t *)sums + r * tokens + half * LANES;
+        vi after = LOAD(vi, to) + __builtin_convertvector(total[r][half], vi);
         memcpy(to, &after, sizeof after);
     }
 }
@@ -83,8 +75,8 @@ static void stripe(const struct matrix *w, size_t row, const float *panels, size
         for (size_t r = 0; r < rows; r++) unpack_row(w, row + r, i, n, block + r * PITCH);
         for (size_t t = 0; t < tokens; t += WIDTH)
             for (size_t r = 0; r < rows; r += ROWS)
-                multiply(block + r * PITCH, panels + t * stride + i * WIDTH, up_to(n, STEP), sums + r * tokens + t,
-                         tokens, w->w8a8);
+                add_product(block + r * PITCH, panels + t * stride + i * WIDTH, up_to(n, STEP), sums + r * tokens + t,
+                            tokens, w->w8a8);
     }
 }
 
