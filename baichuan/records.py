@@ -40,10 +40,11 @@ class Int8Weight(_Matrix):
 
 @dataclass(frozen=True, eq=False)
 class Int4Weight:
-    """y = x @ (unpack(packed) * scale)ᵀ: symmetric, one scale per output channel and group of inputs"""
+    """y = x @ ((unpack(packed) - zero) * scale)ᵀ: one scale, and where given one zero, per output channel and group"""
 
     packed: Tensor  # [out_features, in_features / 2] uint8, even input channel in the low nibble, two's complement
     scale: Tensor  # [out_features, in_features / group_size] in the model's dtype; one group = the whole row
+    zero: Tensor | None = None  # int8, as scale, -16 to 16; None = symmetric
 
     @property
     def shape(self) -> tuple[int, int]:

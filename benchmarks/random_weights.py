@@ -27,6 +27,8 @@ PRECISIONS = {
     "int4": QuantConfig("int4", group_size=32),
     "int4_per_channel": QuantConfig("int4"),
     "int4_g128": QuantConfig("int4", group_size=128),
+    "int4_zeros": QuantConfig("int4", group_size=32, zero_points=True),
+    "int4_g128_zeros": QuantConfig("int4", group_size=128, zero_points=True),
     "smooth_quant": QuantConfig("smooth_quant", per_channel=True),
     "smooth_quant_per_token": QuantConfig("smooth_quant", per_channel=True, per_token=True),
     "fp8": QuantConfig("fp8"),
@@ -91,7 +93,8 @@ class RandomWeights:
                 scale = torch.full(
                     (out_features, groups), deviation / INT4_DEVIATION, dtype=self.dtype, device=self.device
                 )
-                return Int4Weight(packed, scale)
+                zero = self._integers((out_features, groups), -2, 3) if self.quant.zero_points else None
+                return Int4Weight(packed, scale, zero)
             case "smooth_quant":
                 return SmoothQuantWeight(
                     weight=self._integers(shape, -127, 128),

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 
 import golden_sessions
 import op_cases
@@ -66,6 +67,9 @@ def cases(shape):
                 groups = dequantise(Int4Weight(weight.packed, torch.ones_like(weight.scale))).double()
                 scales = weight.scale.double().repeat_interleave(shape[1] // weight.scale.shape[1], 1)
                 yield f"int4 in groups of {group}, {dtype}", weight, groups * scales
+            zero = (5 * normal(*weight.scale.shape, seed=7)).round().clamp(-16, 16).to(torch.int8)
+            zeros = zero.double().repeat_interleave(shape[1] // zero.shape[1], 1)
+            yield f"int4 with zeros, groups of {group}", replace(weight, zero=zero), (groups - zeros) * scales
     scale = torch.full((shape[0],), 0.001)
     fp8 = quantise(matrix, scale[:, None], torch.float8_e4m3fn)
     yield "fp8", Fp8Weight(fp8, scale, torch.tensor([0.02])), fp8.double() * 0.001

@@ -27,10 +27,23 @@ def quantised(group_size):
     return Int4Weight(*quantise_int4(matrix, group_size, torch.float16))
 
 
+def with_zeros(weight):
+    """The record with a zero from -2 to 2 for each scale."""
+    return replace(weight, zero=(torch.arange(weight.scale.numel()) % 5 - 2).to(torch.int8).view(weight.scale.shape))
+
+
+WEIGHTS = {
+    "int8": quantised(None),
+    "int4": quantised(0),
+    "int4 in groups": quantised(32),
+    "int4 with zeros": with_zeros(quantised(0)),
+    "int4 in groups with zeros": with_zeros(quantised(32)),
+}
+
+
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("group_size", [None, 0, 32], ids=["int8", "int4", "int4 in groups"])
-def test_dequantised_matrix(group_size, dtype):
-    weight = quantised(group_size)
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+def test_dequantised_matrix(weight, dtype):
     dense, expected = dequantise_to(to_device(weight), dtype), dequantise(weight)
     assert dense.dtype == dtype
     assert relative_error(dense, expected) < ROUNDED[dtype]

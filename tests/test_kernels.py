@@ -210,15 +210,25 @@ def test_gemv_int8(gate):
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("group_size", [0, 32, 128])
-def test_gemv_int4(gate, group_size):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gemv_int4(gate, group_size, zeros):
     """12 chunks of 32 channels: a block of words is not filled, and a group of 128 is split over none."""
     x = normal(1, 384)
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
+    zero = zeros_of(scale) if zeros else None
     int16 = quantise_rows(x, Int16(deinterleaved=True))
-    y = gemv_int(int16, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1))
-    expected = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale)).double().T
+    y = gemv_int(int16, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1), zero)
+    expected = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale, zero)).double().T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32
+    if zeros:
+        wrong = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale)).double().T
+        assert relative_error(y, gated(wrong) if gate else wrong) > 0.1, "the control: without zeros"
+
+
+def zeros_of(scale):
+    """Zeros from -16 to 16, as a weight of this scale may have them."""
+    return (5 * normal(*scale.shape, seed=9, dtype=torch.float32)).round().clamp(-16, 16).to(torch.int8)
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -257,17 +267,19 @@ def test_gemm_of_floats_and_of_int8_weights(dtype, tile):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [0, 16, 32, 64])
-def test_gemm_of_int4_weights(dtype, group_size, tile):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gemm_of_int4_weights(dtype, group_size, tile, zeros):
     """Blocks of 64 and 32 channels hold several groups, one, or a part of one."""
     if dtype == torch.bfloat16 and DEVICE.type == "cpu":
         pytest.skip("the interpreter cannot multiply bfloat16 matrices")
     width = 96 if group_size < 64 else 192
     x, weight = normal(19, width, dtype=dtype), normal(40, width, seed=1, dtype=torch.float32)
     packed, scale = quantise_int4(weight, group_size, dtype)
-    expected = x.double() @ dequantise(Int4Weight(packed, scale)).double().T
+    zero = zeros_of(scale) if zeros else None
+    expected = x.double() @ dequantise(Int4Weight(packed, scale, zero)).double().T
     operand = quantise_rows(x, Deinterleaved())
-    assert relative_error(gemm_int4(operand, packed, scale, dtype, tile), expected) < bound(dtype)
-    wrong = gemm_int4(replace(operand, values=x), packed, scale, dtype, tile)
+    assert relative_error(gemm_int4(operand, packed, scale, dtype, tile, zero), expected) < bound(dtype)
+    wrong = gemm_int4(replace(operand, values=x), packed, scale, dtype, tile, zero)
     assert relative_error(wrong, expected) > 0.5, "the control: x as it is"
 
 

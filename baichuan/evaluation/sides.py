@@ -197,6 +197,8 @@ def _quantisation(quant: QuantConfig) -> Iterator[str]:
         yield TYPES[quant.weights].label
     if quant.weights == "int4":
         yield f"groups of {quant.group_size}" if quant.group_size else "per channel"
+    if quant.zero_points:
+        yield "zero points"
     yield from (name for name in ("per token", "per channel") if getattr(quant, name.replace(" ", "_")))
     if quant.quantize_lm_head:
         yield "lm_head too"

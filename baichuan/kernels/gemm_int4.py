@@ -14,7 +14,8 @@ PARTS equal parts of a block's channels, each of which lies in one group.  For B
     GROUP 32:   | scale 0 | scale 1 | scale 2 | scale 3 |      4 parts of 32 channels
     GROUP 128:  | scale 0 | scale 0 | scale 0 | scale 0 |      4 parts as well: fewer would cost time, see below
 
-Where the whole row is one group (GROUP = 0), y is scaled instead.
+Where the whole row is one group (GROUP = 0), y is scaled instead.  Where groups have a zero (ZERO), it is subtracted
+from the floats, small whole numbers, before they are scaled; one group is then a group like others.
 """
 
 from __future__ import annotations
@@ -76,29 +77,35 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
 
 @triton.jit
 def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The scales [BLOCK_N, PARTS] of PARTS parts of WIDTH channels each from channel `start` on.
+    """The scales, or zeros, [BLOCK_N, PARTS] of PARTS parts of WIDTH channels each from channel `start` on.
 
-    rows: pointers [BLOCK_N, 1] to each row's first scale
+    rows: pointers [BLOCK_N, 1] to each row's first one
     """
     part = tl.arange(0, PARTS)
     group = start // GROUP + part if WIDTH == GROUP else (start + part * WIDTH) // GROUP
-    return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0.0)
+    return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0)
 
 
 @triton.jit
-def _times_part_scales(values, scales, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr):
-    """values [BLOCK_N, HALF] with each of the PARTS equal parts of a row times its scale in scales [BLOCK_N, PARTS]."""
-    parts = tl.reshape(values, (BLOCK_N, PARTS, HALF // PARTS)) * scales.to(values.dtype)[:, :, None]
-    return tl.reshape(parts, (BLOCK_N, HALF))
+def _times_part_scales(values, scales, zeros, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+                       ZERO: tl.constexpr):  # fmt: skip
+    """(values [BLOCK_N, HALF] - zeros) * scales, where each of the PARTS equal parts of a row has one of both.
+
+    scales, with ZERO also zeros: [BLOCK_N, PARTS]
+    """
+    parts = tl.reshape(values, (BLOCK_N, PARTS, HALF // PARTS))
+    if ZERO:
+        parts -= zeros.to(values.dtype)[:, :, None]
+    return tl.reshape(parts * scales.to(values.dtype)[:, :, None], (BLOCK_N, HALF))
 
 
 @triton.jit
 def _gemm_int4(
-    x, weight, scale,
+    x, weight, scale, zero,
     num_rows, in_features, out_features,
     y,
-    GROUP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -117,6 +124,8 @@ def _gemm_int4(
         WIDTH: tl.constexpr = BLOCK_K // PARTS
         scale_rows = scale + row * (in_features // GROUP)
         next_scales = _part_scales(scale_rows, first, in_features, GROUP, PARTS, WIDTH)
+        zero_rows = zero + row * (in_features // GROUP)
+        next_zeros = _part_scales(zero_rows, first, in_features, GROUP, PARTS, WIDTH) if ZERO else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # With few rows a product is done before the sum that it is added to is ready: two sums wait half as often.
     TWO_SUMS: tl.constexpr = BLOCK_M < 32
@@ -128,10 +137,12 @@ def _gemm_int4(
         x_odd = tl.load(x_rows + width + byte, byte < width, other=0.0)
         even, odd = _int4_to_dtype(packed, x_even.dtype)
         if GROUP > 0:
-            scales = next_scales  # loaded one block ahead, so that the loop does not wait for memory
+            scales, zeros = next_scales, next_zeros  # loaded one block ahead, so that the loop does not wait for memory
             next_scales = _part_scales(scale_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
-            even = _times_part_scales(even, scales, BLOCK_N, HALF, PARTS)
-            odd = _times_part_scales(odd, scales, BLOCK_N, HALF, PARTS)
+            if ZERO:
+                next_zeros = _part_scales(zero_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
+            even = _times_part_scales(even, scales, zeros, BLOCK_N, HALF, PARTS, ZERO)
+            odd = _times_part_scales(odd, scales, zeros, BLOCK_N, HALF, PARTS, ZERO)
         acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
         if TWO_SUMS:
             odd_acc = tl.dot(odd, tl.trans(x_odd), odd_acc, input_precision="ieee")
@@ -142,21 +153,32 @@ def _gemm_int4(
     store_tile(tl.trans(acc), scale, scale, m, n, num_rows, out_features, y, SPLIT, False, False, GROUP == 0)
 
 
-GEMM_INT4 = KernelSpec(_gemm_int4, ("x", "weight", "scale"), ("num_rows", "in_features", "out_features"), ("y",))
+GEMM_INT4 = KernelSpec(
+    _gemm_int4, ("x", "weight", "scale", "zero"), ("num_rows", "in_features", "out_features"), ("y",)
+)
 
 
-def gemm_int4(x: Operand, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
-    """y = x @ W(weight, scale)ᵀ for records.Int4Weight.
+def gemm_int4(
+    x: Operand,
+    weight: Tensor,
+    scale: Tensor,
+    out_dtype: torch.dtype,
+    tile: Tile | None = None,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """y = x @ W(weight, scale, zero)ᵀ for records.Int4Weight.
 
     x: [num_tokens, in_features], Deinterleaved; weight: [out_features, in_features / 2] uint8;
-    scale: [out_features, groups]; tile: None = what measured fastest -> [num_tokens, out_features]
+    scale, zero: [out_features, groups]; tile: None = what measured fastest -> [num_tokens, out_features]
     """
     assert isinstance(x.form, Deinterleaved)
     num_tokens, in_features = x.values.shape
     out_features, groups = weight.shape[0], scale.shape[1]
     tile = tile or choose_tile(num_tokens, in_features, out_features, x.values.dtype, weight.dtype)
     y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
-    group = {"GROUP": 0 if groups == 1 else in_features // groups}
-    scales = {"COLUMN_SCALES": groups == 1, "X_SCALE": False, "ROW_SCALES": False}
-    multiply(GEMM_INT4, tile, (x.values, weight, scale), group, y, torch.float32, (scale, scale), scales)
+    by_column = groups == 1 and zero is None  # y is scaled
+    constants = {"GROUP": 0 if by_column else in_features // groups, "ZERO": zero is not None}
+    inputs = (x.values, weight, scale, scale if zero is None else zero)
+    scales = {"COLUMN_SCALES": by_column, "X_SCALE": False, "ROW_SCALES": False}
+    multiply(GEMM_INT4, tile, inputs, constants, y, torch.float32, (scale, scale), scales)
     return y

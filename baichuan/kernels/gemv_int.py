@@ -13,6 +13,9 @@ its signed value; the factor 1 / 16 is applied at the end.  A word then meets tw
     word of weights      w7 w6 | w5 w4 | w3 w2 | w1 w0
     (word << 4) & F0..   w6 .  | w4 .  | w2 .  | w0 .       dp4a with the word  x6 x4 x2 x0  of even channels
      word       & F0..   w7 .  | w5 .  | w3 .  | w1 .       dp4a with the word  x7 x5 x3 x1  of odd channels
+
+Where a group has a zero (ZERO), sum((w - zero) * x) = sum(w * x) - zero * sum(x): the token's own sums are those of a
+row of ones, made once for all rows of a program.
 """
 
 from __future__ import annotations
@@ -81,18 +84,35 @@ def _as_float(digits, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                DIGITS: tl.constexpr):  # fmt: skip
-    """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
-
-    A group is a multiple of four words.  scales: pointers [BLOCK_N, 1] to each row's first scale
-    """
+def _sums_of_fours(sums, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
+    """The sums of every four words: [BLOCK_N, BLOCK_K / 4] float32."""
     fours = ()
     for digit in tl.static_range(DIGITS):
         fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
+    return _as_float(fours, DIGITS)
+
+
+@triton.jit
+def _token_sums(x_words, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
+    """The token's own sums over every four words, as a row of ones has them: [1, BLOCK_K / 4] float32."""
+    ones = tl.full((1, BLOCK_K), 0x11111111, tl.int32)
+    return _sums_of_fours(_add_words(_zeros(1, BLOCK_K, DIGITS), ones, x_words, DIGITS, True), 1, BLOCK_K, DIGITS)
+
+
+@triton.jit
+def _group_sums(sums, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+    """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
+
+    A group is a multiple of four words.  scales, zeros: pointers [BLOCK_N, 1] to each row's first one;
+    x_sums: of _token_sums, with ZERO
+    """
+    result = _sums_of_fours(sums, BLOCK_N, BLOCK_K, DIGITS)
     first = k + tl.arange(0, BLOCK_K // 4) * 4
-    scale = tl.load(scales + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0.0)
-    return _as_float(fours, DIGITS) * scale.to(tl.float32)
+    group, inside = (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :]
+    if ZERO:
+        result -= tl.load(zeros + group, inside, other=0).to(tl.float32) * x_sums
+    return result * tl.load(scales + group, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -105,12 +125,13 @@ def _row_sums(sums, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(sums, total, w, x_words, scales, k, words, WORDS_PER_GROUP: tl.constexpr, INT4: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+def _add_block(sums, total, w, x_words, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr,
+               INT4: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+               DIGITS: tl.constexpr):  # fmt: skip
     """(sums, total) with the block of words from word k on: in total, scaled, where there are groups, else in sums."""
     if WORDS_PER_GROUP > 0:
         part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), w, x_words, DIGITS, INT4)
-        total += _group_sums(part, scales, k, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
+        total += _group_sums(part, scales, zeros, x_sums, k, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS)
     else:
         sums = _add_words(sums, w, x_words, DIGITS, INT4)
     return sums, total
@@ -118,10 +139,10 @@ def _add_block(sums, total, w, x_words, scales, k, words, WORDS_PER_GROUP: tl.co
 
 @triton.jit
 def _gemv_int(
-    x, x_scale, weight, scale,
+    x, x_scale, weight, scale, zero,
     chunks, out_features,
     y,
-    DIGITS: tl.constexpr, INT4: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, GATED: tl.constexpr,
+    DIGITS: tl.constexpr, INT4: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
@@ -134,9 +155,10 @@ def _gemv_int(
     rows = (weight + row * words)[:, None]
     # Beyond the row's end w may be anything, because x is 0 there.
     w = tl.load(rows + columns[None, :], (columns < words)[None, :])
-    scales, total, row_scale = scale, 0.0, 1.0
+    scales, zeros, total, row_scale = scale, zero, 0.0, 1.0
     if GROUPED:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
+        zeros = zero + row[:, None] * (words // WORDS_PER_GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
     else:
         row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
@@ -144,9 +166,10 @@ def _gemv_int(
     if GATED:
         up_rows = rows + out_features.to(tl.int64) * words
         w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
-        up_scales, up_total, up_scale = scale, 0.0, 1.0
+        up_scales, up_zeros, up_total, up_scale = scale, zero, 0.0, 1.0
         if GROUPED:
             up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
+            up_zeros = zeros + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
             up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
         else:
             up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
@@ -160,15 +183,19 @@ def _gemv_int(
         x_words = ()
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
+        x_sums = 0.0
+        if ZERO:
+            x_sums = _token_sums(x_words, BLOCK_K, DIGITS)
         current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
-        sums, total = _add_block(sums, total, current, x_words, scales, start, words, WORDS_PER_GROUP, INT4,
-                                 BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+        sums, total = _add_block(sums, total, current, x_words, scales, zeros, x_sums, start, words, WORDS_PER_GROUP,
+                                 INT4, ZERO, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
             current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
-            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, start, words,
-                                           WORDS_PER_GROUP, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, up_zeros, x_sums, start,
+                                           words, WORDS_PER_GROUP, INT4, ZERO, BLOCK_N, BLOCK_K,
+                                           DIGITS)  # fmt: skip
     factor = tl.load(x_scale)
     if INT4:
         factor *= 0.0625
@@ -181,7 +208,7 @@ def _gemv_int(
     tl.store(y + n, result.to(y.dtype.element_ty), inside)
 
 
-GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale"), ("chunks", "out_features"), ("y",))
+GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale", "zero"), ("chunks", "out_features"), ("y",))
 
 
 # What measures fastest on an H200, by the matrix's shape and the integers: weights and token of one byte (w8a8), or an
@@ -212,13 +239,14 @@ def gemv_int(
     out_dtype: torch.dtype,
     gated: bool = False,
     block: GemvBlock | None = None,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """y = x @ W(weight, scale)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
+    """y = x @ W(weight, scale, zero)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
 
     x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved; gated: silu(first half of y) * second half;
     weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8,
     each group a multiple of 32 channels; scale: [out_features], or [out_features, groups] for uint8; block: None = the
-    table's -> [1, out_features], or half of it if gated
+    table's; zero: None, or as scale for uint8 -> [1, out_features], or half of it if gated
     """
     int4 = weight.dtype == torch.uint8
     assert x.scale is not None
@@ -231,13 +259,14 @@ def gemv_int(
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
         (cdiv(out_features, block.block_n),),
-        (x.values.view(torch.int32), x.scale, weight.view(torch.int32), scale),
+        (x.values.view(torch.int32), x.scale, weight.view(torch.int32), scale, scale if zero is None else zero),
         (words // 4, out_features),
         (y,),
         {
             "DIGITS": digits,
             "INT4": int4,
-            "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
+            "WORDS_PER_GROUP": 0 if groups == 1 and zero is None else words // groups,
+            "ZERO": zero is not None,
             "GATED": gated,
             "BLOCK_N": block.block_n,
             "BLOCK_K": block.block_k,

@@ -1,4 +1,4 @@
-"""Weight-only quantisation: symmetric integers with one scale per output channel, or per group of input channels.
+"""Weight-only quantisation: integers with one scale per output channel, or per group of input channels.
 
 Every function works on whole rows, [n, in_features]: a row's scales depend on that row alone, so a matrix may come
 in any blocks of rows and be cut into any columns afterwards, and the integers stay the same.
@@ -92,9 +92,11 @@ def dequantise(weight: Int8Weight | Int4Weight, rows: slice = slice(None), out: 
     match weight:
         case Int8Weight(q, scale):
             return torch.mul(q[rows], scale[rows, None], out=out)
-        case Int4Weight(packed, scale):
+        case Int4Weight(packed, scale, zero):
             groups = (scale.shape[1], -1)
             q = unpack_int4(packed[rows]).unflatten(-1, groups)
+            if zero is not None:
+                q -= zero[rows, :, None]
             out = None if out is None else out.unflatten(-1, groups)
             return torch.mul(q, scale[rows, :, None].float(), out=out).flatten(-2)
         case _:

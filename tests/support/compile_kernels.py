@@ -29,6 +29,7 @@ QUANTS = {
     "int8": QuantConfig("int8", kv_cache="int8"),
     "int4": QuantConfig("int4", kv_cache="fp8"),
     "int4 in groups": QuantConfig("int4", group_size=32),
+    "int4 with zeros": QuantConfig("int4", group_size=128, zero_points=True),
     "smooth_quant": QuantConfig("smooth_quant", per_token=True, per_channel=True),
     "fp8": QuantConfig("fp8"),
 }

@@ -131,8 +131,12 @@ def weights(kind, out_features=48, in_features=64, seed=3, dtype=torch.float32):
         low, high = (packed & 15).long(), (packed >> 4).long()
         q = torch.stack((low, high), -1).flatten(1)
         q = torch.where(q > 7, q - 16, q).double()
+        zero = None
+        if "zero" in kind:
+            zero = normal(*scale.shape, seed=7).mul(4).round().clamp(-16, 16).to(torch.int8)
+            q -= zero.double().repeat_interleave(in_features // scale.shape[1], 1)
         dense = (q.unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1)
-        return Int4Weight(packed, scale), lambda x: x @ dense.T
+        return Int4Weight(packed, scale, zero), lambda x: x @ dense.T
     smoother = (normal(in_features, seed=4).abs() + 0.5) if "smoother" in kind else None
     static = torch.tensor([0.02]) if "static" in kind or kind == "fp8" else None
     if kind == "fp8":
@@ -241,12 +245,14 @@ KINDS = {
     "int8": ROUNDING,
     "int4": 1e-4,  # a kernel may sum integers with an offset, which costs a few bits of float32
     "int4 group": 1e-4,
+    "int4 zero": 1e-4,
+    "int4 group zero": 1e-4,
     "smooth_quant": NEIGHBOUR,
     "smooth_quant static": NEIGHBOUR,
     "smooth_quant smoother": NEIGHBOUR,
     "fp8": 0.05,  # e4m3 has 3 bits
 }
-HALF_KINDS = ("dense", "int8", "int4", "int4 group")
+HALF_KINDS = ("dense", "int8", "int4", "int4 group", "int4 group zero")
 CASES = [
     Case("embedding", rope(), embedding, 0.0),
     *(

@@ -22,7 +22,8 @@ from baichuan.config import VERSIONS, BuildConfig, ModelConfig, QuantConfig
 from baichuan.executors.base import Executor
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Communicator, run_ranks
-from baichuan.records import ModelWeights, Step
+from baichuan.records import Int4Weight, ModelWeights, Step
+from baichuan.weights.shard import LINEARS
 
 # Ten heads have slopes of two powers of two, and five a rank; 51 ids have to be padded for two ranks; the sizes divide
 # by INT4's groups.
@@ -49,6 +50,7 @@ QUANTS = {
     "int8-kv_int8": QuantConfig("int8", kv_cache="int8"),
     "smooth_quant-kv_int8": replace(SMOOTH["smooth_quant-per_token-per_channel"], kv_cache="int8"),
     "fp8-kv_fp8": QuantConfig("fp8", kv_cache="fp8"),
+    "int4-g32-zeros": QuantConfig("int4", group_size=32, zero_points=True),
 }
 
 
@@ -75,7 +77,19 @@ def _folder(version: str, tp_size: int, smooth: bool) -> Path:
 def weights(config: ModelConfig, quant: QuantConfig, rank: int = 0, tp_size: int = 1) -> ModelWeights:
     """One rank's weights, by way of the binary folder."""
     folder = _folder(config.model_version, tp_size, quant.weights == "smooth_quant")
-    return weight.load_rank(weight.WeightSource(binary_folder=folder), config, quant, rank, tp_size)
+    loaded = weight.load_rank(weight.WeightSource(binary_folder=folder), config, quant, rank, tp_size)
+    if not quant.zero_points:
+        return loaded
+    layers = (
+        replace(layer, **{name: _with_zeros(getattr(layer, name)) for name in LINEARS}) for layer in loaded.layers
+    )
+    return replace(loaded, layers=tuple(layers))
+
+
+def _with_zeros(matrix: Int4Weight) -> Int4Weight:
+    """The same integers and scales with zeros from -2 to 2."""
+    zero = (torch.arange(matrix.scale.numel()) % 5 - 2).to(torch.int8)
+    return replace(matrix, zero=zero.view(matrix.scale.shape))
 
 
 def course(executor: Executor, vocab_size: int) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class Interpreter:
     def reduce(self, layer, x):
         assert layer.keep_dims
         axes = [axis for axis in range(x.ndim) if layer.axes >> axis & 1]
-        return {"AVG": torch.mean, "MAX": torch.amax}[layer.op.name](x.float(), axes, keepdim=True)
+        return {"AVG": torch.mean, "MAX": torch.amax, "SUM": torch.sum}[layer.op.name](x.float(), axes, keepdim=True)
 
     def select(self, layer, condition, a, b):
         assert condition.dtype == torch.bool

@@ -50,7 +50,7 @@ def int8(weight: Int8Weight) -> Product:
 
 
 def int4(weight: Int4Weight) -> Product:
-    return Product(Matrix.of(weight, weight.packed, weight.scale))
+    return Product(Matrix.of(weight, weight.packed, weight.scale, zero=weight.zero))
 
 
 def smooth_quant(weight: SmoothQuantWeight) -> Product:

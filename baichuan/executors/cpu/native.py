@@ -28,6 +28,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         ("scale", c_void_p),
+        ("zero", c_void_p),
         ("input_scale", c_void_p),
         ("smoother", c_void_p),
         ("out", c_int64),
@@ -75,15 +76,16 @@ class Matrix:
         input_scale: Tensor | None = None,
         smoother: Tensor | None = None,
         w8a8: bool = False,
+        zero: Tensor | None = None,
     ) -> Matrix | None:
         """None where the kernels do not support the group size or a dtype, or the memory is not contiguous."""
         out_features, in_features = weight.shape
         groups = scale.shape[1] if scale is not None and scale.dim() == 2 else 1
-        tensors = [each for each in (data, scale, input_scale, smoother) if each is not None]
+        tensors = [each for each in (data, scale, zero, input_scale, smoother) if each is not None]
         aligned = groups == 1 or in_features // groups % GROUP_STEP == 0
         if not aligned or not all(each.is_contiguous() and each.dtype in TYPES for each in tensors):
             return None
-        pointers = map(_pointer, (data, scale, input_scale, smoother))
+        pointers = map(_pointer, (data, scale, zero, input_scale, smoother))
         types = TYPES[data.dtype], 0 if scale is None else TYPES[scale.dtype]
         return cls(weight, _Matrix(*pointers, out_features, in_features, groups, *types, w8a8))
 

@@ -100,14 +100,14 @@ def int8(weight: Int8Weight, choice: Choice) -> LinearKernel:
 
 
 def int4(weight: Int4Weight, choice: Choice) -> LinearKernel:
-    packed, scale = weight.packed, weight.scale
+    packed, scale, zero = weight.packed, weight.scale, weight.zero
     if choice.gemv and choice.int16 and weight.group_size % NIBBLE_CHANNELS == 0:
-        return _integer_gemv(Int16(deinterleaved=True), packed, scale)
+        return _integer_gemv(Int16(deinterleaved=True), packed, scale, zero)
     copy = choice.copies.get(weight, choice.dtype, choice.num_tokens)
     if copy is not None:
         return dense(copy, choice)
     if choice.own_kernels and choice.num_tokens <= GEMM_ROWS:
-        return LinearKernel(Deinterleaved(), lambda x, out_dtype: gemm_int4(x, packed, scale, out_dtype))
+        return LinearKernel(Deinterleaved(), lambda x, out_dtype: gemm_int4(x, packed, scale, out_dtype, zero=zero))
     return _dequantised_each_time(weight)
 
 
@@ -135,11 +135,11 @@ def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
     return LinearKernel(form, lambda x, out_dtype: fp8_product(*x.scaled, q, scale, out_dtype))
 
 
-def _integer_gemv(form: Form, stored: Tensor, scale: Tensor) -> LinearKernel:
+def _integer_gemv(form: Form, stored: Tensor, scale: Tensor, zero: Tensor | None = None) -> LinearKernel:
     return LinearKernel(
         form,
-        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype),
-        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, gated=True),
+        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, zero=zero),
+        lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, gated=True, zero=zero),
     )
 
 

@@ -35,7 +35,18 @@ def int4(graph: Graph, x, weight: Int4Weight, ranks: int):
     block = next((size for size in INT4_BLOCKS if group % size == 0), group)
     scale = weight.scale.to(dtype).repeat_interleave(group // block, dim=1)
     matrix = graph.int4_constant(weight.packed, (*_lead(x), *weight.shape))
-    return graph.matmul(x, graph.dequantize(matrix, scale.view(*_lead(x), *scale.shape), dtype))
+    y = graph.matmul(x, graph.dequantize(matrix, scale.view(*_lead(x), *scale.shape), dtype))
+    return y if weight.zero is None else graph.binary("SUB", y, _product_of_zeros(graph, x, weight, dtype))
+
+
+def _product_of_zeros(graph: Graph, x, weight: Int4Weight, dtype: torch.dtype):
+    """What the zeros take off: x's sums over each group @ (zero * scale)ᵀ.  TensorRT's 4-bit numbers have no zero."""
+    assert weight.zero is not None
+    wide = graph.cast(x, torch.float32)
+    sums = graph.reduce("SUM", graph.reshape(wide, (*[0] * (len(x.shape) - 1), weight.scale.shape[1], -1)))
+    sums = graph.reshape(sums, (*[0] * (len(x.shape) - 1), weight.scale.shape[1]))
+    zeros = weight.zero.float() * weight.scale.float()
+    return graph.cast(graph.matmul(sums, graph.constant(zeros, shape=(*_lead(x), *zeros.shape))), dtype)
 
 
 def smooth_quant(graph: Graph, x, weight: SmoothQuantWeight, ranks: int):

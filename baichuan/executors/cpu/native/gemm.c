@@ -25,19 +25,21 @@ static void pack_panel(const struct matrix *w, const struct rows *x, const float
     }
 }
 
-/* Channels i to i + n of a row as floats, zeros up to the next STEP.  INT4: multiplied by their scales. */
+/* Channels i to i + n of a row as floats, zeros up to the next STEP.  INT4: less their zero, times their scale. */
 INLINE void unpack(const struct matrix *w, enum type t, size_t row, size_t i, size_t n, float *to) {
     const char *data = (const char *)w->data + row * bytes_of(t, w->in);
     const char *scales = (const char *)w->scale + row * bytes_of(w->scale_type, w->groups);
     size_t group = w->in / w->groups;
-    float scale = 1;
+    float scale = 1, zero = 0;
     for (size_t k = 0; k < n; k += STEP) {
         vf v[2];
-        if (t == INT4 && (k == 0 || (i + k) % group == 0))
+        if (t == INT4 && (k == 0 || (i + k) % group == 0)) {
             scale = load_part(w->scale_type, scales, (i + k) / group, w->groups)[0];
+            zero = w->zero ? w->zero[row * w->groups + (i + k) / group] : 0;
+        }
         if (k + STEP <= n) load_step(t, data, i + k, v);
         else load_step_part(t, data, i + k, n - k, v);
-        if (t == INT4) v[0] *= scale, v[1] *= scale;
+        if (t == INT4) v[0] = (v[0] - zero) * scale, v[1] = (v[1] - zero) * scale;
         memcpy(to + k, v, sizeof v);
     }
 }

@@ -19,22 +19,23 @@ INLINE void row_starts(const void *data, size_t bytes, size_t row, size_t rows, 
     for (size_t r = 0; r < ROWS; r++) starts[r] = (const char *)data + (row + r < rows ? row + r : rows - 1) * bytes;
 }
 
-/* INT4: the scales of n steps of a row, from step `first` on. */
-static void read_scales(const struct matrix *w, const char *row, size_t first, size_t n, float scales[CHUNK]) {
+/* INT4: the scales, or zeros, of n steps of a row, from step `first` on; `row` has one of type t per group. */
+static void read_scales(const struct matrix *w, enum type t, const char *row, size_t first, size_t n,
+                        float scales[CHUNK]) {
     size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* steps per group */
     for (size_t i = 0; steps == 1 && i < n; i += LANES) {
-        vf v = load_part(w->scale_type, row, first + i, w->groups);
+        vf v = load_part(t, row, first + i, w->groups);
         memcpy(scales + i, &v, sizeof v);
     }
     for (size_t i = 0, end; steps > 1 && i < n; group++) {
-        float scale = load_part(w->scale_type, row, group, w->groups)[0];
+        float scale = load_part(t, row, group, w->groups)[0];
         for (end = (group + 1) * steps - first; i < end && i < n; i++) scales[i] = scale;
     }
 }
 
 /* total[r][k] += W[row + r, i : i + STEP] * x[k, i : i + STEP], lane by lane. */
 INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t left, const float *scales,
-                     const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
+                     const float *zeros, const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
     vf a[TOKENS], b[TOKENS];
     UNROLL for (int k = 0; k < tokens; k++) {
         a[k] = LOAD(vf, x + k * stride + i);
@@ -45,6 +46,7 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
         __builtin_prefetch(rows[r] + bytes_of(t, i) + AHEAD);
         if (left >= STEP) load_step(t, rows[r], i, v);
         else load_step_part(t, rows[r], i, left, v);
+        if (zeros) v[0] -= zeros[r * CHUNK], v[1] -= zeros[r * CHUNK];
         if (t == INT4 && tokens > 1) v[0] *= scales[r * CHUNK], v[1] *= scales[r * CHUNK];
         UNROLL for (int k = 0; k < tokens; k++) {
             if (t == INT4 && tokens == 1) total[r][k] += (v[0] * a[k] + v[1] * b[k]) * scales[r * CHUNK];
@@ -57,22 +59,27 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
 }
 
 /* y[r][k] = W[row + r] · x[k]. */
-INLINE void tile(const struct matrix *w, enum type t, int w8a8, size_t row, const float *x, size_t stride, int tokens,
-                 float y[ROWS][TOKENS]) {
-    const char *rows[ROWS], *scale_rows[ROWS];
+INLINE void tile(const struct matrix *w, enum type t, int w8a8, int zero, size_t row, const float *x, size_t stride,
+                 int tokens, float y[ROWS][TOKENS]) {
+    const char *rows[ROWS], *scale_rows[ROWS], *zero_rows[ROWS];
     row_starts(w->data, bytes_of(t, w->in), row, w->out, rows);
     row_starts(w->scale, bytes_of(w->scale_type, w->groups), row, w->out, scale_rows);
+    row_starts(w->zero, w->groups, row, w->out, zero_rows);
     size_t steps = w->in / STEP;
-    float scales[ROWS][CHUNK];
+    float scales[ROWS][CHUNK], zeros[ROWS][CHUNK];
     vf total[ROWS][TOKENS] = {0};
     vi exact[ROWS][TOKENS] = {0};
     for (size_t first = 0; first * STEP < (size_t)w->in; first += CHUNK) {
         size_t n = steps - first < CHUNK ? steps - first : CHUNK, i = (first + n) * STEP, left = w->in - i;
-        for (int r = 0; t == INT4 && r < ROWS; r++)
-            read_scales(w, scale_rows[r], first, n < CHUNK ? n + 1 : n, scales[r]);
+        for (int r = 0; t == INT4 && r < ROWS; r++) {
+            read_scales(w, w->scale_type, scale_rows[r], first, n < CHUNK ? n + 1 : n, scales[r]);
+            if (zero) read_scales(w, INT8, zero_rows[r], first, n < CHUNK ? n + 1 : n, zeros[r]);
+        }
         for (size_t s = 0; s < n; s++)
-            add_step(t, rows, (first + s) * STEP, STEP, scales[0] + s, x, stride, tokens, total);
-        if (n < CHUNK && left) add_step(t, rows, i, left, scales[0] + n, x, stride, tokens, total);
+            add_step(t, rows, (first + s) * STEP, STEP, scales[0] + s, zero ? zeros[0] + s : NULL, x, stride, tokens,
+                     total);
+        if (n < CHUNK && left)
+            add_step(t, rows, i, left, scales[0] + n, zero ? zeros[0] + n : NULL, x, stride, tokens, total);
         UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int k = 0; w8a8 && k < tokens; k++) {
             exact[r][k] += __builtin_convertvector(total[r][k], vi);
             total[r][k] = (vf){0};
@@ -85,12 +92,14 @@ INLINE void tile(const struct matrix *w, enum type t, int w8a8, size_t row, cons
 INLINE void typed_tile(const struct matrix *w, size_t row, const float *x, size_t stride, int tokens,
                        float y[ROWS][TOKENS]) {
     switch (w->type) {
-    case F32: return tile(w, F32, 0, row, x, stride, tokens, y);
-    case F16: return tile(w, F16, 0, row, x, stride, tokens, y);
-    case BF16: return tile(w, BF16, 0, row, x, stride, tokens, y);
-    case FP8: return tile(w, FP8, 0, row, x, stride, tokens, y);
-    case INT4: return tile(w, INT4, 0, row, x, stride, tokens, y);
-    default: return w->w8a8 ? tile(w, INT8, 1, row, x, stride, tokens, y) : tile(w, INT8, 0, row, x, stride, tokens, y);
+    case F32: return tile(w, F32, 0, 0, row, x, stride, tokens, y);
+    case F16: return tile(w, F16, 0, 0, row, x, stride, tokens, y);
+    case BF16: return tile(w, BF16, 0, 0, row, x, stride, tokens, y);
+    case FP8: return tile(w, FP8, 0, 0, row, x, stride, tokens, y);
+    case INT4:
+        return w->zero ? tile(w, INT4, 0, 1, row, x, stride, tokens, y) : tile(w, INT4, 0, 0, row, x, stride, tokens, y);
+    default:
+        return w->w8a8 ? tile(w, INT8, 1, 0, row, x, stride, tokens, y) : tile(w, INT8, 0, 0, row, x, stride, tokens, y);
     }
 }
 

@@ -6,6 +6,7 @@
 struct matrix {
     const void *data;
     const void *scale;        /* [out, groups] of scale_type; NULL for F32, F16 and BF16 */
+    const int8_t *zero;       /* [out, groups], with INT4 that is not symmetric, else NULL */
     const float *input_scale; /* [1], with FP8 and static SmoothQuant, else NULL */
     const float *smoother;    /* [in], with SmoothQuant, else NULL */
     int64_t out, in, groups;
