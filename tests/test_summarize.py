@@ -266,6 +266,16 @@ def test_end_ids_count_as_tokens_and_latency_is_generations_alone():
     assert figures.perplexity is None and figures.agreement is None
 
 
+def test_the_warm_up_has_the_longest_prompts_of_all_batches():
+    samples = [Sample(str(n), "a" * length, "abc") for n, length in enumerate((1, 7, 2, 3, 5))]
+    side = BigramSide("engine")
+    evaluation = evaluation_of([side], samples, Request(GREEDY, 2, 20, 5, 99), None, scoring=False)
+    evaluation.warm_up()
+    prompts, new_tokens = side.warmed
+    every = sorted(len(task.prompt) for task in evaluation.tasks)
+    assert sorted(map(len, prompts)) == every[-2:] and len(set(every)) == 5 and new_tokens == 5
+
+
 SHORT = [Sample(str(n), "abcdefgh"[n:], "abc") for n in range(5)]
 
 

@@ -16,7 +16,7 @@ from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.decoding import Generation
 from baichuan.generation.sampling import Sampler, numbered_seeds
-from baichuan.generation.session import Session
+from baichuan.generation.session import WARM_UP_TOKENS, Session
 from baichuan.util.machine import cpu_cache_bytes, cpu_name
 from baichuan.weights.types import TYPES
 
@@ -36,6 +36,9 @@ class Side(Protocol):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
     ) -> list[Generation]:
         """Each prompt's continuation, on the host; no work is left on the device."""
+
+    def warm_up(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
+        """Do now what the first generate() of prompts like these, or smaller ones, would otherwise do once."""
 
     def score(self, ids: Sequence[int]) -> Tensor:
         """Logits after each of the ids, [len(ids), vocab_size] float32."""
@@ -60,6 +63,9 @@ class EngineSide:
 
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
         return self._session.generate(prompts, sampling, max_new_tokens)
+
+    def warm_up(self, prompts, sampling, max_new_tokens) -> None:
+        self._session.warm_up(prompts, sampling, max_new_tokens)
 
     def score(self, ids) -> Tensor:
         return self._session.score([ids])[0]
@@ -104,6 +110,9 @@ class HfSide:
             **device_facts(self.model.device),
             "dtype": dtype,
         }
+
+    def warm_up(self, prompts, sampling, max_new_tokens) -> None:
+        self.generate(prompts, sampling, min(WARM_UP_TOKENS, max_new_tokens))
 
     @enough_memory()
     @torch.inference_mode()

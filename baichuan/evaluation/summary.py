@@ -18,8 +18,6 @@ from baichuan.generation.decoding import Generation
 from baichuan.generation.limits import check_request
 from baichuan.text.tokenizer import Tokenizer
 
-WARM_UP_TOKENS = 8  # generated untimed, so that kernels are compiled and graphs captured
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -132,10 +130,11 @@ class Evaluation:
         return batches_of(self.tasks, self.request)
 
     def warm_up(self) -> None:
-        """A short untimed run of the first batch."""
-        prompts = [task.prompt for task in self.batches()[0]]
+        """Each side's, untimed, with the longest prompts of all batches: no batch takes more memory."""
+        tasks = [task for batch in self.batches() for task in batch]
+        longest = sorted((task.prompt for task in tasks), key=len)[-self.request.batch_size :]
         for side in self.sides:
-            side.generate(prompts, self.request.sampling, min(WARM_UP_TOKENS, self.request.output_len))
+            side.warm_up(longest, self.request.sampling, self.request.output_len)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Summarise and score one batch.  Every rank calls it with the same tasks."""

@@ -60,6 +60,10 @@ class BigramSide:
         self.calls += 1
         return [self._continue(prompt, max_new_tokens) for prompt in prompts]
 
+    def warm_up(self, prompts, sampling, max_new_tokens) -> None:
+        self.warmed = (prompts, max_new_tokens)
+        self.generate(prompts, sampling, 1)
+
     def score(self, ids) -> Tensor:
         return self.table[torch.tensor(ids)]
 

@@ -47,9 +47,9 @@ class CudaExecutor:
     def reset(self, batch_size: int, capacity: int) -> None:
         if batch_size <= self.cache.batch_size and capacity <= self.cache.capacity:
             return
-        self.cache = KVCache()  # what is old makes room before memory is asked for
-        for name in ("ops", "graphs"):
-            vars(self).pop(name, None)
+        if self.cache.layers:  # what is old makes room before memory is asked for
+            self.cache = KVCache()
+            del self.ops, self.graphs
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
