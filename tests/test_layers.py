@@ -24,6 +24,7 @@ FLOORS = {
     "baichuan.executors": 4,
     "baichuan.generation": 5,
     "baichuan.engine": 6,
+    "baichuan.api": 7,
     "baichuan.calibration": 7,
     "baichuan.evaluation": 7,
     "baichuan.cli": 8,

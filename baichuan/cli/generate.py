@@ -20,7 +20,7 @@ from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
 from baichuan.generation.decoding import Generation
-from baichuan.generation.limits import check_request
+from baichuan.generation.limits import check_requests
 from baichuan.parallel.comm import Communicator
 from baichuan.text import chat
 from baichuan.text.printable import printable
@@ -44,7 +44,7 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *roles))
     conversation = roles and args.input_text is None
     prompts = [[0]] if conversation else read_prompts(args, tokenizer, roles, sampling.pad_id)
-    check_request(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
+    check_requests(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
     session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
     if roles and args.input_text is None:
         converse(

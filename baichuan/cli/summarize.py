@@ -30,7 +30,7 @@ from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
 from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import require_host_memory
-from baichuan.generation.limits import check_request
+from baichuan.generation.limits import check_requests
 from baichuan.parallel.comm import Communicator
 from baichuan.text.printable import one_line
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
@@ -89,7 +89,7 @@ def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
 def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
     """Raise a BaichuanError, before anything is loaded, for limits that a side cannot hold with any article."""
     for engine in engines:
-        check_request(engine.model, engine.build, [[0]], request.sampling, request.output_len)
+        check_requests(engine.model, engine.build, [[0]], request.sampling, request.output_len)
     if args.test_hf:
         check_hf_sampling(request.sampling)
         resolve_device(args.hf_device or args.device)

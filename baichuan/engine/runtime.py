@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
+
 from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
 from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
+from baichuan.generation.requests import Serving
 from baichuan.generation.session import Session
+from baichuan.generation.static_batches import StaticBatches
 from baichuan.parallel.comm import Communicator
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,14 @@ def open_session(
     with verified_meanwhile(engine, comm):
         executor = open_executor(engine, comm, keep_copies, device)
     return Session(executor, engine.model, engine.build)
+
+
+def open_serving(
+    engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto"
+) -> tuple[Serving, torch.device]:
+    """The engine as requests.Serving, and where it runs."""
+    session = open_session(engine.folder, comm, keep_copies=keep_copies, device=device)
+    return StaticBatches(session), session.executor.device
 
 
 def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:

@@ -15,7 +15,7 @@ from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_lo
 from baichuan.evaluation.sides import Side
 from baichuan.evaluation.tasks import Task
 from baichuan.generation.decoding import Generation
-from baichuan.generation.limits import check_request
+from baichuan.generation.limits import check_requests
 from baichuan.text.tokenizer import Tokenizer
 
 
@@ -101,7 +101,7 @@ def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[Engin
     for batch in batches_of(tasks, request):
         for engine in engines:
             prompts = [task.prompt for task in batch]
-            check_request(engine.model, engine.build, prompts, request.sampling, request.output_len)
+            check_requests(engine.model, engine.build, prompts, request.sampling, request.output_len)
         if scoring and min(len(task.scored) for task in batch) < 2:
             raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
 

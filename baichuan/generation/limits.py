@@ -9,19 +9,32 @@ from baichuan.errors import ConfigError
 from baichuan.text.tokenizer import check_ids
 
 
-def check_request(
+def check_requests(
     model: ModelConfig,
     build: BuildConfig,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     max_new_tokens: int,
 ) -> None:
-    """Raise ConfigError unless the engine can hold this request."""
+    """Raise ConfigError unless the engine can hold these requests in one static batch."""
     if not prompts or len(prompts) > build.max_batch_size:
         raise ConfigError(
             f"{len(prompts)} prompts do not fit an engine of max_batch_size {build.max_batch_size}; "
             "give 1 to that many, or build with a larger --max_batch_size"
         )
+    for index, prompt in enumerate(prompts):
+        check_request(model, build, prompt, sampling, max_new_tokens, f"prompt {index}")
+
+
+def check_request(
+    model: ModelConfig,
+    build: BuildConfig,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    name: str = "the prompt",
+) -> None:
+    """Raise ConfigError unless the engine can hold this request.  name: what the message calls the prompt."""
     if sampling.num_beams > build.max_beam_width:
         raise ConfigError(
             f"num_beams {sampling.num_beams} exceeds the engine's max_beam_width {build.max_beam_width}; "
@@ -32,12 +45,11 @@ def check_request(
             f"max_output_len {max_new_tokens} is out of the engine's range 1 to {build.max_output_len}; "
             "ask for less, or build with a larger --max_output_len"
         )
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ConfigError(f"prompt {index} is empty; give it at least one word")
-        if not 1 <= len(prompt) <= build.max_input_len:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens and the engine takes 1 to {build.max_input_len}; "
-                "shorten it, or build with a larger --max_input_len"
-            )
-        check_ids(prompt, model.vocab_size, f"prompt {index}")
+    if not prompt:
+        raise ConfigError(f"{name} is empty; give it at least one word")
+    if len(prompt) > build.max_input_len:
+        raise ConfigError(
+            f"{name} has {len(prompt)} tokens and the engine takes 1 to {build.max_input_len}; "
+            "shorten it, or build with a larger --max_input_len"
+        )
+    check_ids(prompt, model.vocab_size, name)

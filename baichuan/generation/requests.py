@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +38,30 @@ class Progress:
         return self.finish_reason is not None or self.error is not None
 
 
+@dataclass
+class Timing:
+    """How long a generation took, in seconds of wall time."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0  # over all sequences, end ids and beams included
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def summary(self) -> str:
+        """Tokens per second of both phases, for the log."""
+        decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
+        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # without the prefill's
+        decoded = stepped / max(self.decode_s, 1e-9)
+        return (
+            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
+            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"
+        )
+
+
 class Serving(Protocol):
     """Requests in, progress out, over one rank of an engine.
 
@@ -62,3 +86,7 @@ class Serving(Protocol):
     @property
     def unfinished(self) -> int:
         """Requests whose last progress is still to come."""
+
+    @property
+    def timing(self) -> Timing:
+        """How long the work took that was done since the last request that found nothing unfinished was added."""

@@ -13,33 +13,13 @@ from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
 from baichuan.executors.base import Executor
 from baichuan.generation.beam import BeamSearch
 from baichuan.generation.decoding import Generation, Strategy, decode
-from baichuan.generation.limits import check_request
+from baichuan.generation.limits import check_requests
+from baichuan.generation.requests import Timing
 from baichuan.generation.sampled import OnTokens, Sampled
 from baichuan.generation.sampling import Sampler, numbered_seeds
 from baichuan.records import Step
 
 WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
-
-
-@dataclass
-class Timing:
-    """How long a generation took, in seconds of wall time."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0  # over all sequences, end ids and beams included
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    decode_steps: int = 0
-
-    def summary(self) -> str:
-        """Tokens per second of both phases, for the log."""
-        decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
-        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # without the prefill's
-        decoded = stepped / max(self.decode_s, 1e-9)
-        return (
-            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
-            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"
-        )
 
 
 @dataclass
@@ -122,7 +102,7 @@ class Session:
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
         """Raise ConfigError unless the engine can hold this request."""
-        check_request(self.model, self.build, prompts, sampling, max_new_tokens)
+        check_requests(self.model, self.build, prompts, sampling, max_new_tokens)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
         """Run the prompts in chunks of at most max_num_tokens tokens.

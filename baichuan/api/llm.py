@@ -1,0 +1,244 @@
+"""The Python interface: an engine folder as an object that continues, answers, streams and scores texts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from baichuan.api.ranks import Ranks
+from baichuan.api.results import Completion, Piece, Score
+from baichuan.api.traffic import Traffic
+from baichuan.config import SamplingConfig
+from baichuan.engine.folder import check_world, read_engine
+from baichuan.engine.runtime import open_serving
+from baichuan.engine.text import open_text, require_text
+from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.generation.limits import check_request
+from baichuan.generation.requests import Progress, Request, Serving
+from baichuan.generation.sampling import numbered_seeds
+from baichuan.generation.session import Timing
+from baichuan.parallel.comm import world_of_this_process
+from baichuan.text.chat import ChatRoles, build_chat_prompt
+from baichuan.text.tokenizer import Tokenizer
+from baichuan.weights.hub.checkpoint import resolve_tokenizer
+
+Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: its text
+Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
+T = TypeVar("T")
+
+WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
+SCORED_AT_ONCE = 2048  # tokens whose logits are held at once: 1 GB for a vocabulary of 125696
+
+
+class LLM:
+    """An engine.  Its record and tokenizer are read at once, its weights by load() or when they are first needed.
+
+    engine_dir: the folder that build.py wrote.
+    tokenizer_dir: a checkpoint's folder or hub id, only needed where the engine has no tokenizer.
+    device: auto, cpu or cuda.
+    keep_copies: whether spare GPU memory may hold dequantised copies of INT8 and INT4 weights.
+    ranks: the processes that serve together; default: all that mpirun started.
+    Raises EngineError for a folder that is no engine or is damaged.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        tokenizer_dir: str | Path | None = None,
+        *,
+        device: str = "auto",
+        keep_copies: bool = True,
+        model_version: str | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self.ranks = ranks or Ranks(world_of_this_process())
+        self.engine = read_engine(Path(engine_dir))
+        check_world(self.engine, self.ranks.comm, model_version)
+        self.text = open_text(self.engine, resolve_tokenizer(str(tokenizer_dir)) if tokenizer_dir else None)
+        self._device, self._keep_copies = device, keep_copies
+        self._keys = itertools.count()
+        self._opened: tuple[Serving, torch.device] | None = None
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The checkpoint's own settings, or its version's: what is used where none are given."""
+        return self.text.sampling
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError where there is none."""
+        return require_text(self.engine, self.text)
+
+    def load(self) -> tuple[Serving, torch.device]:
+        """The engine with its weights, which are loaded unless they are there, and where it runs.
+
+        Under mpirun every rank calls it.
+        """
+        if self._opened is None:
+            serving, device = open_serving(self.engine, self.ranks.comm, self._keep_copies, self._device)
+            self._opened = self.ranks.join(serving), device
+            self._traffic = Traffic(self._opened[0])
+        return self._opened
+
+    @property
+    def timing(self) -> Timing:
+        """How long what was done last took, from an idle engine on."""
+        return self.load()[0].timing
+
+    def lead(self, body: Callable[[], T]) -> T | None:
+        """Under mpirun: body() on rank 0, while the other ranks compute their share; None there.  Else body()."""
+        self.load()
+        return self.ranks.lead(body)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        max_new_tokens: int | None = None,
+        keep_logits: bool = False,
+    ) -> list[Completion]:
+        """Continue each of any number of prompts, or one.
+
+        sampling: for all prompts, with seeds that count up from random_seed; or a list, one for each prompt.
+        max_new_tokens: of each continuation; default: the most that the engine was built for.
+        keep_logits: keep the logits that each token was chosen from.
+        Raises ConfigError for what the engine cannot hold.
+        """
+        requests = self.requests(prompts, sampling, max_new_tokens, keep_logits)
+        made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
+        ended: dict[Hashable, Progress] = {}
+        for progress in self._run(requests):
+            made[progress.key] += progress.new_ids
+            if progress.finished:
+                ended[progress.key] = progress
+        return [self._completion(request, made[request.key], ended[request.key]) for request in requests]
+
+    def chat(
+        self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
+    ) -> Completion:
+        """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content."""
+        return self.generate([messages], sampling, max_new_tokens)[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        max_new_tokens: int | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Piece]:
+        """The continuation of one prompt, piece by piece.  Ends early where `stopped` says so between two steps."""
+        [request] = self.requests([prompt], sampling, max_new_tokens)
+        decoder = self.text.tokenizer.stream() if self.text.tokenizer else None
+        for progress in self._run([request], stopped):
+            if progress.error:
+                raise UnsupportedError(progress.error)
+            text = "".join(map(decoder.push, progress.new_ids)) if decoder else ""
+            if progress.finished and decoder:
+                text += decoder.finish()
+            yield Piece(text, list(progress.new_ids), progress.finish_reason)
+
+    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
+        """How likely each text is, from its second token on.  Raises ConfigError for what the engine cannot hold."""
+        return [Score.of(ids, logits) for ids, logits in self._logits(self._ids_of(texts))]
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits after each of the ids, [len(ids), vocab_size] float32."""
+        [(_, logits)] = self._logits([list(ids)])
+        return logits
+
+    def warm_up(self, prompts: Prompt | Sequence[Prompt], sampling=None, max_new_tokens: int | None = None) -> None:
+        """On a GPU, do now what the first generate() would do once: compile or load kernels, capture graphs."""
+        if self.load()[1].type == "cuda":
+            most = max_new_tokens or self.engine.build.max_output_len
+            self.generate(prompts, sampling, min(WARM_UP_TOKENS, most))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt's ids."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if _is_chat(prompt):
+            return build_chat_prompt(self.tokenizer, prompt, *self.roles)  # type: ignore[arg-type]  # all are messages
+        return list(prompt)  # type: ignore[arg-type]
+
+    @property
+    def roles(self) -> ChatRoles:
+        """The ids that open a chat's turns.  Raises CheckpointError for role ids that cannot be used."""
+        return self.text.roles()
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        max_new_tokens: int | None = None,
+        keep_logits: bool = False,
+    ) -> list[Request]:
+        """generate()'s requests, whose keys are unique in this object.  Raises ConfigError as generate() does."""
+        each = _as_list(prompts)
+        most = self.engine.build.max_output_len if max_new_tokens is None else max_new_tokens
+        if sampling is None or isinstance(sampling, SamplingConfig):
+            configs = numbered_seeds(sampling or self.sampling, len(each))
+        else:
+            configs = list(sampling)
+            if len(configs) != len(each):
+                raise ConfigError(f"{len(configs)} settings for {len(each)} prompts; give one for each, or one for all")
+        requests = []
+        for prompt, config in zip(each, configs, strict=True):
+            if _is_chat(prompt):
+                config = replace(config, stop_ids=(*config.stop_ids, *self.roles))
+            requests.append(Request(next(self._keys), tuple(self.encode(prompt)), config, most, keep_logits))
+        self.check(requests)
+        return requests
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ConfigError unless the engine can hold each of the requests."""
+        model, build = self.engine.model, self.engine.build
+        for number, request in enumerate(requests):
+            new_tokens = request.max_new_tokens or int(request.prompt_logits)
+            check_request(model, build, request.prompt, request.sampling, new_tokens, f"prompt {number}")
+
+    def _run(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+        self.load()
+        return self._traffic.progress(requests, stopped)
+
+    def _logits(self, sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Each sequence with the logits after each of its ids, [len(ids), vocab_size] float32."""
+        requests = [
+            Request(next(self._keys), tuple(ids), SamplingConfig(top_k=1), 0, prompt_logits=True) for ids in sequences
+        ]
+        self.check(requests)
+        while requests:
+            ends = itertools.accumulate(len(request.prompt) for request in requests)
+            count = max(1, sum(end <= SCORED_AT_ONCE for end in ends))
+            found = {progress.key: progress for progress in self._run(requests[:count])}
+            for request in requests[:count]:
+                progress = found.pop(request.key)
+                if progress.error or progress.logits is None:
+                    raise UnsupportedError(progress.error or "the engine gave no logits")
+                yield list(request.prompt), progress.logits
+            requests = requests[count:]
+
+    def _ids_of(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        return [self.encode(text) for text in _as_list(texts)]
+
+    def _completion(self, request: Request, ids: list[int], last: Progress) -> Completion:
+        if last.error or last.finish_reason is None:
+            raise UnsupportedError(last.error or "the request has no end")
+        tokenizer = self.text.tokenizer
+        text = tokenizer.decode(ids) if tokenizer and max(ids, default=0) < tokenizer.vocab_size else None
+        return Completion(list(request.prompt), ids, text, last.finish_reason, last.logits)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt, of whatever kind, as a list of one."""
+    one = isinstance(prompts, str) or _is_chat(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if one else list(prompts)

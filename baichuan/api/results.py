@@ -1,0 +1,59 @@
+"""What an LLM gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baichuan.errors import ConfigError
+
+POSITIONS_AT_ONCE = 128  # in float64: 128 MB for a vocabulary of 125696
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One prompt's continuation."""
+
+    prompt_ids: list[int]
+    ids: list[int]  # without the id that ended it
+    text: str | None  # of ids; None where the engine has no tokenizer
+    finish_reason: str  # stop: an end id was chosen; length: all tokens that were asked for are there; cancelled
+    logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step adds to a text that is streamed."""
+
+    text: str  # may be empty: a character can take several tokens
+    ids: list[int]
+    finish_reason: str | None = None  # of the last piece, as Completion's
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is: the probability of each id but the first, given those before it."""
+
+    ids: list[int]
+    log_probs: list[float]  # [len(ids) - 1] natural logarithms
+    likeliest: list[bool]  # [len(ids) - 1] whether greedy decoding would have chosen the id
+
+    @property
+    def log_likelihood(self) -> float:
+        return sum(self.log_probs)
+
+    @staticmethod
+    def of(ids: list[int], logits: Tensor) -> Score:
+        """logits: [len(ids), vocab_size] float32, after each of the ids"""
+        if len(ids) < 2:
+            raise ConfigError(f"a text of {len(ids)} tokens has no probability; score at least two tokens")
+        log_probs: list[float] = []
+        likeliest: list[bool] = []
+        targets = torch.tensor(ids[1:], device=logits.device)
+        parts = logits[:-1].split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE)
+        for part, wanted in zip(*parts, strict=True):
+            log_probs += part.double().log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+            likeliest += (part.argmax(-1) == wanted).tolist()
+        return Score(ids, log_probs, likeliest)

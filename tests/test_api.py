@@ -1,0 +1,180 @@
+"""The Python interface: goldens through it, its page's examples, and calls that run beside each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import goldens
+import pytest
+import scripts
+import torch
+from demo_checkpoint import demo_checkpoint
+
+import build
+from baichuan import LLM, SamplingConfig
+from baichuan.api.ranks import Ranks
+from baichuan.errors import BaichuanError, ConfigError
+from baichuan.parallel.comm import run_ranks
+from baichuan.text.chat import build_chat_prompt
+
+PAGE = (scripts.ROOT / "docs/api.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+VERSION = "v1_7b"
+GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)  # the goldens never stop
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> LLM:
+    return LLM(scripts.built(tmp_path_factory.mktemp("engine"), VERSION))
+
+
+def prompts() -> list[list[int]]:
+    return [goldens.golden(VERSION)[f"ids_{length}"].tolist() for length in goldens.LENGTHS]
+
+
+def continuations() -> list[list[int]]:
+    return [goldens.golden(VERSION)[f"gen_{length}"].tolist() for length in goldens.LENGTHS]
+
+
+def test_the_goldens_more_prompts_than_rows(llm):
+    results = llm.generate(prompts() * 3, GREEDY, 24, keep_logits=True)
+    assert len(results) == 12 > llm.engine.build.max_batch_size
+    for result, length, expected in zip(results, goldens.LENGTHS * 3, continuations() * 3, strict=True):
+        assert (result.ids, result.finish_reason) == (expected, "length")
+        wanted = goldens.golden(VERSION)[f"gen_logits_{length}"]
+        torch.testing.assert_close(result.logits, wanted, rtol=0, atol=goldens.FLOAT32_TOLERANCE)
+        assert result.text == llm.tokenizer.decode(result.ids)
+
+
+def test_every_prompt_keeps_its_own_settings_whoever_runs_beside_it(llm):
+    drawn = [replace(GREEDY, top_k=0, temperature=2.0, random_seed=seed) for seed in (3, 4)]
+    ends = replace(GREEDY, stop_ids=(continuations()[1][5],))
+    beams = replace(GREEDY, num_beams=2)
+    settings = [*drawn, beams, ends, GREEDY]
+    [prompt] = prompts()[1:2]
+    together = llm.generate([prompt] * 5, settings, 12)
+    alone = [llm.generate(prompt, each, 12)[0] for each in settings]
+    assert [each.ids for each in together] == [each.ids for each in alone]
+    assert together[0].ids != together[1].ids, "another seed, other draws"
+    assert together[3].finish_reason == "stop" and len(together[3].ids) <= 5
+    numbered = llm.generate([prompt] * 2, replace(drawn[0]), 12)
+    assert [each.ids for each in numbered] == [each.ids for each in together[:2]], "seeds count up"
+
+
+def test_streams_run_beside_each_other_and_a_closed_one_ends(llm):
+    first, second = (llm.stream(prompt, GREEDY, 24) for prompt in prompts()[1:3])
+    begun = next(first)
+    whole = list(second)
+    assert [token for piece in whole for token in piece.ids] == continuations()[2]
+    assert "".join(piece.text for piece in whole) == llm.tokenizer.decode(continuations()[2])
+    assert [piece.finish_reason for piece in whole[-2:]] == [None, "length"]
+    rest = list(first)
+    assert [token for piece in [begun, *rest] for token in piece.ids] == continuations()[1]
+    left = llm.stream(prompts()[1], GREEDY, 24)
+    next(left)
+    left.close()
+    llm.generate(prompts()[0], GREEDY, 2)
+    assert llm.load()[0].unfinished == 0
+
+
+def test_a_stream_stops_between_two_steps(llm):
+    heard: list[int] = []
+    for piece in llm.stream(prompts()[1], GREEDY, 24, stopped=lambda: len(heard) >= 3):
+        heard.extend(piece.ids)
+    assert piece.finish_reason == "cancelled" and 3 <= len(heard) < 6
+    assert heard == continuations()[1][: len(heard)]
+
+
+@pytest.mark.parametrize("length", goldens.LENGTHS[1:])
+def test_scores_are_the_original_codes(llm, length):
+    ids = goldens.golden(VERSION)[f"ids_{length}"]
+    logits = goldens.golden(VERSION)[f"logits_{length}"]
+    [score] = llm.score([ids.tolist()])
+    expected = logits[:-1].double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    # A logit that moves by t moves a log-probability by at most 2 t.
+    torch.testing.assert_close(torch.tensor(score.log_probs), expected.float(), rtol=0, atol=2e-4)
+    assert score.likeliest == (logits[:-1].argmax(-1) == ids[1:]).tolist()
+    [other] = llm.score([[*ids.tolist()[:-1], (ids[-1].item() + 1) % 1000]])
+    assert abs(other.log_likelihood - score.log_likelihood) > 2e-3, "negative control: another last token"
+
+
+def test_a_chat_is_the_released_prompt(tmp_path):
+    llm = LLM(scripts.built(tmp_path / "engine", "v2_13b"))
+    messages = [{"role": "user", "content": "你好"}]
+    answer = llm.chat(messages, GREEDY, 6)
+    assert answer.prompt_ids == build_chat_prompt(llm.tokenizer, messages, *llm.roles)
+    assert answer.ids == llm.generate([answer.prompt_ids], replace(GREEDY, stop_ids=tuple(llm.roles)), 6)[0].ids
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate([[1], [5] * 129], GREEDY, 1), "prompt 1 has 129 tokens"),
+        (lambda llm: llm.generate([[1], []], GREEDY, 1), "prompt 1 is empty"),
+        (lambda llm: llm.generate([[1]], GREEDY, 25), "max_output_len 25"),
+        (lambda llm: llm.generate([[1]], replace(GREEDY, num_beams=3), 1), "max_beam_width 2"),
+        (lambda llm: llm.generate([[1]], [GREEDY, GREEDY], 1), "2 settings for 1 prompts"),
+        (lambda llm: llm.score([[7]]), "a text of 1 tokens has no probability"),
+        (lambda llm: next(llm.stream([1000], GREEDY, 1)), "id 1000"),
+        (lambda llm: llm.chat([{"role": "user"}]), "needs a role and a content"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, message):
+    with pytest.raises(BaichuanError, match=message) as error:
+        call(llm)
+    assert "\n" not in str(error.value)
+    assert llm.generate(prompts()[1], GREEDY, 3)[0].ids == continuations()[1][:3]
+
+
+def test_two_ranks_do_what_the_first_is_told(tmp_path):
+    folder = scripts.built(tmp_path / "engine", VERSION, 2)
+
+    def on_rank(comm):
+        llm = LLM(folder, device="cpu", ranks=Ranks(comm))
+        return llm.lead(lambda: [llm.generate(prompts(), GREEDY, 24), list(llm.stream(prompts()[0], GREEDY, 3))])
+
+    led, followed = run_ranks(2, on_rank)
+    assert followed is None and [each.ids for each in led[0]] == continuations()
+    assert [token for piece in led[1] for token in piece.ids] == continuations()[0][:3]
+
+
+def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path):
+    folder = scripts.built(tmp_path / "engine", VERSION, 2)
+
+    def on_rank(comm):
+        llm = LLM(folder, device="cpu", ranks=Ranks(comm))
+        with pytest.raises(ConfigError, match="prompt 0 is empty"):
+            llm.lead(lambda: llm.generate([[]], GREEDY, 1))
+        return True
+
+    assert run_ranks(2, on_rank) == [True, True]
+
+
+def test_the_pages_examples_run(tmp_path, capsys):
+    folder = tmp_path / "engine"
+    given = ["--model_dir", str(demo_checkpoint("v2_7b", 3)), "--output_dir", str(folder), "--no_self_check"]
+    assert build.main([*given, "--dtype", "float32", "--log_level", "error"]) == 0
+    assert len(EXAMPLES) == 7
+    names: dict = {}
+    for example in EXAMPLES:
+        exec(compile(example.replace("./tmp/Baichuan2-7B-Chat/", str(folder)), "docs/api.md", "exec"), names)
+    assert len(names["first"].ids) == len(names["second"].ids) == 8 and names["score"].log_likelihood < 0
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def test_the_package_alone_imports_nothing_else():
+    program = "import sys, baichuan; print('torch' in sys.modules); from baichuan import LLM; print(LLM.__module__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "baichuan.api.llm"], done.stderr
+    with pytest.raises(ImportError):
+        from baichuan import Nothing  # noqa: F401
+
+
+def test_an_engine_of_two_ranks_needs_two(tmp_path):
+    folder: Path = scripts.built(tmp_path / "engine", VERSION, 2)
+    with pytest.raises(BaichuanError, match="was built for 2 rank"):
+        LLM(folder)
