@@ -23,13 +23,15 @@ from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
 from baichuan.weights.calibrated import from_binary, from_fp8_scales
 from baichuan.weights.dummy import dummy_checkpoint
-from baichuan.weights.hub.checkpoint import open_checkpoint
+from baichuan.weights.hub.adapter import open_merged
 from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
 from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, in_memory
 from baichuan.weights.source import Checkpoint, on_device
 
 logger = logging.getLogger("baichuan.weight")
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class WeightSource:
     binary_folder: Path | None = None  # written by hf_baichuan_convert.py
     fp8_scales: Path | None = None  # .npz of the old example, beside a hub folder
     dummy_seed: int = 0
+    adapters: tuple[Path, ...] = ()  # LoRA adapters that are merged into the hub folder's weights, in this order
 
     def __post_init__(self):
         if self.hub_folder and self.binary_folder:
@@ -47,19 +50,23 @@ class WeightSource:
                 f"model_dir {self.hub_folder} and bin_model_dir {self.binary_folder} are both given; "
                 "weights come from one place, leave one of them out"
             )
+        if self.adapters and not self.hub_folder:
+            raise ConfigError(
+                f"the adapter {self.adapters[0]} needs the checkpoint that it was trained on; give its model_dir"
+            )
 
     @property
     def folder(self) -> Path | None:
         """None: the weights are made up."""
         return self.hub_folder or self.binary_folder
 
-    def checkpoint(self, model: ModelConfig, tp_size: int) -> Checkpoint:
-        """The whole model's matrices by the hub's names."""
+    def checkpoint(self, model: ModelConfig, tp_size: int, device: torch.device = CPU) -> Checkpoint:
+        """The whole model's matrices by the hub's names, their rows read to the device."""
         if self.binary_folder:
-            return open_binary(self.binary_folder, model, tp_size).checkpoint()
+            return open_binary(self.binary_folder, model, tp_size, device).checkpoint()
         if self.hub_folder:
-            return open_checkpoint(self.hub_folder, model)
-        return dummy_checkpoint(model, self.dummy_seed)
+            return open_merged(self.hub_folder, model, self.adapters, device)
+        return on_device(dummy_checkpoint(model, self.dummy_seed), device)
 
 
 def read_model(source: WeightSource, model_version: str | None, dtype: str) -> ModelConfig:
@@ -87,9 +94,7 @@ def rank_tensors(
     where = torch.device("cpu" if device == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
     if source.binary_folder:
         return from_binary(open_binary(source.binary_folder, model, tp_size, where), quant, rank)
-    checkpoint = source.checkpoint(model, tp_size)
-    if quant.weights != "none":
-        checkpoint = on_device(checkpoint, where)
+    checkpoint = source.checkpoint(model, tp_size, where if quant.weights != "none" or source.adapters else CPU)
     if source.fp8_scales:
         scales = read_fp8_scales(source.fp8_scales, model.num_layers)
         return from_fp8_scales(checkpoint, model, quant, scales, rank, tp_size)
@@ -124,7 +129,8 @@ def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, devi
                 "%s fits %s alike: nothing but --model_version says that it is %s, and the self-check takes its word",
                 *(source.hub_folder, " and ".join(fitting), model.model_version),
             )
-        return load_hf_model(source.hub_folder, fitting[0] if len(fitting) == 1 else model.model_version, device=device)
+        version = fitting[0] if len(fitting) == 1 else model.model_version
+        return load_hf_model(source.hub_folder, version, device=device, adapters=source.adapters)
     float32 = replace(model, dtype="float32")
     checkpoint = source.checkpoint(float32, tp_size)
     if source.binary_folder:

@@ -140,7 +140,7 @@ def test_what_is_no_checkpoint_is_recognised(engine, binary, tmp_path, capsys):
     gguf = written(tmp_path / "gguf", "model-q4_0.gguf")
     shutil.copy(goldens.checkpoint(VERSION) / "config.json", written(tmp_path / "c", "pytorch_model.bin"))
     for path, sentence in {
-        lora: "is a LoRA adapter of baichuan-inc/X, not a whole model; merge the two by peft's merge_and_unload()",
+        lora: "is a LoRA adapter of baichuan-inc/X, not a whole model; give that one's folder, and the adapter",
         gguf: "is in llama.cpp's GGUF format, which is not read",
         gguf / "model-q4_0.gguf": "is in llama.cpp's GGUF format, which is not read",
         tmp_path

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from demo_checkpoint import demo_checkpoint
+from lora_adapter import write_adapter
 
 import build
 import hf_baichuan_convert
@@ -32,7 +33,7 @@ SHORTER = {
     "summarize.py": ["--max_ite", "2", "--output_len", "4"],
     "hf_baichuan_convert.py": ["--calib_max_length", "64"],
 }
-EXPECTED_SCRIPTS = {"build.py": 11, "hf_baichuan_convert.py": 2, "run.py": 7, "summarize.py": 4}  # at least
+EXPECTED_SCRIPTS = {"build.py": 12, "hf_baichuan_convert.py": 2, "run.py": 7, "summarize.py": 4}  # at least
 OF_OTHERS = {"-m", "--oversubscribe"}  # flags of python and mpirun in the prose
 VLLM_MS = 7.98  # a step of Baichuan2-13B in float16 at batch 1, docs/performance.md's
 
@@ -81,8 +82,10 @@ def execute(words: list[str], capsys) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoints() -> dict[str, Path]:
-    return {name: demo_checkpoint(version, 3) for name, version in CHECKPOINTS.items()}
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    found = {name: demo_checkpoint(version, 3) for name, version in CHECKPOINTS.items()}
+    adapter = write_adapter(tmp_path_factory.mktemp("adapter"), found["baichuan-inc/Baichuan-13B-Chat"])
+    return found | {"./my-adapter": adapter}
 
 
 def check_predicted_bytes(engine: Engine) -> None:

@@ -27,6 +27,7 @@ from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import sampling_defaults
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.binary.config_ini import BinaryConfig
+from baichuan.weights.hub.adapter import resolve_adapter
 from baichuan.weights.hub.checkpoint import resolve_folder
 from baichuan.weights.hub.version import require_tokenizer
 
@@ -75,6 +76,7 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
         resolve_folder(args.model_dir) if args.model_dir else None,
         Path(args.bin_model_dir) if args.bin_model_dir else None,
         Path(args.quantized_fp8_model_path) if args.quantized_fp8_model_path else None,
+        adapters=tuple(map(resolve_adapter, args.lora_dir)),
     )
     if source.folder is None:
         logger.warning(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from baichuan.cli.common import DUMMY_VERSION, ENGINE_DIR, add_device, add_model_version
+from baichuan.cli.common import DUMMY_VERSION, ENGINE_DIR, add_adapters, add_device, add_model_version
 from baichuan.config import BACKEND_NAMES, DTYPES, BuildConfig
 
 _BUILD = {field.name: field.default for field in fields(BuildConfig)}
@@ -49,6 +49,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model_dir",
         help="checkpoint in Hugging Face format: a folder or a hub id such as baichuan-inc/Baichuan2-7B-Chat",
     )
+    add_adapters(group, "--model_dir")
     group.add_argument("--bin_model_dir", help="calibrated folder written by hf_baichuan_convert.py, such as OUT/1-gpu")
     group.add_argument(
         "--dtype",

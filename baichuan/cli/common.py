@@ -104,6 +104,17 @@ def add_weight_copies(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_adapters(parser: argparse._ActionsContainer, base: str) -> None:
+    """base: the flag that names the checkpoint."""
+    parser.add_argument(
+        "--lora_dir",
+        nargs="+",
+        default=[],
+        metavar="ADAPTER",
+        help=f"LoRA adapters by PEFT, folders or hub ids, that are merged into the checkpoint of {base} in this order",
+    )
+
+
 def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
     """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2.
 

@@ -15,7 +15,8 @@ from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
 from baichuan.text.texts import encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.weights.hub.checkpoint import open_checkpoint, resolve_folder
+from baichuan.weights.hub.adapter import open_merged, resolve_adapter
+from baichuan.weights.hub.checkpoint import resolve_folder
 from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
     request = ConvertRequest(
         Path(args.out_dir),
         model,
-        partial(open_checkpoint, folder, model),
+        partial(open_merged, folder, model, [resolve_adapter(name) for name in args.lora_dir]),
         args.tensor_parallelism,
         args.processes,
         args.smoothquant,

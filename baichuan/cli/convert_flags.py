@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from baichuan.calibration.request import ConvertRequest
-from baichuan.cli.common import add_device, add_model_version
+from baichuan.cli.common import add_adapters, add_device, add_model_version
 from baichuan.config import STORAGE_TYPES
 from baichuan.text.hub_dataset import CNN_DAILYMAIL
 
@@ -48,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=ConvertRequest.storage_type,
         help="data type of weights that are not quantised",
     )
+    add_adapters(parser, "--in-file")
     add_model_version(parser, "must agree with the checkpoint (default: found from its files)")
     add_device(parser, "calibrates")
     parser.add_argument(

@@ -34,6 +34,7 @@ from baichuan.generation.limits import check_requests
 from baichuan.parallel.comm import Communicator
 from baichuan.text.printable import one_line
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
+from baichuan.weights.hub.adapter import resolve_adapter
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
 from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.hub.version import require_tokenizer
@@ -41,6 +42,8 @@ from baichuan.weights.hub.version import require_tokenizer
 logger = logging.getLogger(__name__)
 
 BELOW_THRESHOLD = 1  # exit code
+
+HfFiles = tuple[Path, ModelConfig, list[Path]]  # the checkpoint's folder, its model, and the adapters' folders
 
 
 def summarize(args: argparse.Namespace, comm: Communicator) -> int:
@@ -138,7 +141,7 @@ def load_tasks(
 
 
 def open_sides(
-    args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine], hf: tuple[Path, ModelConfig] | None
+    args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine], hf: HfFiles | None
 ) -> list[Side]:
     """The engines on every rank, then the transformers model on rank 0.  hf: what find_hf found there."""
     sides: list[Side] = []
@@ -163,14 +166,17 @@ def tell_apart(sides: Sequence[Side]) -> None:
             side.label += f", {side.facts['engine_dir']}"
 
 
-def find_hf(args: argparse.Namespace, engines: Sequence[Engine]) -> tuple[Path, ModelConfig]:
-    """The checkpoint's folder and its model, which must be of the engines' version."""
+def find_hf(args: argparse.Namespace, engines: Sequence[Engine]) -> HfFiles:
+    """The checkpoint, whose model must be of the engines' version."""
     folder = resolve_folder(args.hf_model_dir)
     version = args.model_version or (engines[0].model.model_version if engines else None)
-    return folder, read_model_config(folder, version, DTYPES[args.data_type])
+    model = read_model_config(folder, version, DTYPES[args.data_type])
+    return folder, model, [resolve_adapter(name) for name in args.lora_dir]
 
 
-def open_hf(args: argparse.Namespace, folder: Path, model: ModelConfig, near: torch.device | None) -> HfSide:
+def open_hf(
+    args: argparse.Namespace, folder: Path, model: ModelConfig, adapters: list[Path], near: torch.device | None
+) -> HfSide:
     """The transformers model; near: the engine's device, which it shares if that is a GPU."""
     from baichuan.hf_model.modeling import load_hf_model
 
@@ -179,7 +185,7 @@ def open_hf(args: argparse.Namespace, folder: Path, model: ModelConfig, near: to
     size = float32_bytes(model) * BYTES_PER_ELEMENT[model.dtype] // BYTES_PER_ELEMENT["float32"]
     require_host_memory(size, f"the transformers model in {args.data_type}")  # the model is read into host memory first
     with enough_memory():
-        return HfSide(load_hf_model(folder, model.model_version, model.dtype, device), str(args.hf_model_dir))
+        return HfSide(load_hf_model(folder, model.model_version, model.dtype, device, adapters), str(args.hf_model_dir))
 
 
 def run_settings(args: argparse.Namespace, request: Request, comm: Communicator) -> dict[str, Any]:
@@ -194,6 +200,7 @@ def run_settings(args: argparse.Namespace, request: Request, comm: Communicator)
         "eval_ppl": request.eval_ppl,
         "rouge_tokenizer": TOKENIZER,
         "world_size": comm.world_size,
+        "lora_dir": args.lora_dir,
         "tokenizer_dir": args.tokenizer_dir or args.hf_model_dir or args.engine_dir,
     }
 

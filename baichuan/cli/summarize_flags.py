@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_weight_copies
+from baichuan.cli.common import ENGINE_DIR, add_adapters, add_device, add_model_version, add_weight_copies
 from baichuan.config import DEVICES, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.evaluation.request import Request
@@ -31,6 +31,7 @@ def _add_side_flags(parser: argparse.ArgumentParser) -> None:
         "--engine_dir", nargs="+", default=[ENGINE_DIR], help="engine folders written by build.py, one side each"
     )
     sides.add_argument("--hf_model_dir", "--hf_model_location", help="checkpoint folder or hub id")
+    add_adapters(sides, "--hf_model_dir")
     sides.add_argument(
         "--tokenizer_dir", help="folder with tokenizer.model; only needed if neither engine nor checkpoint has one"
     )
@@ -90,6 +91,8 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
     if args.test_hf and not args.hf_model_dir:
         raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
+    if args.lora_dir and not args.test_hf:
+        raise ConfigError("--lora_dir changes the checkpoint of --test_hf, and an engine holds what it was built with")
     if args.check_accuracy and not args.test_trt_llm:
         raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
     if comm.world_size > 1 and not args.test_trt_llm:

@@ -6,7 +6,7 @@ AutoModelForCausalLM.from_pretrained(folder) reads a checkpoint in the hub's for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from baichuan.errors import UnsupportedError
 from baichuan.hf_model.config import BaichuanConfig
 from baichuan.hf_model.gpu_loading import read_on_gpu
 from baichuan.model.position import alibi_slopes, rope_at, rotate
-from baichuan.weights.hub.checkpoint import IGNORED, open_checkpoint, read_model_config
+from baichuan.weights.hub.adapter import open_merged
+from baichuan.weights.hub.checkpoint import IGNORED, read_model_config
 from baichuan.weights.source import TensorSource
 
 
@@ -218,15 +219,20 @@ def model_of_tensors(model: ModelConfig, tensors: Mapping[str, TensorSource]) ->
 
 
 def load_hf_model(
-    folder: Path | str, model_version: str | None, dtype: str = "float32", device: torch.device | str = "cpu"
+    folder: Path | str,
+    model_version: str | None,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    adapters: Sequence[Path] = (),
 ) -> BaichuanForCausalLM:
     """The checkpoint in `folder` as a model in eval mode.  model_version: None = what the folder proves.
+    adapters: folders of LoRA adapters that are merged into it.
 
     Its weights come through weights/, as an engine's do, and not through transformers' from_pretrained.
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
     model = read_model_config(Path(folder), model_version, dtype)
-    checkpoint = open_checkpoint(Path(folder), model)
+    checkpoint = open_merged(Path(folder), model, adapters)
     if torch.device(device).type != "cuda":
         return model_of_tensors(model, checkpoint)
     return _with_weights(model, read_on_gpu(checkpoint, getattr(torch, dtype), torch.device(device)))

@@ -29,8 +29,8 @@ def _kind(path: Path) -> tuple[str, str]:
     if (path / "adapter_config.json").is_file():
         base = str(_json_object(path / "adapter_config.json").get("base_model_name_or_path") or "its base model")
         return "adapter", (
-            f"is a LoRA adapter of {base.splitlines()[0]}, not a whole model; merge the two by peft's "
-            "merge_and_unload(), save the result and give its folder"
+            f"is a LoRA adapter of {base.splitlines()[0]}, not a whole model; give that one's folder, and the adapter "
+            f"with build.py --lora_dir {path}"
         )
     if (path / "config.ini").is_file():
         return "binary folder", f"is a calibrated binary folder; build from it with build.py --bin_model_dir {path}"

@@ -60,7 +60,7 @@ def resolve_folder(name: str) -> Path:
     Raises CheckpointError when it is neither, or cannot be downloaded.
     """
     folder = Path(name)
-    if _is_hub_id(name):
+    if is_hub_id(name):
         folder = _download_weights(name)
     if name and (stranger := recognise(folder, "checkpoint")):
         raise CheckpointError(f"{name} {stranger}")
@@ -79,7 +79,7 @@ def resolve_tokenizer(name: str) -> Path:
 
     Raises CheckpointError when it cannot be downloaded.
     """
-    return _download(name) if _is_hub_id(name) else Path(name)
+    return download(name) if is_hub_id(name) else Path(name)
 
 
 def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
@@ -109,23 +109,23 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     return tensors
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     return not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _download_weights(name: str) -> Path:
     """The hub's model with weights of the first format that it has."""
     for form in FORMATS:
-        folder = _download(name, (form.index, *form.patterns))
+        folder = download(name, (form.index, *form.patterns))
         if form.files(folder):
             break
     return folder
 
 
-def _download(name: str, weights: tuple[str, ...] = ()) -> Path:
-    """The hub's files of this model: DOWNLOADED, and weights that match the patterns."""
+def download(name: str, patterns: tuple[str, ...] = ()) -> Path:
+    """The hub's files of this model: DOWNLOADED, and those that match the patterns.  Raises CheckpointError."""
     try:
-        return Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, *weights]))
+        return Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, *patterns]))
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
