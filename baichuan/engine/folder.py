@@ -112,10 +112,7 @@ def read_engine(folder: Path) -> Engine:
     if stranger := recognise(folder, "engine"):
         raise EngineError(f"engine_dir {folder} {stranger}")
     try:
-        content = read_at_most(path, MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            raise EngineError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; it is not an engine's config.json")
-        values = json.loads(content)
+        values = json.loads(read_at_most(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise EngineError(f"{path} cannot be read ({error.strerror}); build an engine into {folder} first") from None
     except (ValueError, RecursionError) as error:

@@ -114,10 +114,7 @@ def page_name(side: dict[str, Any]) -> str:
 def read_results(path: Path) -> dict[str, Any]:
     """The values of a results.json from write().  Raises ConfigError for any other file."""
     try:
-        content = read_at_most(path, MAX_RESULTS_BYTES + 1)
-        if len(content) > MAX_RESULTS_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_RESULTS_BYTES} bytes; give a {RESULTS_NAME} of summarize.py")
-        values = json.loads(content)
+        values = json.loads(read_at_most(path, MAX_RESULTS_BYTES))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); run summarize.py with --output_dir") from None
     except (ValueError, RecursionError) as error:

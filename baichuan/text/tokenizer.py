@@ -161,11 +161,11 @@ def _load(path: Path) -> tuple[SentencePieceProcessor, list[str]]:
         file = path / MODEL_NAME if path.is_dir() else path
         if not file.is_file():
             raise CheckpointError(f"there is no tokenizer at {file}; give the folder that holds {MODEL_NAME}")
-        content = read_at_most(file, MAX_MODEL_BYTES + 1)
+        content = read_at_most(file, MAX_MODEL_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); make the tokenizer readable") from None
-    if len(content) > MAX_MODEL_BYTES:
-        raise CheckpointError(f"{file} is larger than {MAX_MODEL_BYTES} bytes; it is not a SentencePiece model")
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); copy the checkpoint's {MODEL_NAME} again"
+        ) from None
     try:
         model = SentencePieceProcessor(model_proto=content)
         pieces = model.id_to_piece(list(range(model.vocab_size()))) if content else []

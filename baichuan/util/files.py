@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def read_at_most(path: Path, count: int) -> bytes:
-    """The first `count` bytes of a regular file; OSError for a pipe or a device, which might never end."""
+def read_at_most(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; OSError for a larger one, and for a pipe or a device, which might never
+    end."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to opens at once
     with open(handle, "rb") as file:
         mode = os.fstat(handle).st_mode
@@ -20,7 +21,10 @@ def read_at_most(path: Path, count: int) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return file.read(count)
+        content = file.read(limit + 1)
+        if len(content) > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+        return content
 
 
 @contextmanager

@@ -32,12 +32,7 @@ class BinaryConfig:
             raise CheckpointError(f"bin_model_dir {folder} {stranger}")
         parser = configparser.ConfigParser(interpolation=None)
         try:
-            content = read_at_most(self.file, MAX_BYTES + 1)
-            if len(content) > MAX_BYTES:
-                raise CheckpointError(
-                    f"{self.file} is larger than {MAX_BYTES} bytes; it is no binary folder's {CONFIG_NAME}"
-                )
-            parser.read_string(content.decode())
+            parser.read_string(read_at_most(self.file, MAX_BYTES).decode())
             self.values = dict(parser[SECTION])
         except OSError as error:
             raise CheckpointError(

@@ -57,13 +57,11 @@ def folder_evidence(folder: Path) -> dict[str, list[str]]:
 def read_json_object(path: Path, max_bytes: int) -> dict:
     """The JSON object in a file of at most max_bytes.  Raises CheckpointError; a key given twice is an error too."""
     try:
-        content = read_at_most(path, max_bytes + 1)
+        content = read_at_most(path, max_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint in the hub's format"
         ) from None
-    if len(content) > max_bytes:
-        raise CheckpointError(f"{path} is larger than {max_bytes} bytes; it is not a checkpoint's file of this name")
     try:
         values = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
