@@ -11,14 +11,14 @@ have been used.  What is done is remembered in the folder: the same command line
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,14 +28,13 @@ import torch
 from baichuan.cli.common import Parser, add_model_version, run_script
 from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
-from baichuan.util.files import atomic_path
 from benchmarks import measured_process
 from benchmarks.random_checkpoint import model_of
+from benchmarks.walk_tables import STATE, Line, read_lines, row, tables, write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTICLES = ROOT / "demo" / "articles.jsonl"
 QUESTION = "世界上第二高的山峰是哪座？"
-STATE = "walk.json"
 FAILED = 1  # exit code
 TELLING = re.compile(
     r"written in [\d.]+ s|self-check against.*|ready in .*|prefill \d.*|.*tok/s.*|self-check skipped.*"
@@ -53,19 +52,6 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Line:
-    """The result of a command, as the table shows it."""
-
-    name: str
-    command: str
-    seconds: float
-    host_gb: float
-    gpu_gb: float
-    engine_gb: float
-    said: str  # the measurements in its output
-
-
-@dataclass(frozen=True)
 class Walk:
     """The commands over one checkpoint."""
 
@@ -73,6 +59,7 @@ class Walk:
     folder: Path
     small: bool
     ranks: tuple[int, ...]  # tp_size of each tensor-parallel stage
+    calibrated: Path  # where calibrated folders are written
 
     @property
     def checkpoint(self) -> Path:
@@ -93,7 +80,8 @@ class Walk:
         return stages
 
     def _kv(self) -> Iterator[Command]:
-        binary, gpu = self.folder / "kv", self.folder / "kv" / "1-gpu"
+        binary = self.calibrated / "kv"
+        gpu = binary / "1-gpu"
         yield self._convert("convert -kv", binary, "--calibrate-kv-cache")
         yield from self._use("int8, INT8 KV", ("--int8_kv_cache", "--use_weight_only"), gpu)
         yield from self._use("fp8, FP8 KV", ("--enable_fp8", "--fp8_kv_cache"), gpu)
@@ -101,7 +89,8 @@ class Walk:
         yield from self._use("fp8 from the checkpoint", scales, leaves=(binary,))
 
     def _smooth_quant(self) -> Iterator[Command]:
-        binary, gpu = self.folder / "sq", self.folder / "sq" / "1-gpu"
+        binary = self.calibrated / "sq"
+        gpu = binary / "1-gpu"
         yield self._convert("convert -sq 0.8", binary, "-sq", "0.8")
         modes = {
             "sq per tensor": (),
@@ -170,7 +159,14 @@ class Walk:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__.partition("\n")[0].rstrip(":"))
     add_model_version(parser, "whose sizes", default="v1_7b")
-    parser.add_argument("--folder", type=Path, default=Path("walk"), help="where everything goes: 64 GB for a 7B model")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("walk"), help="where everything goes: up to 50 GB for a 7B model"
+    )
+    parser.add_argument(
+        "--calibrated_folder",
+        type=Path,
+        help="where calibrated folders go, of a 13B model 54 GB (default: beside the rest)",
+    )
     parser.add_argument("--small", action="store_true", help="the demo's size, for machines without a GPU")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="float16, bfloat16, int8, int4, kv, sq, tp2, tp4")
     parser.add_argument("--tp", nargs="*", type=int, help="tensor-parallel sizes; default: 2 where there are two GPUs")
@@ -181,15 +177,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def walk(args: argparse.Namespace, comm: Communicator) -> int:
     folder, start = args.folder.resolve() / args.model_version, time.monotonic()
-    journey = Walk(args.model_version, folder, args.small, tuple(default_ranks() if args.tp is None else args.tp))
+    calibrated = (args.calibrated_folder or args.folder).resolve() / args.model_version
+    ranks = tuple(default_ranks() if args.tp is None else args.tp)
+    journey = Walk(args.model_version, folder, args.small, ranks, calibrated)
     stages = journey.stages()
     if unknown := [name for name in args.only or () if name not in stages]:
         raise ConfigError(f"--only {unknown[0]} is no stage of this walk; choose among {', '.join(stages)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.csv").write_text("5,17,300,42,9\n7,8,1000\n")
     chosen = [command for name in args.only or stages for command in stages[name]]
-    lines = read_state(folder)
-    print(machine(args.model_version, args.small), flush=True)
+    lines = read_lines(folder / STATE) if (folder / STATE).exists() else []
+    where = machine(args.model_version, args.small)
+    print(where, flush=True)
     for command in [checkpoint_command(journey), *chosen]:
         if command.name in {line.name for line in lines}:
             continue
@@ -203,12 +202,12 @@ def walk(args: argparse.Namespace, comm: Communicator) -> int:
             why = f"exit code {done.code}" if done.code is not None else f"not done after {args.timeout_s:g} s"
             print(f"walk.py: {command.name} failed: {why}", file=sys.stderr)
             return FAILED
-        lines.append(line_of(command, done, folder))
+        lines.append(line_of(command, done, folder, where))
         print(row(lines[-1]), flush=True)
         for left in command.leaves:
             shutil.rmtree(left)
-        write_state(folder, lines)
-    print("\n" + table(args.model_version, args.small, lines), flush=True)
+        write_lines(folder / STATE, lines)
+    print("\n" + tables(lines), flush=True)
     return 0
 
 
@@ -223,13 +222,12 @@ def default_ranks() -> list[int]:
     return [2] if torch.cuda.device_count() != 1 else []
 
 
-def line_of(command: Command, done: measured_process.Measured, folder: Path) -> Line:
+def line_of(command: Command, done: measured_process.Measured, folder: Path, where: str) -> Line:
     size = sum(path.stat().st_size for path in command.engine.rglob("*") if path.is_file()) if command.engine else 0
     said = [found.group() for line in done.output.splitlines() if (found := TELLING.search(line))]
     words = shlex.join(shown(command.argv, folder))
-    return Line(
-        command.name, words, done.seconds, done.host_bytes / 1e9, done.gpu_bytes / 1e9, size / 1e9, "; ".join(said[-3:])
-    )
+    gigabytes = (done.host_bytes / 1e9, done.gpu_bytes / 1e9, size / 1e9)
+    return Line(where, command.name, words, done.seconds, *gigabytes, "; ".join(said[-3:]))
 
 
 def shown(argv: tuple[str, ...], folder: Path) -> list[str]:
@@ -239,33 +237,11 @@ def shown(argv: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def machine(version: str, small: bool) -> str:
+    """The model and what it is walked on."""
     gpus = torch.cuda.device_count()
     name = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
     size = f"{version}, {model_of(version, small).num_layers} layers" + (" (small)" if small else "")
-    return f"{size}; {name}; torch {torch.__version__}"
-
-
-def table(version: str, small: bool, lines: list[Line]) -> str:
-    """The report in Markdown."""
-    head = ["| command | s | host GB | GPU GB | written GB | it says |", "|---|---:|---:|---:|---:|---|"]
-    return "\n".join([machine(version, small), "", *head, *map(row, lines)])
-
-
-def row(line: Line) -> str:
-    gigabytes = " | ".join(
-        f"{each:.1f}" if each >= 0.05 else "" for each in (line.host_gb, line.gpu_gb, line.engine_gb)
-    )
-    return f"| {line.name} | {line.seconds:.1f} | {gigabytes} | {line.said} |"
-
-
-def read_state(folder: Path) -> list[Line]:
-    path = folder / STATE
-    return [Line(**each) for each in json.loads(path.read_text("utf-8"))] if path.exists() else []
-
-
-def write_state(folder: Path, lines: list[Line]) -> None:
-    with atomic_path(folder / STATE) as path:
-        path.write_text(json.dumps([asdict(line) for line in lines], indent=1, ensure_ascii=False), "utf-8")
+    return f"{size}; {name}; torch {torch.__version__}; {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

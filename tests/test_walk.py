@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import measured_process, walk
+from benchmarks import measured_process, walk, walk_tables
 
 STAGES = ["float16", "bfloat16", "int8", "int4", "kv", "sq"]
 
@@ -40,9 +40,9 @@ def test_a_failure_ends_the_walk_and_the_same_line_goes_on(tmp_path, capsys, com
     assert walk.main(given) == 0
     assert log.read_text() == "cx", "what was done is not done again"
     assert not engine.exists(), "it goes when nobody needs it any more"
-    state = json.loads((tmp_path / "v1_7b" / walk.STATE).read_text())
+    state = json.loads((tmp_path / "v1_7b" / walk_tables.STATE).read_text())
     assert [line["name"] for line in state] == ["checkpoint", "build", "run", "again"]
-    assert state[1]["engine_gb"] == pytest.approx(0.2) and all(line["seconds"] > 0 for line in state)
+    assert state[1]["written_gb"] == pytest.approx(0.2) and all(line["seconds"] > 0 for line in state)
 
 
 def test_an_unknown_stage_is_refused(tmp_path, capsys):
@@ -64,7 +64,7 @@ def test_a_process_that_hangs_is_ended_and_its_memory_is_seen(tmp_path):
 
 @pytest.mark.parametrize("ranks", [(), (2, 4)])
 def test_every_engine_goes_and_every_script_is_walked(tmp_path, ranks):
-    stages = walk.Walk("v2_13b", tmp_path, False, ranks).stages()
+    stages = walk.Walk("v2_13b", tmp_path, False, ranks, tmp_path / "calibrated").stages()
     assert list(stages) == STAGES + [f"tp{each}" for each in ranks]
     listed = [command for stage in stages.values() for command in stage]
     assert len({command.name for command in listed}) == len(listed), "a name stands for one command"
@@ -72,6 +72,25 @@ def test_every_engine_goes_and_every_script_is_walked(tmp_path, ranks):
         assert {c.engine for c in commands if c.engine} == {left for c in commands for left in c.leaves}
     for script in ("build.py", "run.py", "summarize.py", "hf_baichuan_convert.py"):
         assert any(word.endswith(script) for command in listed for word in command.argv)
+
+
+def test_walks_on_one_kind_of_machine_make_one_table(tmp_path, monkeypatch, capsys):
+    def line(machine, name, seconds):
+        return walk_tables.Line(machine, name, "python run.py", seconds, 1.0, 0.0, 0.04, "ready in 5 s")
+
+    page = tmp_path / "walk.md"
+    page.write_text(f"before\n{walk_tables.BEGIN}old\n{walk_tables.END}after\n")
+    monkeypatch.setattr(walk_tables, "PAGE", page)
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    walk_tables.write_lines(one, [line("v1_7b; A", "run", 3.0), line("v1_7b; A", "build", 4.0)])
+    walk_tables.write_lines(two, [line("v1_7b; A", "run", 2.0), line("v2_13b; A", "run", 5.0)])
+    assert walk_tables.main(["--write", str(one), str(two)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("## ") == 2 and "| run | 2.0 | 1.0 |  |  | ready in 5 s |" in text and "3.0" not in text
+    (tmp_path / "bad.json").write_text("[{}]")
+    assert walk_tables.main([str(tmp_path / "bad.json")]) == 2
+    assert "walk again" in capsys.readouterr().err
 
 
 @pytest.mark.slow
