@@ -145,6 +145,22 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class WeightOnly:
+    """Weight-only integers that calibration finds, and a binary folder holds beside its weights."""
+
+    precision: str  # int8 or int4, as in QuantConfig.weights
+    group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
+
+    def __post_init__(self):
+        require_choice("weight_only_precision", self.precision, ("int8", "int4"))
+        QuantConfig(self.precision, self.group_size)  # raises where they do not fit together
+
+    @property
+    def bits(self) -> int:
+        return {"int8": 8, "int4": 4}[self.precision]
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """What an engine is built for: its parallelism, its limits, its backend and its switches."""
 

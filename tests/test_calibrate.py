@@ -5,7 +5,7 @@ import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
 
-from baichuan.calibration import calibrate as calibration
+from baichuan.calibration import layers as calibration
 from baichuan.calibration.calibrate import calibrate
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
 from baichuan.weights.hub.checkpoint import open_checkpoint

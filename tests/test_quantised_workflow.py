@@ -71,6 +71,14 @@ def kv_folder(workflow):
 
 
 @pytest.fixture(scope="module")
+def int4_folder(workflow):
+    workflow.convert("--use_weight_only", "--weight_only_group_size", "32", "-t", "fp16")
+    saved = workflow.folder / "int4"
+    (workflow.folder / "bin" / "1-gpu").rename(saved)
+    return str(saved)
+
+
+@pytest.fixture(scope="module")
 def smooth_folder(workflow):
     workflow.convert("-sq", "0.8", "--tensor-parallelism", "1", "--storage-type", "fp16")
     return str(workflow.folder / "bin" / "1-gpu")
@@ -108,6 +116,19 @@ def test_from_a_folder_with_kv_scales(workflow, kv_folder, capsys, flags, bound)
     assert workflow.build("--bin_model_dir", kv_folder, "--dtype", "float16", *flags) == 0
     assert self_check_kl(capsys.readouterr().err) < bound
     assert workflow.run()[:5] == [5, 17, 300, 42, 9]
+
+
+def test_integers_that_calibration_found(workflow, int4_folder, capsys):
+    int4 = ["--use_weight_only", "--weight_only_precision", "int4"]
+    assert workflow.build("--bin_model_dir", int4_folder, *int4, "--int8_kv_cache") == 0
+    said = capsys.readouterr().err
+    assert "the INT4 weights are those that the calibration found" in said
+    assert self_check_kl(said) < 1.0
+    assert workflow.run()[:5] == [5, 17, 300, 42, 9]
+    assert workflow.build("--bin_model_dir", int4_folder, *int4, "--weight_only_group_size", "64") == 2
+    assert "holds int4 weights in groups of 32 and 64 is asked for" in capsys.readouterr().err
+    assert workflow.build("--bin_model_dir", int4_folder) == 0
+    assert "was calibrated for INT4 weights and the engine is not quantised" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 from baichuan.calibration.calibrate import calibrate
 from baichuan.calibration.request import ConvertRequest
+from baichuan.calibration.weight_only import quantise_layers
 from baichuan.engine.folder import staging
 from baichuan.errors import UnsupportedError
 from baichuan.executors.device import resolve_device
@@ -22,7 +23,7 @@ from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
 from baichuan.util.publishing import publish_folder
-from baichuan.weights.binary.config_ini import write_binary_config
+from baichuan.weights.binary.config_ini import GROUP_SIZE_KEY, PRECISION_KEY, write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
@@ -44,8 +45,12 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     layout = Layout(request.model, request.tp_size, STORAGE_DTYPES[request.storage_type])
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
-        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, resolve_device(request.device))
+        device = resolve_device(request.device)
+        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, device)
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
+        if form := request.weight_only:
+            write = partial(writer.write_integers, form)
+            quantise_layers(request.open_checkpoint(), request.model, samples, staged, device, form, write)
         size = sum(array.size for array in layout.written(request.alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
         weight_absmax = _write_all(writer, ranges, processes)
@@ -59,6 +64,8 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             "smoothquant": request.alpha,
             "weight_data_type": request.storage_type,
             "multi_query_mode": False,
+            PRECISION_KEY: form.precision if form else None,
+            GROUP_SIZE_KEY: form.group_size if form else None,
         }
         if request.text_folder:
             copy_text_files(request.text_folder, staged)
@@ -104,7 +111,7 @@ def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[s
 
 def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
     """Raise UnsupportedError unless the folder and the calibration's hidden states fit on the disk."""
-    arrays = {array.name: array.size for array in layout.written(request.alpha is not None)}
+    arrays = {array.name: array.size for array in layout.written(request.alpha is not None, request.weight_only)}
     needed = sum(arrays.values()) + DISK_SLACK_BYTES + 4 * tokens * request.model.hidden_size
     free = shutil.disk_usage(request.folder).free
     logger.info("the folder takes %.2f GB; %.2f GB are free on its disk", sum(arrays.values()) / 1e9, free / 1e9)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from baichuan.config import ModelConfig, require_range
+from baichuan.config import ModelConfig, WeightOnly, require_range
 from baichuan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,12 +28,18 @@ class ConvertRequest:
     storage_type: str = "fp32"
     text_folder: Path | None = None  # its tokenizer and generation settings are copied
     device: str = "auto"  # calibrates; one of device.DEVICES
+    weight_only: WeightOnly | None = None  # the integers to be found, if any
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
         require_range("processes", self.processes, 1, 1024)
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ConfigError(f"SmoothQuant's alpha {self.alpha} is outside [0, 1]; 0.5 to 0.8 is a good choice")
+        if self.alpha is not None and self.weight_only:
+            raise ConfigError(
+                f"{self.weight_only.precision} weights are found for the model as it is and SmoothQuant changes it; "
+                "convert twice, into two folders"
+            )
         self.model.check_tensor_parallel(self.tp_size)
 
     @property

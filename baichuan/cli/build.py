@@ -46,9 +46,10 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     source, model = open_source(args)
     build_records.check_sizes(args, model)
     limits = build_records.build_config(args, backend)
-    quant = build_records.quant_config(args, model)
+    found = BinaryConfig(source.binary_folder).weight_only if source.binary_folder else None
+    quant = build_records.quant_config(args, model, found)
     if source.binary_folder:
-        say_unused_calibration(source.binary_folder, quant)
+        say_calibration(source.binary_folder, quant)
     device = resolve_device(args.device)
     rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
     options = build_records.backend_options(args, backend)
@@ -86,10 +87,19 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
     return source, weight.read_model(source, args.model_version, args.dtype)
 
 
-def say_unused_calibration(folder: Path, quant: QuantConfig) -> None:
+def say_calibration(folder: Path, quant: QuantConfig) -> None:
     """Warn where the engine uses nothing of what the folder was calibrated for."""
-    smoothed = BinaryConfig(folder).smoothed
-    if smoothed and quant.weights != "smooth_quant":
+    config = BinaryConfig(folder)
+    smoothed, found = config.smoothed, config.weight_only
+    if found and found.precision == quant.weights:
+        logger.info("the %s weights are those that the calibration found", found.precision.upper())
+        return
+    if found and quant.weights == "none":
+        made_for, flags = (
+            f"{found.precision.upper()} weights",
+            f"--use_weight_only --weight_only_precision {found.precision}",
+        )
+    elif smoothed and quant.weights != "smooth_quant":
         made_for, flags = "SmoothQuant", "--use_smooth_quant"
     elif not smoothed and quant.kv_cache == "none" and quant.weights != "fp8":
         made_for, flags = "an 8-bit KV cache or FP8", "--int8_kv_cache, --fp8_kv_cache or --enable_fp8"

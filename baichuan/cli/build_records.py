@@ -9,7 +9,7 @@ from typing import Any
 
 from baichuan.cli.build_flags import ALWAYS_ON, NOT_BUILT, SIZE_FLAGS
 from baichuan.cli.common import DUMMY_VERSION
-from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig
+from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.backend import Backend
 from baichuan.executors.registry import BACKENDS
@@ -81,7 +81,7 @@ def check_sizes(args: argparse.Namespace, model: ModelConfig) -> None:
             )
 
 
-def quant_config(args: argparse.Namespace, model: ModelConfig) -> QuantConfig:
+def quant_config(args: argparse.Namespace, model: ModelConfig, found: WeightOnly | None = None) -> QuantConfig:
     """The quantisation that the flags ask for."""
     kinds = {
         "use_weight_only": args.weight_only_precision or "int8",
@@ -104,7 +104,9 @@ def quant_config(args: argparse.Namespace, model: ModelConfig) -> QuantConfig:
             "(MMLU 29.4 against 54.5 was reported); add --per_token --per_channel unless you know that it suffices"
         )
     group_size = args.weight_only_group_size
-    if group_size is None:
+    if group_size is None and found and found.precision == weights:
+        group_size = found.group_size
+    elif group_size is None:
         group_size = default_group_size(model, args.world_size) if weights == "int4" else 0
     elif weights != "int4":
         raise ConfigError(

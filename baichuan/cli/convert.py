@@ -9,10 +9,12 @@ from pathlib import Path
 
 from baichuan.calibration.convert import convert
 from baichuan.calibration.request import ConvertRequest
+from baichuan.cli.build_records import default_group_size
 from baichuan.cli.common import check_device
-from baichuan.config import require_range
+from baichuan.config import ModelConfig, WeightOnly, require_range
 from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
+from baichuan.quant.weight_only import check_group_size
 from baichuan.text.texts import encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.adapter import open_merged, resolve_adapter
@@ -26,9 +28,10 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
     if comm.world_size > 1:
         raise ConfigError(f"{comm.world_size} ranks were started; start hf_baichuan_convert.py once, with -tp instead")
     check_device(args, comm)
-    if args.smoothquant is None and not args.calibrate_kv_cache:
+    if args.smoothquant is None and not args.calibrate_kv_cache and not args.use_weight_only:
         raise ConfigError(
-            "neither -kv nor -sq was given; add one, or build from the checkpoint itself with build.py --model_dir"
+            "none of -kv, -sq and --use_weight_only was given; add one, or build from the checkpoint itself with "
+            "build.py --model_dir"
         )
     require_range("calib_size", args.calib_size, 1, 1 << 20)
     require_range("calib_max_length", args.calib_max_length, 1, 1 << 16)
@@ -45,6 +48,7 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
         args.storage_type,
         folder,
         args.device,
+        weight_only(args, model),
     )
     texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
     if len(texts) < args.calib_size:
@@ -53,3 +57,20 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
     written = convert(request, samples, vars(args) | hub_config | {"model_version": model.model_version})
     logger.info("written to %s", written)
     return 0
+
+
+def weight_only(args: argparse.Namespace, model: ModelConfig) -> WeightOnly | None:
+    """The integers to be found.  Raises ConfigError for a flag that would change nothing or does not fit the model."""
+    precision, group_size = args.weight_only_precision or "int4", args.weight_only_group_size
+    if not args.use_weight_only:
+        if args.weight_only_precision or group_size is not None:
+            flag = "precision" if args.weight_only_precision else "group_size"
+            raise ConfigError(f"--weight_only_{flag} needs --use_weight_only; add it")
+        return None
+    if group_size is None:
+        group_size = default_group_size(model, args.tensor_parallelism) if precision == "int4" else 0
+    if precision == "int4":
+        for name, width in (("o_proj", model.hidden_size), ("down_proj", model.intermediate_size)):
+            check_group_size(group_size, width, name)
+            check_group_size(group_size, width // args.tensor_parallelism, name)
+    return WeightOnly(precision, group_size)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.quant.scaled import LIMITS
+from baichuan.quant.weight_only import check_group_size
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.binary.fp8_scales import MODULES, LayerScales
 from baichuan.weights.converters import cast, fp8
@@ -21,6 +22,7 @@ from baichuan.weights.rank_tensors import (
     from_pieces,
     whole_model,
 )
+from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource, known
 
 
@@ -31,11 +33,15 @@ def from_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[Ten
     everything else reads this rank's files.  Raises CheckpointError where the folder lacks something.
     """
     tp_size, config = folder.layout.tp_size, folder.model
+    form = folder.calibrated(quant)
     rank_alone = quant.weights in ("none", "smooth_quant")
     folder.check(quant, range(rank, rank + 1) if rank_alone else range(tp_size))
     if quant.weights == "fp8":
         return from_fp8_scales(folder.checkpoint(), config, quant, folder.fp8_scales(), rank, tp_size)
-    if not rank_alone:
+    if form:
+        linears = _calibrated_linears(folder, quant, form, rank)
+        tensors = whole_model(folder.checkpoint(), config, quant, rank, tp_size, linears)
+    elif not rank_alone:
         tensors = from_checkpoint(folder.checkpoint(), config, quant, rank, tp_size)
     else:
         tensors = whole_model(folder.checkpoint(), config, quant, rank, tp_size, _rank_linears(folder, quant, rank))
@@ -62,6 +68,29 @@ def from_fp8_scales(
     ratio = LIMITS[torch.float8_e4m3fn] / LIMITS[torch.int8] if quant.kv_cache == "int8" else 1.0
     kv = [{name: known(torch.tensor([scale * ratio])) for name, scale in layer.kv.items()} for layer in scales]
     return [*tensors, *_kv_scales(config, kv.__getitem__)]
+
+
+def _calibrated_linears(folder: BinaryFolder, quant: QuantConfig, form: WeightOnly, rank: int) -> LinearTensors:
+    """A rank's rows and columns of the integers that calibration found."""
+    tp_size, dtypes = folder.layout.tp_size, {torch.float16: getattr(torch, folder.model.dtype)}  # of INT4's scales
+
+    def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
+        linear = LINEARS[name]
+        sources = [folder.integers(layer, module, form) for module in linear.modules]
+        shape = folder.layout.hub_shape(linear.modules[0])
+        rows, (start, stop) = linear.cut(shape, rank, tp_size)
+        if quant.weights == "int4":
+            check_group_size(quant.group_size, stop - start, name)
+        tensors = []
+        for field, example in sources[0].items():
+            convert = cast(dtypes.get(example.dtype, example.dtype), "")
+            pieces = [Piece(source[field], each, convert) for source in sources for each in rows]
+            width = example.shape[-1]  # in which one column may stand for several inputs
+            columns = start * width // shape[1], stop * width // shape[1]
+            tensors.append(from_pieces(f"layers.{layer}.{name}.{field}", pieces, columns))
+        return tensors
+
+    return linear_tensors
 
 
 def _rank_linears(folder: BinaryFolder, quant: QuantConfig, rank: int) -> LinearTensors:

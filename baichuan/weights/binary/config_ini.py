@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from baichuan.config import VERSIONS, ModelConfig
+from baichuan.config import VERSIONS, ModelConfig, WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.util import manifest
 from baichuan.util.files import read_at_most
@@ -20,6 +20,7 @@ from baichuan.weights.strangers import recognise
 SECTION = "baichuan"
 MAX_BYTES = 1 << 20
 SEAL = "sha256"  # ours alone: the old script's files have none
+PRECISION_KEY, GROUP_SIZE_KEY = "weight_only_precision", "weight_only_group_size"
 PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
@@ -52,6 +53,16 @@ class BinaryConfig:
     def smoothed(self) -> bool:
         """The folder was made for SmoothQuant (-sq); else for 8-bit KV caches and FP8 (-kv)."""
         return self.text("smoothquant") != "None"
+
+    @property
+    def weight_only(self) -> WeightOnly | None:
+        """The form of the calibrated integers that the folder holds, if any."""
+        precision = self.text(PRECISION_KEY, "None")
+        if precision == "None":
+            return None
+        if precision not in ("int8", "int4"):
+            raise CheckpointError(f"{self.file} says {PRECISION_KEY} = {precision}; it is int8, int4 or None")
+        return WeightOnly(precision, self.integer(GROUP_SIZE_KEY))
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import LIMITS, scale_for
 from baichuan.weights.binary.config_ini import SEAL, BinaryConfig
@@ -44,6 +44,7 @@ class BinaryFolder:
     path: Path
     layout: Layout
     smoothed: bool  # weights and norms hold a smoother (-sq)
+    weight_only: WeightOnly | None = None  # of the calibrated integers that it holds
     device: torch.device = torch.device("cpu")  # where rows and scales are read to
 
     @property
@@ -54,7 +55,7 @@ class BinaryFolder:
         """Raise CheckpointError, naming what is missing or has the wrong size, unless engines can be built."""
         if quant.weights == "smooth_quant" and not self.smoothed:
             raise CheckpointError(f"{self.path} was written without -sq; convert the checkpoint again with -sq 0.8")
-        required = list(self.layout.required(quant, ranks, self.smoothed))
+        required = list(self.layout.required(quant, ranks, self.smoothed, self.calibrated(quant)))
         missing = [array.name for array in required if not (self.path / array.name).is_file()]
         if missing:
             more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
@@ -64,6 +65,22 @@ class BinaryFolder:
             )
         for array in required:
             self._check_size(array)
+
+    def calibrated(self, quant: QuantConfig) -> WeightOnly | None:
+        """The form of the folder's calibrated integers, where they are what `quant` asks for."""
+        form = self.weight_only
+        if form is None or form.precision != quant.weights:
+            return None
+        if form.group_size != quant.group_size:
+            raise CheckpointError(
+                f"{self.path} holds {form.precision} weights in groups of {form.group_size} and {quant.group_size} is "
+                "asked for; leave --weight_only_group_size out, or convert the checkpoint again"
+            )
+        return form
+
+    def integers(self, layer: int, module: str, form: WeightOnly) -> dict[str, TensorSource]:
+        """The calibrated fields of records.Int8Weight or Int4Weight of one of the hub's matrices, whole."""
+        return {field: self._rows(array) for field, array in self.layout.weight_only(layer, module, form).items()}
 
     def checkpoint(self) -> Checkpoint:
         """The whole model by the hub's names, rows of whole matrices; where the folder is smoothed, dense and proj
@@ -127,6 +144,8 @@ class BinaryFolder:
     def _remedy(self, quant: QuantConfig) -> str:
         if quant.weights == "smooth_quant":
             return " with -sq"
+        if self.calibrated(quant):
+            return " with --use_weight_only"
         return " with -kv" if quant.kv_cache != "none" else ""
 
     def _check_size(self, array: Array) -> None:
@@ -246,7 +265,8 @@ def open_binary(
             f"{path} is in multi-query mode, which no Baichuan model has; convert the checkpoint again"
         )
     model.check_tensor_parallel(tp_size)
-    return BinaryFolder(path, Layout(model, tp_size, STORAGE_DTYPES[storage]), values.smoothed, device)
+    layout = Layout(model, tp_size, STORAGE_DTYPES[storage])
+    return BinaryFolder(path, layout, values.smoothed, values.weight_only, device)
 
 
 def _torch_dtype(array: Array) -> torch.dtype:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from baichuan.config import STORAGE_TYPES, ModelConfig, QuantConfig
+from baichuan.config import STORAGE_TYPES, ModelConfig, QuantConfig, WeightOnly
 from baichuan.weights.shard import LINEARS
 
 CONFIG_NAME = "config.ini"
 STORAGE_DTYPES = dict(zip(STORAGE_TYPES, map(np.dtype, ("<f4", "<f2")), strict=True))  # config.ini's weight_data_type
-FLOAT32, INT8 = np.dtype("<f4"), np.dtype("i1")
+FLOAT32, FLOAT16, INT8, UINT8 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("i1"), np.dtype("u1")
 
 GLOBAL_NAMES = {
     "model.embed_tokens.weight": "vocab_embedding.weight.bin",
@@ -100,6 +101,23 @@ class Layout:
         """which: "k" or "v".  Our addition to the format: the old script has output_scale(QKV) for both."""
         return Array(self._name(layer, QKV, f"scale_{which}_quant_orig"), FLOAT32, (1,))
 
+    def weight_only(self, layer: int, module: str, form: WeightOnly) -> dict[str, Array]:
+        """The fields of records.Int8Weight or Int4Weight, whole and in the hub's order of rows, for all ranks alike.
+
+        Our addition to the format: the scales are known only with the integers that calibration found.
+        """
+        rows, columns = self.hub_shape(module)
+        name = partial(self._name, layer, module)
+        if form.precision == "int8":
+            return {
+                "weight": Array(name("weight_only.weight"), INT8, (rows, columns)),
+                "scale": Array(name("weight_only.scale"), FLOAT32, (rows,)),
+            }
+        return {
+            "packed": Array(name("weight_only.packed"), UINT8, (rows, columns // 2)),
+            "scale": Array(name("weight_only.scale"), FLOAT16, (rows, columns // (form.group_size or columns))),
+        }
+
     def cut(self, module: str, rank: int):
         """The row ranges and the column range of the hub's matrix that the rank's file holds."""
         return LINEAR_OF[module].cut(self.hub_shape(module), rank, self.tp_size)
@@ -110,8 +128,8 @@ class Layout:
         shapes = {"self_attn.W_pack": (3 * hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
         return shapes.get(module) or ((hidden, inter) if module == "mlp.down_proj" else (inter, hidden))
 
-    def written(self, smoothed: bool) -> Iterator[Array]:
-        """Every array of a conversion, with -sq (smoothed) or with -kv alone."""
+    def written(self, smoothed: bool, form: WeightOnly | None = None) -> Iterator[Array]:
+        """Every array of a conversion, with -sq (smoothed) or with -kv alone; form: of calibrated integers, if any."""
         for hub_name in GLOBAL_NAMES:
             yield self.global_array(hub_name)
         for layer in range(self.model.num_layers):
@@ -120,6 +138,8 @@ class Layout:
             for which in ("k", "v"):
                 yield self.kv_scale(layer, which)
             for module in MODULE_NAMES:
+                if form:
+                    yield from self.weight_only(layer, module, form).values()
                 int8 = smoothed or module == QKV
                 if int8:
                     yield self.input_scale(layer, module)
@@ -137,14 +157,22 @@ class Layout:
             for kind in CHANNEL_SCALES:
                 yield self.channel_scale(layer, module, rank, kind, per_channel)
 
-    def required(self, quant: QuantConfig, ranks: range, smoothed: bool) -> Iterator[Array]:
-        """The arrays that engines for `ranks` are built from.  smoothed: the folder was written with -sq."""
+    def required(
+        self, quant: QuantConfig, ranks: range, smoothed: bool, form: WeightOnly | None = None
+    ) -> Iterator[Array]:
+        """The arrays that engines for `ranks` are built from.
+
+        smoothed: the folder was written with -sq; form: of its calibrated integers, which are then read
+        """
         for hub_name in GLOBAL_NAMES:
             yield self.global_array(hub_name)
         for layer in range(self.model.num_layers):
             for hub_norm in NORM_NAMES:
                 yield self.norm(layer, hub_norm)
             for module in MODULE_NAMES:
+                if form:
+                    yield from self.weight_only(layer, module, form).values()
+                    continue
                 for rank in ranks:
                     yield from self._required_linear(layer, module, rank, quant, smoothed)
             if quant.kv_cache != "none":

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.quant.int8_scales import int8_scales, to_int8
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import require_finite, scale_for
 from baichuan.quant.smoothquant import smoother
+from baichuan.quant.weight_only import pack_int4
 from baichuan.weights.binary.layout import CHANNEL_SCALES, LINEAR_OF, NORM_NAMES, QKV, Array, Layout, has_smoother
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource
@@ -69,6 +71,16 @@ class BinaryWriter:
             each: absmax.view(linear.projections, -1).amax(1).tolist()
             for each, absmax in zip(sources, rows, strict=True)
         }
+
+    def write_integers(self, form: WeightOnly, layer: int, name: str, q: Tensor, scale: Tensor) -> None:
+        """Calibrated integers of one of shard.LINEARS, [out_features, in_features] int8, and their scales."""
+        first = 0
+        for module in LINEARS[name].modules:
+            rows = slice(first, first + self.layout.hub_shape(module)[0])
+            fields = {"weight": q[rows]} if form.precision == "int8" else {"packed": pack_int4(q[rows])}
+            for field, array in self.layout.weight_only(layer, module, form).items():
+                self._write(array, (fields | {"scale": scale[rows]})[field].cpu())
+            first = rows.stop
 
     def _write_norm(self, checkpoint: Checkpoint, layer: int, hub_norm: str, factor: Tensor) -> None:
         """Write the norm's weight divided by the smoother, which makes the norm's output the smoothed input."""

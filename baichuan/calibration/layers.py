@@ -1,0 +1,167 @@
+"""All calibration tokens through one layer after another: one layer's weights are in memory at a time.
+
+Between layers the hidden states wait in a file.  Everything is computed in float32 and in a fixed order, so that the
+same texts give the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baichuan.config import ModelConfig
+from baichuan.executors.cpu.reference import ReferenceOps
+from baichuan.model.decoder import attention_spec, decoder_layer
+from baichuan.records import AttentionSpec, DenseWeight, LayerCache, LayerWeights, Step
+from baichuan.util.progress import Progress
+from baichuan.weights.shard import LINEARS, NORMS
+from baichuan.weights.source import Checkpoint, TensorSource
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}  # bounds the activations' memory
+READ_BYTES = 64 << 20  # how much of a weight is read at a time, in float32
+
+
+class DenseOps(ReferenceOps):
+    """The reference's ops on dense float32 weights, on either device."""
+
+    def linear(self, x, weight):
+        return F.linear(x, weight.weight)
+
+
+class Reached(Exception):
+    """Raised by ops that have seen what they were to see, to leave out the rest of a layer."""
+
+
+@dataclass(frozen=True)
+class LayerPasses:
+    """The model's layers, and passes of all samples through one of them."""
+
+    model: ModelConfig
+    spec: AttentionSpec
+    device: str  # "cpu" or "cuda"
+    longest: int  # tokens of the longest sample
+    tokens: int  # of all samples
+    hidden: Tensor  # [tokens, hidden_size] float32, what goes into the layer that is next
+    steps: Sequence[tuple[int, Step]]  # the samples, with the number of tokens before each step
+    buffers: _Buffers
+
+    def layers(self) -> Iterator[tuple[int, LayerWeights]]:
+        """Each layer's number and weights, which are valid until the next one."""
+        for index in range(self.model.num_layers):
+            yield index, self.buffers.load(index)
+
+    def run(self, ops: ReferenceOps, layer: LayerWeights, progress: Progress, keep: bool = True) -> None:
+        """All samples through the layer, whose output replaces `hidden` with keep.  A step ends where ops raise
+        Reached.  Progress is in tokens."""
+        for first, step in self.steps:
+            rows = slice(first, first + len(step.tokens))
+            shape = (step.batch_size, self.spec.num_heads, step.max_context_length, self.spec.head_dim)
+            progress.advance(len(step.tokens))
+            cache = LayerCache(*(torch.zeros(shape, device=self.device) for _ in range(2)))
+            x = self.hidden[rows].to(self.device)
+            try:
+                x, residual = decoder_layer(ops, x, None, layer, cache, self.spec, step, self.model.rms_norm_eps)
+            except Reached:
+                continue
+            if keep:
+                self.hidden[rows] = (x + residual).to("cpu")
+
+
+@contextmanager
+def layer_passes(
+    checkpoint: Checkpoint, model: ModelConfig, samples: Sequence[Sequence[int]], scratch: Path, device: str
+) -> Iterator[LayerPasses]:
+    """Passes of the samples, each a sequence of token ids, through the checkpoint's layers.
+
+    scratch: a folder for the hidden states, 4 * hidden_size bytes per token.
+    """
+    longest, tokens = max(map(len, samples)), sum(map(len, samples))
+    logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
+    with torch.inference_mode(), _HiddenStates(scratch / "hidden", tokens, model.hidden_size) as hidden:
+        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
+        steps = list(_steps(samples, TOKENS_PER_STEP[device], device))
+        spec = attention_spec(model, 0, 1)
+        yield LayerPasses(model, spec, device, longest, tokens, hidden, steps, _Buffers(checkpoint, device))
+
+
+def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterator[tuple[int, Step]]:
+    """The samples in steps of up to `limit` tokens, at least one sample each; with the number of tokens before each."""
+    batch: list[Sequence[int]] = []
+    first, size = 0, 0
+    for sample in samples:
+        if batch and size + len(sample) > limit:
+            yield first, Step.of(batch, device=device)
+            first, batch, size = first + size, [], 0
+        batch.append(sample)
+        size += len(sample)
+    yield first, Step.of(batch, device=device)
+
+
+def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
+    """hidden[i] = embedding[tokens[i]], reading the embedding once, block by block."""
+    for start, stop in source.blocks(READ_BYTES):
+        wanted = torch.nonzero((tokens >= start) & (tokens < stop), as_tuple=True)[0]
+        if len(wanted):
+            rows = source.read(start, stop)
+            for some in wanted.split(stop - start):
+                hidden[some] = rows[tokens[some] - start].float()
+
+
+class _Buffers:
+    """One layer's weights in float32 on the device, in buffers that all layers share."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint, self.device = checkpoint, device
+        self.memory: dict[str, Tensor] = {}
+
+    def load(self, index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}"
+        fields: dict[str, Any] = {name: self._read(name, [f"{prefix}.{norm}.weight"]) for name, norm in NORMS.items()}
+        fields |= {
+            name: DenseWeight(self._read(name, [f"{prefix}.{module}.weight" for module in linear.modules]))
+            for name, linear in LINEARS.items()
+        }
+        return LayerWeights(**fields)
+
+    def _read(self, name: str, hub_names: list[str]) -> Tensor:
+        sources = [self.checkpoint[hub_name] for hub_name in hub_names]
+        if name not in self.memory:
+            shape = sum(source.shape[0] for source in sources), *sources[0].shape[1:]
+            self.memory[name] = torch.empty(shape, device=self.device)
+        buffer, first = self.memory[name], 0
+        for source in sources:
+            for start, stop in source.blocks(READ_BYTES):
+                buffer[first + start : first + stop] = source.read(start, stop).to(self.device)
+            first += source.shape[0]
+        return buffer
+
+
+@dataclass
+class _HiddenStates:
+    """[tokens, hidden_size] float32 in a file that is deleted afterwards, so that memory stays free."""
+
+    path: Path
+    tokens: int
+    hidden_size: int
+
+    def __enter__(self) -> Tensor:
+        size = self.tokens * self.hidden_size
+        with open(self.path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)  # a full disk is an error now, not a crash later
+        mapped = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.float32, device="cpu")
+        return mapped.view(self.tokens, self.hidden_size)
+
+    def __exit__(self, *_) -> None:
+        self.path.unlink(missing_ok=True)
