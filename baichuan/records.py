@@ -118,19 +118,49 @@ class AttentionSpec:
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's contiguous KV cache."""
+    """One layer's KV cache: blocks of tokens, and which blocks each row has."""
 
-    k: Tensor  # [rows, num_heads, capacity, head_dim] in the dtype, int8 or float8_e4m3fn
+    k: Tensor  # [blocks, num_heads, tokens_per_block, head_dim] in the dtype, int8 or float8_e4m3fn; contiguous
     v: Tensor  # as k
+    tables: Tensor  # [rows, blocks_per_row] int32: row r keeps token t in block tables[r, t // tokens_per_block]
     k_scale: Tensor | None = None  # [1] float32, k ≈ cached k * k_scale
     v_scale: Tensor | None = None  # [1] float32
+
+    @classmethod
+    def whole_rows(
+        cls,
+        rows: int,
+        capacity: int,
+        spec: AttentionSpec,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        tokens_per_block: int = 16,
+    ) -> LayerCache:
+        """A cache of zeros where each row of up to `capacity` tokens has blocks of its own."""
+        per_row = -(-capacity // tokens_per_block)
+        shape = (rows * per_row, spec.num_heads, tokens_per_block, spec.head_dim)
+        tables = torch.arange(rows * per_row, dtype=torch.int32, device=device).view(rows, per_row)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(k, v, tables, *scales)
+
+    @property
+    def tokens_per_block(self) -> int:
+        """A power of two."""
+        return self.k.shape[2]
+
+    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """Copies of the first `length` keys and values of a row, each [num_heads, length, head_dim]."""
+        blocks = self.tables[row, : -(-length // self.tokens_per_block)].long()
+        k, v = (kept[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for kept in (self.k, self.v))
+        return k, v
 
 
 @dataclass(frozen=True)
 class Step:
     """The new tokens of every sequence, packed one sequence after another without padding.
 
-    Sequence b is row b of the KV cache.  Prefill, a chunk of a prompt and decode differ only in their lengths.
+    Sequence b is row b of the KV cache's tables.  Prefill, a chunk of a prompt and decode differ only in their lengths.
     """
 
     tokens: Tensor  # [num_tokens] int64
@@ -140,6 +170,7 @@ class Step:
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
     max_new_tokens: int  # no sequence adds more; 1 = decode, exactly one token per sequence
     max_context_length: int  # upper bound of context_lengths
+    mixed: bool = False  # some sequences add exactly one token and some add several
 
     @property
     def batch_size(self) -> int:
@@ -170,6 +201,7 @@ class Step:
             output_rows=outputs.to(device),
             max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # not decode if one is empty
             max_context_length=max(contexts),
+            mixed=1 in lengths and max(lengths) > 1,
         )
 
     def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
@@ -193,4 +225,5 @@ class Step:
             output_rows=output_rows,
             max_new_tokens=1,
             max_context_length=self.max_context_length + 1,
+            mixed=False,
         )

@@ -324,12 +324,16 @@ def _qkv_and_cache(
 ) -> tuple[Tensor, LayerCache]:
     width, scale = spec.num_heads * spec.head_dim, KV_SCALES[kv_cache]
     qkv = _normal((step.tokens.shape[0], 3 * width), device, seed)
-    shape = (step.batch_size, spec.num_heads, step.max_context_length, spec.head_dim)
     scales = [None if scale is None else torch.full((1,), scale, device=device) for _ in range(2)]
-    k, v = (_normal(shape, device, seed + n) for n in (1, 2))
-    if scale is not None:
-        k, v = (quantise(each, scales[0], KV_DTYPES[kv_cache]) for each in (k, v))
-    return qkv, LayerCache(k, v, *scales)
+    dtype = KV_DTYPES[kv_cache] or torch.float16
+    cache = LayerCache.whole_rows(
+        step.batch_size, step.max_context_length, spec, dtype, device, scales, tokens_per_block=64
+    )
+    cache.tables.copy_(torch.randperm(cache.tables.numel(), device=device).view_as(cache.tables))
+    for kept, n in ((cache.k, 1), (cache.v, 2)):
+        values = _normal(kept.shape, device, seed + n)
+        kept.copy_(values if scale is None else quantise(values, scales[0], dtype))
+    return qkv, cache
 
 
 def _copy(cache: LayerCache) -> LayerCache:

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from op_cases import normal
+from scattered import row_of, scattered
 
 from baichuan.executors.cpu.library import library
 from baichuan.executors.cpu.native import Kernels
 from baichuan.executors.cpu.ops import CpuOps
 from baichuan.model.position import alibi_slopes, rotate
 from baichuan.parallel.comm import Solo
-from baichuan.records import AttentionSpec, LayerCache, Step
+from baichuan.records import AttentionSpec, Step
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -28,8 +29,7 @@ def test_attention_is_float64_s(spec, dtype):
     compiled = library()
     assert compiled is not None
     scale = torch.tensor([0.04]) if dtype.itemsize == 1 else None
-    shape = (len(STEPS[0]), spec.num_heads, CAPACITY, spec.head_dim)
-    cache = LayerCache(*(torch.full(shape, torch.nan).to(dtype) for _ in range(2)), scale, scale)
+    cache = scattered(len(STEPS[0]), CAPACITY, spec, dtype, scales=(scale, scale), fill=torch.nan)
     x_dtype = dtype if scale is None else torch.float32
     ops, past = CpuOps(spec, Solo(), CAPACITY, Kernels(compiled)), [0] * 4
     for seed, lengths in enumerate(STEPS):
@@ -51,9 +51,10 @@ def test_attention_is_float64_s(spec, dtype):
 
 def attended(q, cache, spec, step, shift=0):
     """float64's attention over what the cache holds.  q: [num_tokens, heads, dim]; shift: keys seen too many"""
+    scale = 1 if cache.k_scale is None else cache.k_scale.double()
     k, v = (
-        each.double() * (1 if cache.k_scale is None else cache.k_scale.double()) for each in (cache.k, cache.v)
-    )  # [rows, heads, capacity, dim]
+        torch.stack(each).double() * scale for each in zip(*(row_of(cache, row) for row in range(4)), strict=True)
+    )  # each [rows, heads, capacity, dim]
     rows = torch.arange(step.batch_size).repeat_interleave(step.cu_seqlens.diff())
     results = []
     for token, (row, position) in enumerate(zip(rows.tolist(), step.positions.tolist(), strict=True)):

@@ -5,6 +5,7 @@ and float32, or on the GPU where there is one.
 import pytest
 import torch
 from kernel_device import DEVICE, relative_error, to_device
+from scattered import scattered
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
@@ -12,7 +13,7 @@ from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Solo
-from baichuan.records import LayerCache, Step
+from baichuan.records import Step
 from benchmarks.random_weights import RandomWeights
 
 FLOAT32_SUMS = 1e-5  # another order of summation, through two layers
@@ -45,10 +46,9 @@ class OnDevice:
         self.model, self.weights = model, weights
         self.spec = attention_spec(model, 0, 1)
         self.ops = CudaOps(self.spec, Solo(), CAPACITY, DEVICE, switches)
-        shape = (rows, self.spec.num_heads, CAPACITY, self.spec.head_dim)
         dtype = KV_DTYPES[quant.kv_cache] or weights.embedding.dtype
         self.caches = [
-            LayerCache(*torch.zeros(2, *shape, dtype=dtype, device=DEVICE), layer.k_scale, layer.v_scale)
+            scattered(rows, CAPACITY, self.spec, dtype, DEVICE, (layer.k_scale, layer.v_scale))
             for layer in weights.layers
         ]
 

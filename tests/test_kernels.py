@@ -10,6 +10,7 @@ import drawn
 import pytest
 import torch
 from kernel_device import DEVICE, relative_error
+from scattered import row_of, scattered
 from torch.nn import functional as F
 
 from baichuan.kernels.argmax import argmax
@@ -30,7 +31,7 @@ from baichuan.model import position
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
-from baichuan.records import AttentionSpec, Int4Weight, LayerCache, Step
+from baichuan.records import AttentionSpec, Int4Weight, Step
 
 ROUNDED = 1e-3
 FLOAT32 = 2e-6  # float32 sums of a few hundred terms
@@ -333,8 +334,7 @@ class Attention:
         self.spec = AttentionSpec(HEADS, 2, 2 * HEADS, DIM, rotary)
         self.dtype = dtype
         scales = [None, None] if kv_type is None else [torch.tensor([s], device=DEVICE) for s in (0.03, 0.025)]
-        empty = torch.full((rows, HEADS, CAPACITY, DIM), UNTOUCHED, device=DEVICE).to(kv_type or dtype)
-        self.cache = LayerCache(empty, empty.clone(), *scales)
+        self.cache = scattered(rows, CAPACITY, self.spec, kv_type or dtype, DEVICE, scales, UNTOUCHED)
         self.cos, self.sin = position.rope_table(CAPACITY, self.spec, DEVICE)
         self.slopes = position.alibi_slopes(2 * HEADS)[2 : 2 + HEADS].to(DEVICE)
         self.history = [[] for _ in range(rows)]  # each (k, v) of one step, [new, HEADS, DIM] as stored
@@ -365,17 +365,23 @@ class Attention:
     def prefill(self, qkv, step):
         qkv = qkv.clone()
         store_kv(qkv, self.cos, self.sin, self.cache, self.spec, step)
-        return prefill_attention(qkv, self.slopes, self.cache, self.spec, step, block_q=16, block_k=16)
+        out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
+        prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, block_q=16, block_k=16)
+        if step.mixed:
+            decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, 2, out, (16, 1))
+        return out
 
     def decode(self, qkv, step, splits):
-        return decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, splits, (16, 1))
+        out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
+        decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, splits, out, (16, 1))
+        return out
 
 
 @pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize("kv", KV_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_prefill_chunk_decode(rotary, kv, dtype):
-    """Ragged prompts, a further chunk of them, then single tokens with the keys split in several ways."""
+    """Ragged prompts beside a single token, a further chunk, single tokens with the keys split in several ways."""
     past = [0, 0]
     attention = Attention(rotary, KV_TYPES[kv], dtype, len(past))
     for number, lengths in enumerate([[37, 1], [1, 20], [1, 1], [1, 1], [1, 1]]):
@@ -387,9 +393,10 @@ def test_attention_prefill_chunk_decode(rotary, kv, dtype):
         result = attention.decode(qkv, step, splits) if splits else attention.prefill(qkv, step)
         assert relative_error(result, expected) < bound(dtype)
     for row, length in enumerate(past):
-        assert (attention.cache.k[row, :, length:].float() == UNTOUCHED).all(), "nothing beyond the context is written"
+        kept, _ = row_of(attention.cache, row)
+        assert (kept[:, length:].float() == UNTOUCHED).all(), "nothing beyond the context is written"
         keys = torch.cat([k for k, _ in attention.history[row]]).transpose(0, 1)
-        stored = dequantise_kv(attention.cache.k[row, :, :length], attention.cache.k_scale)
+        stored = dequantise_kv(kept[:, :length], attention.cache.k_scale)
         assert relative_error(stored, keys) < 1e-6 or rotary and relative_error(stored, keys) < 3e-3
 
 
@@ -400,7 +407,7 @@ def test_decode_attention_leaves_padding_alone():
     for splits in (1, 4):
         out = attention.decode(normal(2, 3 * HEADS * DIM), step, splits)
         assert (out[1] == 0).all()
-        assert (attention.cache.k[1] == UNTOUCHED).all()
+        assert (row_of(attention.cache, 1)[0] == UNTOUCHED).all()
 
 
 def test_attention_bound_notices_a_wrong_slope():

@@ -67,9 +67,9 @@ class LayerPasses:
         Reached.  Progress is in tokens."""
         for first, step in self.steps:
             rows = slice(first, first + len(step.tokens))
-            shape = (step.batch_size, self.spec.num_heads, step.max_context_length, self.spec.head_dim)
             progress.advance(len(step.tokens))
-            cache = LayerCache(*(torch.zeros(shape, device=self.device) for _ in range(2)))
+            longest = step.max_context_length
+            cache = LayerCache.whole_rows(step.batch_size, longest, self.spec, torch.float32, self.device)
             x = self.hidden[rows].to(self.device)
             try:
                 x, residual = decoder_layer(ops, x, None, layer, cache, self.spec, step, self.model.rms_norm_eps)

@@ -48,12 +48,9 @@ def spare_device_memory(device: torch.device) -> int:
     return max(free_device_memory(device) - torch.cuda.mem_get_info(device)[1] // 10, 0)
 
 
-def require_memory(size: int, what: str, device: torch.device) -> None:
-    """Raise UnsupportedError unless `size` bytes are free where the device's tensors lie."""
-    if device.type == "cuda":
-        require_device_memory(size, what, device)
-    else:
-        require_host_memory(size, what)
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where the device's tensors lie."""
+    return free_device_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def require_device_memory(size: int, what: str, device: torch.device) -> None:

@@ -48,9 +48,16 @@ def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.con
 
 
 @triton.jit
-def _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM: tl.constexpr):
-    """(k, v) [BLOCK_K, DIM_BLOCK] of these keys; 0 from key `end` on."""
-    places = base + keys[:, None] * HEAD_DIM + dims[None, :]
+def _place(block, head, num_heads, position, TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where one head's key or value of a position, which lies in this block of the cache, begins."""
+    heads = block.to(tl.int64) * num_heads + head
+    return (heads * TOKENS_PER_BLOCK + position % TOKENS_PER_BLOCK) * HEAD_DIM
+
+
+@triton.jit
+def _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(k, v) [BLOCK_K, DIM_BLOCK] of these keys, of which the first lies at `base`; 0 from key `end` on."""
+    places = base + tl.arange(0, BLOCK_K)[:, None] * HEAD_DIM + dims[None, :]
     mask = (keys < end)[:, None] & dim_mask[None, :]
     return tl.load(k_cache + places, mask, other=0.0), tl.load(v_cache + places, mask, other=0.0)
 
@@ -89,12 +96,20 @@ def _attend_new_token(q, k_kept, v_kept, total, result, peak):
 
 
 @triton.jit
+def _alone(cu_seqlens, row, context, HEAD_DIM: tl.constexpr):
+    """(token, context, dimensions to write) of a sequence with one new token; of others the last two are 0."""
+    token = tl.load(cu_seqlens + row)
+    alone = tl.load(cu_seqlens + row + 1) - token == 1
+    return token, tl.where(alone, context, 0), tl.where(alone, HEAD_DIM, 0)
+
+
+@triton.jit
 def _decode_attention(
-    qkv, cos, sin, slopes, context_lengths, k_scale, v_scale,
-    num_heads, capacity,
+    qkv, cos, sin, slopes, cu_seqlens, context_lengths, tables, k_scale, v_scale,
+    num_heads, blocks_per_row,
     k_cache, v_cache, out, parts, part_sums,
-    SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ROTARY: tl.constexpr,
-    QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Writes out where SPLITS is 1, else each split's result to parts and its peak and total to part_sums.
@@ -105,16 +120,20 @@ def _decode_attention(
     width = num_heads * HEAD_DIM
     dims = tl.arange(0, DIM_BLOCK)
     dim_mask = dims < HEAD_DIM
-    # The lengths and the older keys and values were written long before the previous kernel: nothing waits for them.
+    # Lengths, tables and older keys and values were written long before the previous kernel: nothing waits for them.
     context = tl.load(context_lengths + row)
+    token, written = row, HEAD_DIM
+    if MIXED:
+        token, context, written = _alone(cu_seqlens, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
     if start < context:
         position = context - 1
         end = tl.minimum(start + share, position)
-        base = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
+        table = tables + row * blocks_per_row
         keys = start + tl.arange(0, BLOCK_K)
-        k, v = _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM)
+        base = _place(tl.load(table + start // TOKENS_PER_BLOCK), head, num_heads, start, TOKENS_PER_BLOCK, HEAD_DIM)
+        k, v = _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM, BLOCK_K)
         c, s, slope = 0.0, 0.0, 0.0
         if ROTARY:
             angle = position * (HEAD_DIM // 2) + dims % (HEAD_DIM // 2)
@@ -125,7 +144,7 @@ def _decode_attention(
         if QUANTISED:
             scale = scale * tl.load(k_scale)
         wait_for_inputs(OVERLAP)
-        q_row = qkv + row.to(tl.int64) * 3 * width + head * HEAD_DIM
+        q_row = qkv + token.to(tl.int64) * 3 * width + head * HEAD_DIM
         q = _rotated(q_row, c, s, dims, dim_mask, HEAD_DIM, ROTARY) * scale
         k_new = _rotated(q_row + width, c, s, dims, dim_mask, HEAD_DIM, ROTARY)
         v_new = tl.load(q_row + 2 * width + dims, dim_mask, other=0.0).to(tl.float32)
@@ -136,7 +155,9 @@ def _decode_attention(
         acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
         for first_key in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=3):  # loads run two blocks ahead
             keys = first_key + tl.arange(0, BLOCK_K)
-            k, v = _load_block(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM)
+            block = tl.load(table + first_key // TOKENS_PER_BLOCK)
+            base = _place(block, head, num_heads, first_key, TOKENS_PER_BLOCK, HEAD_DIM)
+            k, v = _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM, BLOCK_K)
             distance = tl.where(keys < end, keys - position, 0)
             acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
         start_dependents(OVERLAP)  # not earlier: loading the next kernel's weights would delay the keys
@@ -144,14 +165,16 @@ def _decode_attention(
         if position < start + share:  # this split ends with the new token
             cached: tl.constexpr = k_cache.dtype.element_ty
             k_kept, v_kept = as_cached(k_new, k_scale, cached), as_cached(v_new, v_scale, cached)
-            tl.store(k_cache + base + position * HEAD_DIM + dims, k_kept, dim_mask)
-            tl.store(v_cache + base + position * HEAD_DIM + dims, v_kept, dim_mask)
+            block = tl.load(table + position // TOKENS_PER_BLOCK)
+            base = _place(block, head, num_heads, position, TOKENS_PER_BLOCK, HEAD_DIM)
+            tl.store(k_cache + base + dims, k_kept, dim_mask)
+            tl.store(v_cache + base + dims, v_kept, dim_mask)
             total, result, peak = _attend_new_token(q, k_kept, v_kept, total, result, peak)
         if QUANTISED:
             result = result * tl.load(v_scale)
         if SPLITS == 1:
             result = (result / total).to(out.dtype.element_ty)
-            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
+            tl.store(out + token.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
         else:
             part = (row.to(tl.int64) * num_heads + head) * SPLITS + split
             tl.store(parts + part * HEAD_DIM + dims, result, dim_mask)
@@ -161,29 +184,32 @@ def _decode_attention(
         wait_for_inputs(OVERLAP)
         if SPLITS == 1:  # a row of padding, whose context is empty
             nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
-            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dim_mask)
+            tl.store(out + token.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dims < written)
 
 
 DECODE_ATTENTION = KernelSpec(
     _decode_attention,
-    ("qkv", "cos", "sin", "slopes", "context_lengths", "k_scale", "v_scale"),
-    ("num_heads", "capacity"),
+    ("qkv", "cos", "sin", "slopes", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
+    ("num_heads", "blocks_per_row"),
     ("k_cache", "v_cache", "out", "parts", "part_sums"),
 )
 
 
 @triton.jit
 def _combine_splits(
-    parts, part_sums, context_lengths,
+    parts, part_sums, cu_seqlens, context_lengths,
     num_heads,
     out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + row)
+    token, written = row, HEAD_DIM
+    if MIXED:
+        token, context, written = _alone(cu_seqlens, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
     used = splits * share < context
@@ -195,11 +221,13 @@ def _combine_splits(
     weight = tl.exp2(peaks - tl.max(peaks, 0))
     total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
     result = tl.sum(values * weight[:, None], 0) / total
-    target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + target, result.to(out.dtype.element_ty), dims < HEAD_DIM)
+    target = (token.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
+    tl.store(out + target, result.to(out.dtype.element_ty), dims < written)
 
 
-COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
+COMBINE_SPLITS = KernelSpec(
+    _combine_splits, ("parts", "part_sums", "cu_seqlens", "context_lengths"), ("num_heads",), ("out",)
+)
 
 
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
@@ -227,38 +255,46 @@ def decode_attention(
     spec: AttentionSpec,
     step: Step,
     splits: int,
+    out: Tensor,
     block: tuple[int, int] | None = None,
-) -> Tensor:
-    """ops.Ops.attention for a step of one token a sequence.  A sequence of context length 0 is padding.
+) -> None:
+    """ops.Ops.attention into `out` for a step of one token a sequence.  A sequence of context length 0 is padding.
 
+    Of a mixed step the sequences with one new token are attended, and the others' rows of `out` are left as they are.
     cos, sin: [capacity, head_dim / 2] float32, not read with ALiBi; slopes: [num_heads] float32, not read with RoPE;
-    splits: see choose_splits; block: see choose_block
+    splits: see choose_splits; block: see choose_block; out: [num_tokens, num_heads * head_dim]
     """
     rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
-    out = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=qkv.device)
     quantised = cache.k_scale is not None
     block_k, num_warps = block or choose_block(rows * heads, quantised)
+    assert cache.tokens_per_block % block_k == 0, "the keys of a load lie in one block of the cache"
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
     shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
+    shape["MIXED"] = step.mixed
     DECODE_ATTENTION.launch(
         (splits, heads, rows),
-        (qkv, cos, sin, slopes, step.context_lengths, k_scale, v_scale),
-        (heads, cache.k.shape[2]),
+        (qkv, cos, sin, slopes, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
+        (heads, cache.tables.shape[1]),
         (cache.k, cache.v, out, parts, sums),
-        {"SOFTMAX_SCALE": dim**-0.5, "ROTARY": spec.rotary, "QUANTISED": quantised, **shape},
+        {
+            "TOKENS_PER_BLOCK": cache.tokens_per_block,
+            "SOFTMAX_SCALE": dim**-0.5,
+            "ROTARY": spec.rotary,
+            "QUANTISED": quantised,
+            **shape,
+        },
         num_warps=num_warps,
     )
     if splits > 1:
         COMBINE_SPLITS.launch(
             (heads, rows),
-            (parts, sums, step.context_lengths),
+            (parts, sums, step.cu_seqlens, step.context_lengths),
             (heads,),
             (out,),
             shape,
             num_warps=1,
         )
-    return out

@@ -25,25 +25,29 @@ def as_cached(x, scale, dtype: tl.constexpr):
 
 @triton.jit
 def _store_kv(
-    qkv, cos, sin, cu_seqlens, context_lengths, k_scale, v_scale,
-    num_heads, capacity,
+    qkv, cos, sin, cu_seqlens, context_lengths, tables, k_scale, v_scale,
+    num_heads, blocks_per_row,
     q_out, k_cache, v_cache,
-    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, MIXED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
     head, row = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
+    if MIXED:
+        new = tl.where(new == 1, 0, new)  # decode_attention stores it
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(0) * BLOCK_T < new:
         positions = tl.load(context_lengths + row) - new + tokens
         half = tl.arange(0, HALF_BLOCK)
         mask = (tokens < new)[:, None] & (half < HEAD_DIM // 2)[None, :]
         source = (first + tokens).to(tl.int64)[:, None] * (3 * num_heads * HEAD_DIM) + head * HEAD_DIM + half[None, :]
-        target = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
-        target += positions[:, None] * HEAD_DIM + half[None, :]
+        entries = tables + row * blocks_per_row + positions // TOKENS_PER_BLOCK
+        blocks = tl.load(entries, tokens < new, other=0).to(tl.int64)
+        places = (blocks * num_heads + head) * TOKENS_PER_BLOCK + positions % TOKENS_PER_BLOCK
+        target = places[:, None] * HEAD_DIM + half[None, :]
         k_source = qkv + source + num_heads * HEAD_DIM
         v_source = k_source + num_heads * HEAD_DIM
         k1 = tl.load(k_source, mask, other=0.0)
@@ -69,8 +73,8 @@ def _store_kv(
 
 STORE_KV = KernelSpec(
     _store_kv,
-    ("qkv", "cos", "sin", "cu_seqlens", "context_lengths", "k_scale", "v_scale"),
-    ("num_heads", "capacity"),
+    ("qkv", "cos", "sin", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
+    ("num_heads", "blocks_per_row"),
     ("q_out", "k_cache", "v_cache"),
 )
 
@@ -78,18 +82,21 @@ STORE_KV = KernelSpec(
 def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step) -> None:
     """Store the step's k and v in the cache, quantised where it is.  With RoPE q and k are rotated first, q in place.
 
+    Of a mixed step the sequences with one new token are left to decode_attention.
     qkv: [num_tokens, 3 * num_heads * head_dim]; cos, sin: [capacity, head_dim / 2] float32, unread without RoPE.
     """
     k_scale, v_scale = (qkv if scale is None else scale for scale in (cache.k_scale, cache.v_scale))
     STORE_KV.launch(
         (cdiv(step.max_new_tokens, BLOCK_TOKENS), spec.num_heads, step.batch_size),
-        (qkv, cos, sin, step.cu_seqlens, step.context_lengths, k_scale, v_scale),
-        (spec.num_heads, cache.k.shape[2]),
+        (qkv, cos, sin, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
+        (spec.num_heads, cache.tables.shape[1]),
         (qkv, cache.k, cache.v),
         {
+            "TOKENS_PER_BLOCK": cache.tokens_per_block,
             "HEAD_DIM": spec.head_dim,
             "ROTARY": spec.rotary,
             "HALF_BLOCK": next_power_of_2(spec.head_dim // 2),
             "BLOCK_T": BLOCK_TOKENS,
+            "MIXED": step.mixed,
         },
     )

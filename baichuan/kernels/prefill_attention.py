@@ -24,9 +24,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend_block(
-    q, acc, total, largest, k_start, q_positions, context, slope, scale, k_base, v_base,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, acc, total, largest, k_start, q_positions, context, slope, scale, k_cache, v_cache, table, num_heads, head,
+    TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIBI: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(acc, total, largest) with one more block of keys, by online softmax (Milakov and Gimelshein, 2018).
 
@@ -35,7 +35,10 @@ def _attend_block(
     """
     keys = k_start + tl.arange(0, BLOCK_K)
     dims = tl.arange(0, DIM_BLOCK)
-    offsets = keys[:, None] * HEAD_DIM + dims[None, :]
+    block = tl.load(table + k_start // TOKENS_PER_BLOCK).to(tl.int64)  # BLOCK_K keys lie in one block
+    base = ((block * num_heads + head) * TOKENS_PER_BLOCK + k_start % TOKENS_PER_BLOCK) * HEAD_DIM
+    k_base, v_base = k_cache + base, v_cache + base
+    offsets = tl.arange(0, BLOCK_K)[:, None] * HEAD_DIM + dims[None, :]
     if MASKED or DIM_BLOCK != HEAD_DIM:
         inside = (keys < context)[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_base + offsets, inside, other=0.0)
@@ -59,18 +62,20 @@ def _attend_block(
 
 @triton.jit
 def _prefill_attention(
-    qkv, slopes, cu_seqlens, context_lengths, k_cache, v_cache, k_scale, v_scale,
-    num_heads, capacity,
+    qkv, slopes, cu_seqlens, context_lengths, tables, k_cache, v_cache, k_scale, v_scale,
+    num_heads, blocks_per_row,
     out,
-    SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    ALIBI: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, MIXED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
     head, row = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
+    if MIXED:
+        new = tl.where(new == 1, 0, new)  # decode_attention attends
     block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the last queries, which see most keys, start first
     if block >= 0:
         context = tl.load(context_lengths + row)
@@ -81,7 +86,7 @@ def _prefill_attention(
         columns = head * HEAD_DIM + dims[None, :]
         q = tl.load(qkv + 3 * places + columns, q_mask, other=0.0)
         q_positions = context - new + tokens
-        cache_offset = (row * num_heads + head).to(tl.int64) * capacity * HEAD_DIM
+        table = tables + row * blocks_per_row
         scale = SOFTMAX_SCALE * LOG2_E
         if QUANTISED:
             scale = scale * tl.load(k_scale)
@@ -96,13 +101,13 @@ def _prefill_attention(
         for k_start in range(0, seen_by_all, BLOCK_K):
             acc, total, largest = _attend_block(
                 q, acc, total, largest, k_start, q_positions, context, slope, scale,
-                k_cache + cache_offset, v_cache + cache_offset,
+                k_cache, v_cache, table, num_heads, head, TOKENS_PER_BLOCK,
                 HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, False, PRECISION,
             )  # fmt: skip
         for k_start in range(seen_by_all, end, BLOCK_K):
             acc, total, largest = _attend_block(
                 q, acc, total, largest, k_start, q_positions, context, slope, scale,
-                k_cache + cache_offset, v_cache + cache_offset,
+                k_cache, v_cache, table, num_heads, head, TOKENS_PER_BLOCK,
                 HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, True, PRECISION,
             )  # fmt: skip
         acc = acc / total[:, None]
@@ -113,33 +118,35 @@ def _prefill_attention(
 
 PREFILL_ATTENTION = KernelSpec(
     _prefill_attention,
-    ("qkv", "slopes", "cu_seqlens", "context_lengths", "k_cache", "v_cache", "k_scale", "v_scale"),
-    ("num_heads", "capacity"),
+    ("qkv", "slopes", "cu_seqlens", "context_lengths", "tables", "k_cache", "v_cache", "k_scale", "v_scale"),
+    ("num_heads", "blocks_per_row"),
     ("out",),
 )
 
 
 def prefill_attention(
-    qkv: Tensor, slopes: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step,
+    qkv: Tensor, slopes: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step, out: Tensor,
     block_q: int = 64, block_k: int = 64, num_warps: int = 4, num_stages: int = 3,
-) -> Tensor:  # fmt: skip
-    """Causal attention of the step's q, as store_kv left it, to the cache.
+) -> None:  # fmt: skip
+    """Causal attention of the step's q, as store_kv left it, to the cache, into `out`.
 
-    qkv: [num_tokens, 3 * num_heads * head_dim]; slopes: [num_heads] float32, unread with RoPE
-    -> [num_tokens, num_heads * head_dim]
+    Of a mixed step the sequences with one new token are left to decode_attention.
+    qkv: [num_tokens, 3 * num_heads * head_dim]; slopes: [num_heads] float32, unread with RoPE;
+    out: [num_tokens, num_heads * head_dim]
     """
-    out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
     if qkv.dtype == torch.float32:  # of which a tile has twice the bytes
         block_k, num_stages = 32, 1
+    block_k = min(block_k, cache.tokens_per_block)
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
     quantised = cache.k_scale is not None
     PREFILL_ATTENTION.launch(
         (cdiv(step.max_new_tokens, block_q), spec.num_heads, step.batch_size),
-        (qkv, slopes, step.cu_seqlens, step.context_lengths, cache.k, cache.v,
+        (qkv, slopes, step.cu_seqlens, step.context_lengths, cache.tables, cache.k, cache.v,
          cache.k_scale if quantised else qkv, cache.v_scale if quantised else qkv),
-        (spec.num_heads, cache.k.shape[2]),
+        (spec.num_heads, cache.tables.shape[1]),
         (out,),
         {
+            "TOKENS_PER_BLOCK": cache.tokens_per_block,
             "SOFTMAX_SCALE": spec.head_dim**-0.5,
             "HEAD_DIM": spec.head_dim,
             "DIM_BLOCK": max(16, next_power_of_2(spec.head_dim)),
@@ -148,8 +155,8 @@ def prefill_attention(
             "PRECISION": "ieee",
             "BLOCK_Q": block_q,
             "BLOCK_K": block_k,
+            "MIXED": step.mixed,
         },
         num_warps=num_warps,
         num_stages=num_stages,
     )  # fmt: skip
-    return out

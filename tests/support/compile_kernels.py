@@ -61,9 +61,10 @@ def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16") -> 
     ops = CudaOps(spec, Solo(), CAPACITY, torch.device("cpu"), Switches())
     cache_dtype = KV_DTYPES[quant.kv_cache] or getattr(torch, dtype)
     layer = weights.layers[0]
-    cache = LayerCache(*torch.zeros(2, rows, 8, CAPACITY, 128, dtype=cache_dtype), layer.k_scale, layer.v_scale)
+    scales = layer.k_scale, layer.v_scale
+    cache = LayerCache.whole_rows(rows, CAPACITY, spec, cache_dtype, "cpu", scales, tokens_per_block=64)
     step = Step.of([[1, 2]] * rows, device="cpu")
-    for each in (step, step.next(torch.zeros(rows, dtype=torch.int64))):
+    for each in (step, replace(step, mixed=True), step.next(torch.zeros(rows, dtype=torch.int64))):
         forward(ops, model, weights, (cache,), spec, each)
 
 

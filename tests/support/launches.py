@@ -83,9 +83,9 @@ def launches(version: str, quant: str, step: str, variant: str) -> list[str]:
     weights, spec = Shapes(model, config).rank(), attention_spec(model, 0, 1)
     copies = DenseCopies(1 << 40 if variant == "copies" else 0)
     ops = CudaOps(spec, Solo(), CAPACITY, META, Switches(own_gemm=variant != "PyTorch's products"), copies)
-    shape = (2, rows, spec.num_heads, CAPACITY, spec.head_dim)
-    k, v = torch.empty(shape, dtype=KV_DTYPES[config.kv_cache] or torch.float16, device=META)
-    cache = LayerCache(k, v, weights.layers[0].k_scale, weights.layers[0].v_scale)
+    scales = weights.layers[0].k_scale, weights.layers[0].v_scale
+    kv_dtype = KV_DTYPES[config.kv_cache] or torch.float16
+    cache = LayerCache.whole_rows(rows, CAPACITY, spec, kv_dtype, META, scales, tokens_per_block=64)
     with patch.object(KernelSpec, "launch", launch), patch.object(cuda_linear, "product", product):
         forward(ops, model, weights, (cache,), spec, Step.of([[0] * new] * rows, device=META))
     return lines

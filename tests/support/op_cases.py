@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from drawn import normal
 from kernel_device import to_device
+from scattered import scattered
 
 from baichuan.model.position import alibi_slopes
 from baichuan.quant.scaled import LIMITS
@@ -23,7 +24,6 @@ from baichuan.records import (
     Fp8Weight,
     Int4Weight,
     Int8Weight,
-    LayerCache,
     SmoothQuantWeight,
     Step,
 )
@@ -198,9 +198,8 @@ def attention(spec, cache_dtype):
 
     def run(ops, value, device):
         scale = 0.03 if cache_dtype in LIMITS else None
-        shape = (3, spec.num_heads, CAPACITY, spec.head_dim)
         scales = [None if scale is None else torch.tensor([scale], device=device) for _ in range(2)]
-        cache = LayerCache(*(torch.zeros(shape, dtype=cache_dtype, device=device) for _ in range(2)), *scales)
+        cache = scattered(3, CAPACITY, spec, cache_dtype, device, scales)
         past, keys, results, expected = [0, 0, 0], [[], [], []], [], []
         for seed, lengths in enumerate(([5, 1, 9], [3, 2, 1], [0, 1, 0], [1, 1, 1])):
             step = Step.of([[0] * n for n in lengths], past)

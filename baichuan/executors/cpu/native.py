@@ -48,14 +48,16 @@ class _Cache(ctypes.Structure):
     _fields_ = (
         ("k", c_void_p),
         ("v", c_void_p),
+        ("tables", c_void_p),
         ("k_scale", c_void_p),
         ("v_scale", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("slopes", c_void_p),
         ("heads", c_int64),
-        ("capacity", c_int64),
+        ("blocks_per_row", c_int64),
         ("dim", c_int64),
+        ("block_bits", c_int32),
         ("type", c_int32),
     )
 
@@ -179,9 +181,9 @@ class Kernels:
 
 def cache_struct(cache: LayerCache, cos: Tensor | None, sin: Tensor | None, slopes: Tensor | None) -> _Cache:
     """cos, sin: [positions, head_dim / 2] float32 with RoPE; slopes: [heads] float32 with ALiBi."""
-    _, heads, capacity, dim = cache.k.shape
-    pointers = map(_pointer, (cache.k, cache.v, cache.k_scale, cache.v_scale, cos, sin, slopes))
-    return _Cache(*pointers, heads, capacity, dim, TYPES[cache.k.dtype])
+    _, heads, size, dim = cache.k.shape
+    pointers = map(_pointer, (cache.k, cache.v, cache.tables, cache.k_scale, cache.v_scale, cos, sin, slopes))
+    return _Cache(*pointers, heads, cache.tables.shape[1], dim, size.bit_length() - 1, TYPES[cache.k.dtype])
 
 
 def _rows(x: Tensor) -> _Rows:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cpu.reference_linear import linear
-from baichuan.executors.kv_cache import KVCache
+from baichuan.executors.kv_cache import KVCache, PoolSettings
 from baichuan.model import position
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.model.ops import ComposedOps
@@ -50,40 +50,21 @@ class ReferenceOps(ComposedOps):
         if spec.rotary:
             cos, sin = self.cos[step.positions], self.sin[step.positions]
             q, k = position.rotate(heads[:, : 2 * spec.num_heads], cos, sin).to(qkv.dtype).chunk(2, 1)
-        if step.max_new_tokens == 1:
-            return self._attend_decode(q, k, v, cache, step)
-        starts = step.cu_seqlens.tolist()
+        lengths = step.cu_seqlens.diff()
+        rows = torch.arange(step.batch_size, device=q.device).repeat_interleave(lengths)
+        blocks = cache.tables[rows, step.positions // cache.tokens_per_block].long()
+        places = step.positions % cache.tokens_per_block
+        cache.k[blocks, :, places] = quantise_kv(k, cache.k_scale, cache.k.dtype)
+        cache.v[blocks, :, places] = quantise_kv(v, cache.v_scale, cache.v.dtype)
+        out, starts = torch.empty_like(q), step.cu_seqlens.tolist()
         for row, context in enumerate(step.context_lengths.tolist()):
             new = slice(starts[row], starts[row + 1])
-            past = context - (new.stop - new.start)
-            cache.k[row, :, past:context] = quantise_kv(k[new], cache.k_scale, cache.k.dtype).transpose(0, 1)
-            cache.v[row, :, past:context] = quantise_kv(v[new], cache.v_scale, cache.v.dtype).transpose(0, 1)
-        return self.attend_stored(q, cache, step)
-
-    def attend_stored(self, q: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """attention of rotated queries over keys and values that are already cached.  q: [num_tokens, heads, dim]"""
-        starts = step.cu_seqlens.tolist()
-        out = torch.empty_like(q)
-        for row, context in enumerate(step.context_lengths.tolist()):
-            new = slice(starts[row], starts[row + 1])
-            keys = dequantise_kv(cache.k[row, :, :context], cache.k_scale)  # [heads, context, dim] float32
-            values = dequantise_kv(cache.v[row, :, :context], cache.v_scale)
+            keys, values = cache.row(row, context)  # each [heads, context, dim]
+            keys, values = dequantise_kv(keys, cache.k_scale), dequantise_kv(values, cache.v_scale)  # float32
             mask = self._mask(step.positions[new, None], context)  # [heads or none, new, context]
             attended = F.scaled_dot_product_attention(q[new].float().transpose(0, 1), keys, values, mask)
             out[new] = attended.transpose(0, 1)
         return out.flatten(1)
-
-    def _attend_decode(self, q, k, v, cache: LayerCache, step: Step):
-        """attention for one new token per sequence, all sequences at once.  q, k, v: [batch_size, heads, dim]"""
-        rows = torch.arange(step.batch_size, device=q.device)
-        cache.k[rows, :, step.positions] = quantise_kv(k, cache.k_scale, cache.k.dtype)
-        cache.v[rows, :, step.positions] = quantise_kv(v, cache.v_scale, cache.v.dtype)
-        context = int(step.context_lengths.max())
-        keys = dequantise_kv(cache.k[: step.batch_size, :, :context], cache.k_scale)  # [batch, heads, context, dim]
-        values = dequantise_kv(cache.v[: step.batch_size, :, :context], cache.v_scale)
-        alone = self.slopes is None and step.batch_size == 1  # no mask and no bias: its query sees every key
-        mask = None if alone else self._mask(step.positions[:, None, None, None], context)  # [batch, heads, 1, context]
-        return F.scaled_dot_product_attention(q.float()[:, :, None], keys, values, mask).flatten(1).to(q.dtype)
 
     def _mask(self, positions: Tensor, context: int) -> Tensor:
         """SDPA's attn_mask: hides keys after the query's position, and adds ALiBi's bias slope * (key - query).
@@ -115,16 +96,23 @@ class ReferenceExecutor:
     device = torch.device("cpu")
 
     def __init__(
-        self, config: ModelConfig, quant: QuantConfig, weights: ModelWeights, comm: Communicator | None = None
+        self,
+        config: ModelConfig,
+        quant: QuantConfig,
+        weights: ModelWeights,
+        comm: Communicator | None = None,
+        pool: PoolSettings | None = None,
     ):
         self.config, self.quant, self.weights, self.comm = config, quant, weights, comm or Solo()
-        self.spec = attention_spec(config, self.comm.rank, self.comm.world_size)
+        self.pool, self.spec = pool, attention_spec(config, self.comm.rank, self.comm.world_size)
         self.cache = KVCache()
 
-    def reset(self, batch_size: int, capacity: int) -> None:
+    def reset(self, rows: int, capacity: int) -> None:
+        if rows <= self.cache.rows and capacity <= self.cache.capacity:
+            return self.cache.forget()
         self.cache = KVCache()  # frees the old cache before the new one is allocated
-        self.cache = KVCache.allocate(self.weights, self.quant, self.spec, batch_size, capacity)
-        self.ops = self.make_ops(capacity)
+        self.cache = KVCache.allocate(self.weights, self.quant, self.spec, rows, capacity, self.comm, self.pool)
+        self.ops = self.make_ops(self.cache.capacity)
 
     def make_ops(self, capacity: int) -> ReferenceOps:
         return ReferenceOps(self.spec, self.comm, capacity)

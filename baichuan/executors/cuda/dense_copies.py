@@ -7,7 +7,7 @@ import math
 import torch
 
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.records import DenseWeight, Int4Weight, Int8Weight
+from baichuan.records import DenseWeight, Int4Weight, Int8Weight, ModelWeights
 
 # From this many tokens on a product with a copy is faster than the kernel that reads the integers
 # (docs/performance.md).
@@ -36,3 +36,12 @@ class DenseCopies:
             self._left -= size
             self._kept[weight] = DenseWeight(dequantise_to(weight, dtype))
         return self._kept[weight]
+
+
+def bytes_of_copies(weights: ModelWeights) -> int:
+    """GPU memory that copies of all weights take that can have one."""
+    layers = (
+        weight for layer in weights.layers for weight in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj)
+    )
+    numbers = sum(math.prod(each.shape) for each in (*layers, weights.lm_head) if type(each) in COPY_ROWS)
+    return numbers * weights.embedding.dtype.itemsize

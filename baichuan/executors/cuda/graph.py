@@ -41,6 +41,7 @@ class Size:
     tokens: int
     sequences: int
     decode: bool  # one token a sequence
+    mixed: bool = False  # as Step has it
 
     @staticmethod
     def of(step: Step) -> Size | None:
@@ -52,7 +53,7 @@ class Size:
             return Size(sequences, sequences, True)
         if step.tokens.shape[0] > MAX_PREFILL:
             return None
-        return Size(padded_prefill(step.tokens.shape[0]), sequences, False)
+        return Size(padded_prefill(step.tokens.shape[0]), sequences, False, step.mixed)
 
 
 class _Captured:

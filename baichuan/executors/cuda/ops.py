@@ -79,11 +79,14 @@ class CudaOps:
     def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
         if not self.switches.own_attention:
             return self.library.attention(qkv, cache, spec, step)
-        if step.max_new_tokens == 1:
+        out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
+        if step.max_new_tokens > 1:
+            store_kv(qkv, self.cos, self.sin, cache, spec, step)
+            prefill_attention(qkv, self.slopes, cache, spec, step, out)
+        if step.max_new_tokens == 1 or step.mixed:
             splits = self.splits(step, spec)
-            return decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits)
-        store_kv(qkv, self.cos, self.sin, cache, spec, step)
-        return prefill_attention(qkv, self.slopes, cache, spec, step)
+            decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, out)
+        return out
 
     def splits(self, step: Step, spec: AttentionSpec) -> int:
         """Into how many splits a decode step's keys are cut."""

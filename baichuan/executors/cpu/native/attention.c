@@ -9,19 +9,23 @@
 #define CHUNK       32 /* keys whose values are unpacked at once */
 #define FEW_QUERIES 8  /* more new tokens of a sequence than this go in panels */
 
-/* One layer's cache, k and v [rows, heads, capacity, dim], and its position encoding. */
+/* One layer's cache, k and v [blocks, heads, tokens of a block, dim], and its position encoding. */
 struct cache {
     void *k, *v;
+    const int32_t *tables;          /* [rows, blocks_per_row]: where a row's blocks lie in k and v */
     const float *k_scale, *v_scale; /* [1], with an 8-bit cache */
     const float *cos, *sin;         /* [positions, dim / 2]; NULL without RoPE */
     const float *slopes;            /* [heads]; NULL without ALiBi */
-    int64_t heads, capacity, dim;
+    int64_t heads, blocks_per_row, dim;
+    int32_t block_bits; /* a block is for 1 << block_bits tokens */
     int32_t type;
 };
 
-/* Where one head's key or value of a position begins; the positions of a row follow one another. */
+/* Where one head's key or value of a position begins; the positions of a block follow one another. */
 INLINE char *entry(const struct cache *c, void *kept, size_t row, size_t head, size_t position) {
-    return (char *)kept + bytes_of(c->type, ((row * c->heads + head) * c->capacity + position) * c->dim);
+    size_t block = c->tables[row * c->blocks_per_row + (position >> c->block_bits)];
+    size_t place = ((block * c->heads + head) << c->block_bits) + (position & (((size_t)1 << c->block_bits) - 1));
+    return (char *)kept + bytes_of(c->type, place * c->dim);
 }
 
 static void rotate(const struct cache *c, enum type t, void *head, int64_t position) {
@@ -65,44 +69,50 @@ static void store_tokens(const struct cache *c, const struct rows *qkv, const in
         }
 }
 
-/* One query over `context` keys of one head.  q: [dim], scaled; out: [dim], both with zeros up to LANES. */
-INLINE void attend_head(enum type t, const char *keys, const char *values, size_t context, size_t dim, const float *q,
-                        float slope, float *scores, float *out) {
-    float highest = -INFINITY;
-    for (size_t c = 0; c < context; c++) {
-        vf total = {0};
-        for (size_t i = 0; i < dim; i += LANES)
-            total += load_part(t, keys + bytes_of(t, c * dim), i, dim) * LOAD(vf, q + i);
-        scores[c] = sum(total) - slope * (float)(context - 1 - c);
-        highest = scores[c] > highest ? scores[c] : highest;
+/* One query over the first `context` keys of one head.  q: [dim], scaled; out: [dim], both with zeros up to LANES. */
+INLINE void attend_head(enum type t, const struct cache *c, size_t row, size_t head, size_t context, const float *q,
+                        float *scores, float *out) {
+    size_t dim = c->dim, size = (size_t)1 << c->block_bits;
+    float slope = c->slopes ? c->slopes[head] : 0, highest = -INFINITY;
+    for (size_t first = 0; first < context; first += size) {
+        const char *keys = entry(c, c->k, row, head, first);
+        for (size_t k = 0; k < size && first + k < context; k++) {
+            vf total = {0};
+            for (size_t i = 0; i < dim; i += LANES)
+                total += load_part(t, keys + bytes_of(t, k * dim), i, dim) * LOAD(vf, q + i);
+            float score = scores[first + k] = sum(total) - slope * (float)(context - 1 - first - k);
+            highest = score > highest ? score : highest;
+        }
     }
     vf totals = {0};
-    for (size_t c = 0; c < context; c += LANES) {
-        vf p = exponential(load_part(F32, scores, c, context) - highest);
-        store(F32, scores, c, p, context - c < LANES ? context - c : LANES);
-        totals += load_part(F32, scores, c, context);
+    for (size_t k = 0; k < context; k += LANES) {
+        vf p = exponential(load_part(F32, scores, k, context) - highest);
+        store(F32, scores, k, p, context - k < LANES ? context - k : LANES);
+        totals += load_part(F32, scores, k, context);
     }
     float inverse = 1 / sum(totals);
     memset(out, 0, up_to(dim, LANES) * sizeof *out);
-    for (size_t c = 0; c < context; c += 4)
-        for (size_t i = 0; i < dim; i += LANES) {
-            vf total = LOAD(vf, out + i);
-            for (size_t j = c; j < c + 4 && j < context; j++)
-                total += load_part(t, values + bytes_of(t, j * dim), i, dim) * (scores[j] * inverse);
-            memcpy(out + i, &total, sizeof total);
-        }
+    for (size_t first = 0; first < context; first += size) {
+        const char *values = entry(c, c->v, row, head, first);
+        size_t n = context - first < size ? context - first : size;
+        for (size_t k = 0; k < n; k += 4)
+            for (size_t i = 0; i < dim; i += LANES) {
+                vf total = LOAD(vf, out + i);
+                for (size_t j = k; j < k + 4 && j < n; j++)
+                    total += load_part(t, values + bytes_of(t, j * dim), i, dim) * (scores[first + j] * inverse);
+                memcpy(out + i, &total, sizeof total);
+            }
+    }
 }
 
 static void attend_typed(const struct cache *c, size_t row, size_t head, size_t context, const float *q, float *scores,
                          float *out) {
-    const char *k = entry(c, c->k, row, head, 0), *v = entry(c, c->v, row, head, 0);
-    float slope = c->slopes ? c->slopes[head] : 0;
     switch (c->type) {
-    case F32: return attend_head(F32, k, v, context, c->dim, q, slope, scores, out);
-    case F16: return attend_head(F16, k, v, context, c->dim, q, slope, scores, out);
-    case BF16: return attend_head(BF16, k, v, context, c->dim, q, slope, scores, out);
-    case INT8: return attend_head(INT8, k, v, context, c->dim, q, slope, scores, out);
-    default: return attend_head(FP8, k, v, context, c->dim, q, slope, scores, out);
+    case F32: return attend_head(F32, c, row, head, context, q, scores, out);
+    case F16: return attend_head(F16, c, row, head, context, q, scores, out);
+    case BF16: return attend_head(BF16, c, row, head, context, q, scores, out);
+    case INT8: return attend_head(INT8, c, row, head, context, q, scores, out);
+    default: return attend_head(FP8, c, row, head, context, q, scores, out);
     }
 }
 
@@ -155,9 +165,12 @@ static void attend_token(const struct cache *c, const struct queries *all, size_
 static void unpack_entries(const struct cache *c, void *kept, size_t row, size_t head, size_t first, size_t n,
                            size_t context, size_t pitch, float *to) {
     for (size_t k = 0; k < n; k++, to += pitch) {
-        if (first + k >= context) memset(to, 0, pitch * sizeof *to);
+        if (first + k >= context) {
+            memset(to, 0, pitch * sizeof *to);
+            continue;
+        }
         const char *from = entry(c, kept, row, head, first + k);
-        for (size_t i = 0; i < pitch && first + k < context; i += LANES) {
+        for (size_t i = 0; i < pitch; i += LANES) {
             vf v = i < (size_t)c->dim ? load_part(c->type, from, i, c->dim) : (vf){0};
             memcpy(to + i, &v, sizeof v);
         }
