@@ -220,15 +220,15 @@ static void attend_panel(const struct cache *c, const struct queries *all, size_
     }
     for (size_t k = 0; k < keys; k += KEYS) {
         unpack_entries(c, c->k, row, head, k, KEYS, context, pitch, work->block);
-        multiply(KEYS, work->block, pitch, 1, work->queries, dim, total);
+        multiply(FLOATS, KEYS, 2, work->block, pitch, 1, work->queries, dim, total);
         memcpy(work->scores + k * WIDTH, total, sizeof total);
     }
     exponentials(work->scores, keys, last, c->slopes ? c->slopes[head] : 0, totals);
     for (size_t k = 0; k < keys; k += CHUNK) {
         unpack_entries(c, c->v, row, head, k, CHUNK, context, pitch, work->block);
         for (size_t i = 0; i < dim; i += KEYS) {
-            multiply(KEYS, work->block + i, 1, pitch, work->scores + k * WIDTH, CHUNK, total);
-            add_tile(KEYS, work->sums + i * WIDTH, WIDTH, total);
+            multiply(FLOATS, KEYS, 2, work->block + i, 1, pitch, work->scores + k * WIDTH, CHUNK, total);
+            add_tile(KEYS, 2, work->sums + i * WIDTH, WIDTH, total);
         }
     }
     for (size_t q = 0; q < n; q++)

@@ -55,8 +55,9 @@ void prepare_token(const struct matrix *w, const struct rows *x, const float *sc
 
 int make_operand(const struct matrix *w, size_t tokens, struct operand *to) {
     to->stride = up_to(w->in, STEP);
-    to->memory = malloc((tokens * (to->stride + 1)) * sizeof(float) + 64);
+    to->memory = malloc((tokens * (to->stride + 1) + 2 * to->stride) * sizeof(float) + 64);
     to->floats = (float *)up_to((uintptr_t)to->memory, 64);
     to->scales = to->floats + tokens * to->stride;
+    to->words = to->scales + tokens;
     return to->memory != NULL;
 }

@@ -26,6 +26,7 @@ struct rows {
 struct operand {
     float *floats;
     float *scales;
+    float *words; /* [2 * stride], room for a token as words of a panel */
     size_t stride;
     void *memory;
 };

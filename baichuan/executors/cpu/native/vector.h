@@ -158,21 +158,43 @@ INLINE vu encode(enum type t, vf x) {
     }
 }
 
+/* The low 16 bits of each lane. */
+INLINE halves low_halves(vu x) {
+#if LANES == 16
+    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, halves);
+#endif
+}
+
+/* The low 8 bits of each lane. */
+INLINE bytes low_bytes(vu x) {
+#if LANES == 16
+    return (bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    return __builtin_convertvector(x, bytes);
+#endif
+}
+
 /* n <= LANES floats to row[i...]. */
 INLINE void store(enum type t, void *row, size_t i, vf x, size_t n) {
     vu bits = encode(t, x);
-    halves two = __builtin_convertvector(bits, halves);
-    bytes one = __builtin_convertvector(bits, bytes);
-    const void *from = t == F32 ? (void *)&bits : t == F16 || t == BF16 ? (void *)&two : (void *)&one;
-    char *to = (char *)row + bytes_of(t, i);
-    if (n == LANES) memcpy(to, from, bytes_of(t, LANES));
-    else memcpy(to, from, bytes_of(t, n));
+    char part[4 * LANES], *to = (char *)row + bytes_of(t, i), *at = n == LANES ? to : part;
+    if (t == F32) memcpy(at, &bits, sizeof bits);
+    else if (t == F16 || t == BF16) {
+        halves two = low_halves(bits);
+        memcpy(at, &two, sizeof two);
+    } else {
+        bytes one = low_bytes(bits);
+        memcpy(at, &one, sizeof one);
+    }
+    if (n < LANES) memcpy(to, part, bytes_of(t, n));
 }
 
 /* x rounded to the type. */
 INLINE vf rounded(enum type t, vf x) {
     if (t == F32) return x;
-    halves narrow = __builtin_convertvector(encode(t, x), halves);
+    halves narrow = low_halves(encode(t, x));
     return load(t, &narrow, 0);
 }
 
@@ -183,6 +205,16 @@ INLINE float sum(vf x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
+#endif
+}
+
+INLINE int32_t largest_integer(vi x) {
+#if LANES == 16
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    int32_t found = x[0];
+    for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+    return found;
 #endif
 }
 
