@@ -7,7 +7,7 @@ OUT ?= demo_output
 JOBS ?= 2
 FLAGS ?=  # more flags for pytest
 
-.PHONY: demo test doctor check lock test-newest test-oldest test-cuda bench walk clean
+.PHONY: demo test doctor check fuzz lock test-newest test-oldest test-cuda bench walk clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m demo --output_dir $(OUT)
@@ -23,6 +23,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
+
+# Mutated inputs of every script; make fuzz CASES=100000 SEED=7 takes about half an hour on two cores.
+CASES ?= 2000
+SEED ?= 1
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 $(READY): requirements.txt pyproject.toml
 	@$(KNOWN)
