@@ -14,10 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from baichuan.api.llm import LLM
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import ModelConfig, SamplingConfig
-from baichuan.engine.folder import read_engine
-from baichuan.engine.runtime import open_session
 from baichuan.evaluation.sides import EngineSide, HfSide, Side
 from baichuan.evaluation.text_table import WIDTH, table
 from baichuan.evaluation.wording import conditions_text, speed_text
@@ -38,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, comm: Communicator) -> int:
-    engines = [read_engine(Path(folder)) for folder in args.engine_dir]
-    sides: list[Side] = [EngineSide(engine, open_session(engine.folder, comm)) for engine in engines]
-    sides.append(HfSide(random_model(engines[0].model), "random weights"))
+    llms = [LLM(folder) for folder in args.engine_dir]
+    sides: list[Side] = [EngineSide(llm) for llm in llms]
+    sides.append(HfSide(random_model(llms[0].engine.model), "random weights"))
     speeds = [0.0] * len(sides)
     for warm in (False, *[True] * args.rounds):
         for number, side in enumerate(sides):

@@ -17,7 +17,7 @@ import hf_baichuan_convert
 import run
 import summarize
 from baichuan import __version__
-from baichuan.cli import generate
+from baichuan.api.llm import LLM
 from baichuan.config import SamplingConfig
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
@@ -231,7 +231,6 @@ def test_a_tensorrt_plan_is_not_run_on_the_cpu():
         (["--output_len", "25"], "max_output_len 25 is out of the engine's range 1 to 24"),
         (["--num_beams", "3"], "num_beams 3 exceeds the engine's max_beam_width 2"),
         ([], "tokens and the engine takes 1 to 128"),
-        (["--batch_size", "5", "--max_input_length", "9"], "5 prompts do not fit an engine of max_batch_size 4"),
         (["--test_hf", "--num_beams", "2", "--repetition_penalty", "1.2"], "leave one out, or --test_hf"),
         (["--test_hf", "--hf_model_dir", "/nowhere"], "/nowhere is neither a folder"),
         (["--test_hf", "--hf_model_dir", str(goldens.checkpoint("v2_13b"))], "contradicts model_version v1_7b"),
@@ -242,7 +241,7 @@ def test_summarize_checks_before_it_loads(engine, tmp_path, capsys, monkeypatch,
     def loaded(*_):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(summarize, "open_session", loaded)
+    monkeypatch.setattr(LLM, "load", loaded)
     rows = [{"article": "Rain fell. " * 40, "highlights": "Rain."}] * 5
     (tmp_path / "articles.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = ["--test_trt_llm", "--engine_dir", str(engine), "--dataset_path", str(tmp_path / "articles.jsonl")]
@@ -258,5 +257,5 @@ def test_summarize_checks_before_it_loads(engine, tmp_path, capsys, monkeypatch,
     ],
 )
 def test_run_checks_before_it_loads(engine, capsys, monkeypatch, flags, sentence):
-    monkeypatch.setattr(generate, "open_session", None)
+    monkeypatch.setattr(LLM, "load", None)
     assert sentence in last_line(run.main, ["--engine_dir", str(engine), *flags], capsys)

@@ -323,13 +323,12 @@ def test_wrong_flags_of_run(engine, prompts, tmp_path, capsys, more, sentence):
     [
         (["--max_output_len", "4", "--tokenizer_dir", __file__], "is not a SentencePiece model"),
         (["--input_text", "a"], "required: --max_output_len"),
-        (text_flags(Path(), "--input_text", *"abcde"), "5 prompts do not fit an engine of max_batch_size 4"),
         (text_flags(Path(), "--input_text", "word " * 200), "and the engine takes 1 to 128"),
         (text_flags(Path(), "--input_text", "a", "b", "--streaming"), "--streaming prints one text"),
         (text_flags(Path(), "--input_text", "a\udcff"), "not valid UTF-8"),
         (text_flags(Path(), "--chat", "--output_csv", "x"), "a conversation writes no files"),
     ],
-    ids=range(7),
+    ids=range(6),
 )
 def test_wrong_text(engine, capsys, more, sentence):
     refused(run.main, [*more, "--engine_dir", str(engine)], sentence, capsys)
@@ -354,7 +353,6 @@ BAD_FILES = {
         "enormous": (b"9" * 30, "id 999999"),
         "more digits than Python reads": (b"9" * 5000, "does not hold token ids"),
         "too long": (b"5," * 128 + b"5\n", "prompt 0 has 129 tokens and the engine takes 1 to 128"),
-        "too many": (b"5\n" * 5, "5 prompts do not fit"),
     },
     "npy": {
         "empty": (b"", "does not hold token ids"),

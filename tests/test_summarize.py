@@ -16,9 +16,10 @@ from bigram_side import BigramSide, evaluation_of
 from tiny_engine import SAMPLES, engine
 from torch.nn import functional as F
 
+from baichuan.api.llm import LLM
+from baichuan.api.ranks import Ranks
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import Engine
-from baichuan.engine.runtime import open_session
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.evaluation.datasets import Sample
 from baichuan.evaluation.journal import run_all
@@ -30,7 +31,7 @@ from baichuan.evaluation.summary import Evaluation
 from baichuan.evaluation.tasks import make_task, prompt_text
 from baichuan.evaluation.wording import decoding
 from baichuan.hf_model.modeling import load_hf_model
-from baichuan.parallel.comm import Solo, run_ranks
+from baichuan.parallel.comm import run_ranks
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util import progress
 
@@ -56,16 +57,19 @@ def compare(built: Engine, version: str, request: Request, samples=SAMPLES) -> E
     tokenizer = Tokenizer(goldens.checkpoint(version))
     tasks = [make_task(sample, tokenizer, request.max_input_length, built.build.max_input_len) for sample in samples]
 
-    def run(comm) -> Evaluation:
-        first = comm.rank == 0
-        sides = [EngineSide(built, open_session(built.folder, comm)), *([hf_side(version)] if first else [])]
-        evaluation = Evaluation(
-            sides, tasks, request, tokenizer, rouge() if first else None, scoring=True, reference="hf"
-        )
-        evaluation.warm_up()
-        for batch in evaluation.batches():
-            evaluation.run(batch)
-        return evaluation
+    def run(comm) -> Evaluation | None:
+        llm = LLM(built.folder, ranks=Ranks(comm))
+
+        def evaluate() -> Evaluation:
+            evaluation = Evaluation(
+                [EngineSide(llm), hf_side(version)], tasks, request, tokenizer, rouge(), scoring=True, reference="hf"
+            )
+            evaluation.warm_up()
+            for batch in evaluation.batches():
+                evaluation.run(batch)
+            return evaluation
+
+        return llm.lead(evaluate)
 
     return run_ranks(built.build.world_size, run)[0]
 
@@ -148,7 +152,7 @@ def test_stop_ids_end_both_sides_alike():
     prompts = [golden[f"ids_{length}"].tolist() for length in goldens.LENGTHS]
     stop = golden["gen_33"].tolist()[5]
     config = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=NEVER, stop_ids=(stop,))
-    side = EngineSide(engine("v1_7b"), open_session(engine("v1_7b").folder, Solo()))
+    side = EngineSide(LLM(engine("v1_7b").folder))
     ours, theirs = (each.generate(prompts, config, 24) for each in (side, hf_side("v1_7b")))
     assert [(each.ids, each.finish_reason) for each in ours] == [(each.ids, each.finish_reason) for each in theirs]
     assert theirs[2].ids == golden["gen_33"].tolist()[:5] and theirs[2].finish_reason == "stop"
@@ -295,7 +299,7 @@ def interrupted(folder: Path, at_call: int) -> Evaluation:
     sides = [BigramSide("engine", 1), BigramSide("hf", 2, before=interrupt)]
     evaluation = evaluation_of(sides, SHORT, Request(GREEDY, 2, 20, 5, 9, eval_ppl=True), rouge(), scoring=True)
     with pytest.raises(KeyboardInterrupt):
-        run_all(evaluation, SETTINGS, folder, shows=True)
+        run_all(evaluation, SETTINGS, folder)
     return evaluation
 
 
@@ -325,7 +329,7 @@ def test_a_killed_run_leaves_what_was_saved_on_the_way(tmp_path):
 
     side = BigramSide("engine", before=look)
     evaluation = evaluation_of([side], SHORT, Request(GREEDY, 2, 20, 5, 9), rouge(), scoring=False)
-    run_all(evaluation, SETTINGS, tmp_path, shows=True)
+    run_all(evaluation, SETTINGS, tmp_path)
     assert (seen[0]["complete"], seen[0]["articles"]) == (False, 2)
     values = json.loads((tmp_path / "results.json").read_text())
     assert (values["complete"], values["articles"]) == (True, 5)
@@ -335,6 +339,6 @@ def test_progress_says_how_long_it_will_take(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="baichuan")
     monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0,))
     evaluation = evaluation_of([BigramSide("engine")], SHORT, Request(GREEDY, 2, 20, 5, 9), rouge(), scoring=False)
-    run_all(evaluation, SETTINGS, None, shows=False)
+    run_all(evaluation, SETTINGS, None)
     lines = [record.message for record in caplog.records if "summarising" in record.message]
     assert lines and all("s left" in line for line in lines) and "summarising: 40 %" in lines[0]

@@ -22,7 +22,7 @@ from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.limits import check_request
 from baichuan.generation.requests import Progress, Request, Serving
 from baichuan.generation.sampling import numbered_seeds
-from baichuan.generation.session import Timing
+from baichuan.generation.session import WARM_UP_TOKENS, Timing
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
@@ -32,7 +32,6 @@ Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: i
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
 T = TypeVar("T")
 
-WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
 SCORED_AT_ONCE = 2048  # tokens whose logits are held at once: 1 GB for a vocabulary of 125696
 
 
@@ -130,10 +129,14 @@ class LLM:
         prompt: Prompt,
         sampling: SamplingConfig | None = None,
         max_new_tokens: int | None = None,
+        keep_logits: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Piece]:
-        """The continuation of one prompt, piece by piece.  Ends early where `stopped` says so between two steps."""
-        [request] = self.requests([prompt], sampling, max_new_tokens)
+        """The continuation of one prompt, piece by piece.  Ends early where `stopped` says so between two steps.
+
+        Of a beam search everything comes with the last piece.
+        """
+        [request] = self.requests([prompt], sampling, max_new_tokens, keep_logits)
         decoder = self.text.tokenizer.stream() if self.text.tokenizer else None
         for progress in self._run([request], stopped):
             if progress.error:
@@ -141,7 +144,7 @@ class LLM:
             text = "".join(map(decoder.push, progress.new_ids)) if decoder else ""
             if progress.finished and decoder:
                 text += decoder.finish()
-            yield Piece(text, list(progress.new_ids), progress.finish_reason)
+            yield Piece(text, list(progress.new_ids), progress.finish_reason, progress.logits)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """How likely each text is, from its second token on.  Raises ConfigError for what the engine cannot hold."""

@@ -23,13 +23,14 @@ class Completion:
     logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """What a step adds to a text that is streamed."""
 
     text: str  # may be empty: a character can take several tokens
     ids: list[int]
     finish_reason: str | None = None  # of the last piece, as Completion's
+    logits: Tensor | None = None  # of the last piece, as Completion's
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from baichuan.api.llm import LLM
 from baichuan.cli.terminal import EditorReader, LineReader, Stopped, TextPrinter, open_reader
 from baichuan.config import SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.generation.conversation import Conversation
-from baichuan.generation.session import Session
-from baichuan.parallel.comm import Communicator
-from baichuan.text.chat import ChatRoles
 from baichuan.text.printable import printable
-from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -33,49 +30,35 @@ COMMANDS = {
 }
 
 
-def chat(
-    session: Session,
-    tokenizer: Tokenizer,
-    roles: ChatRoles,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    system: str | None,
-    comm: Communicator,
-    started_s: float,
-) -> None:
-    """Answer what is typed until the end of input.
+def chat(llm: LLM, sampling: SamplingConfig, max_new_tokens: int, system: str | None, started_s: float) -> None:
+    """Answer what is typed until the end of input.  Called on rank 0, in llm.lead.
 
     started_s: the time.monotonic() from which the time until the first question counts.
-    Raises ConfigError, before the first question, for limits that the engine cannot hold.
     """
-    conversation = Conversation(tokenizer, roles, session.build.max_input_len, system)
-    session.check([conversation.ask("")], sampling, max_new_tokens)
-    session.warm_up([conversation.ask("")], sampling, max_new_tokens)
+    conversation = open_conversation(llm, system)
+    llm.warm_up([conversation.ask("")], sampling, max_new_tokens)
     logger.info("ready in %.1f s", time.monotonic() - started_s)
-    if comm.rank == 0:
-        if session.model.model_version == "v1_7b":
-            logger.warning(
-                "Baichuan-7B was published without a chat version; one that was not tuned for chat only continues text"
-            )
-        with open_reader(comm.world_size) as reader:
-            _Chat(session, tokenizer, conversation, sampling, max_new_tokens, comm, reader).run()
-        comm.broadcast_object(None)
-        return
-    while (request := comm.broadcast_object(None)) is not None:
-        prompt, sampling = request
-        session.generate([prompt], sampling, max_new_tokens)
+    if llm.engine.model.model_version == "v1_7b":
+        logger.warning(
+            "Baichuan-7B was published without a chat version; one that was not tuned for chat only continues text"
+        )
+    with open_reader(llm.ranks.comm.world_size) as reader:
+        _Chat(llm, conversation, sampling, max_new_tokens, reader).run()
+
+
+def open_conversation(llm: LLM, system: str | None) -> Conversation:
+    """Raises ConfigError for a system message that leaves no room in the engine's prompts."""
+    return Conversation(llm.tokenizer, llm.roles, llm.engine.build.max_input_len, system)
 
 
 @dataclass
 class _Chat:
-    """Rank 0's side."""
+    """A conversation and its settings."""
 
-    session: Session
-    tokenizer: Tokenizer
+    llm: LLM
     conversation: Conversation
     sampling: SamplingConfig
     max_new_tokens: int
-    comm: Communicator
     reader: LineReader | EditorReader
 
     def run(self) -> None:
@@ -121,11 +104,9 @@ class _Chat:
     def _answer(self, question: str) -> None:
         left_out = self.conversation.left_out
         prompt = self.conversation.ask(question)
-        self.session.check([prompt], self.sampling, self.max_new_tokens)
         if more := self.conversation.left_out - left_out:
-            limit = self.session.build.max_input_len
+            limit = self.llm.engine.build.max_input_len
             _notice(f"the model no longer sees the {more} oldest round(s): max_input_len is {limit} tokens")
-        self.comm.broadcast_object((prompt, self.sampling))
         answer, ending = self._generate(prompt)
         self.sampling = replace(self.sampling, random_seed=self.sampling.random_seed + 1)
         if answer or ending != "stopped":
@@ -139,25 +120,16 @@ class _Chat:
 
     def _generate(self, prompt: list[int]) -> tuple[str, str]:
         """The answer, printed as it is made, and what ended it: stop | length | stopped."""
-        steps = self.sampling.num_beams == 1  # with beam search the tokens are known only at the end
-        printer = TextPrinter(self.tokenizer)
+        printer, ending = TextPrinter(), "stopped"
         try:
-            with self.reader.answering(at_once=not steps) as stopped:
-
-                def push(tokens: list[int | None]) -> None:
-                    printer.push(tokens)
-                    if stopped():
-                        raise Stopped
-
-                session, on_tokens = self.session, push if steps else None
-                [result] = session.generate([prompt], self.sampling, self.max_new_tokens, on_tokens)
-                ending = result.finish_reason
-                for token in [] if steps else result.ids:
-                    printer.push([token])
+            with self.reader.answering() as stopped:
+                for piece in self.llm.stream(prompt, self.sampling, self.max_new_tokens, stopped=stopped):
+                    printer.show(piece.text)
+                    ending = piece.finish_reason or ending
         except Stopped:
             ending = "stopped"
         printer.finish()
-        return printer.text, ending
+        return printer.text, "stopped" if ending == "cancelled" else ending
 
     def _save(self, name: str) -> None:
         """The messages as a JSON array."""

@@ -9,23 +9,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from baichuan.api.llm import LLM, Prompt
+from baichuan.api.ranks import Ranks
+from baichuan.api.results import Completion
 from baichuan.cli.chat import chat as converse
+from baichuan.cli.chat import open_conversation
 from baichuan.cli.common import check_device
 from baichuan.cli.run_flags import DEFAULT_TEXT, FILE_FLAGS, SAMPLING_FLAGS
 from baichuan.cli.terminal import TextPrinter
 from baichuan.config import SamplingConfig
-from baichuan.engine.folder import check_world, read_engine
-from baichuan.engine.runtime import open_session
-from baichuan.engine.text import open_text, require_text
+from baichuan.engine.text import require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
-from baichuan.generation.decoding import Generation
-from baichuan.generation.limits import check_requests
 from baichuan.parallel.comm import Communicator
-from baichuan.text import chat
 from baichuan.text.printable import printable
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,41 +32,59 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
     check_device(args, comm)
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
-    engine = read_engine(Path(args.engine_dir))
-    check_world(engine, comm, args.model_version)
-    text = open_text(engine, resolve_tokenizer(args.tokenizer_dir) if args.tokenizer_dir else None)
-    tokenizer = text.tokenizer if args.input_tokens and not args.streaming else require_text(engine, text)
-    sampling = sampling_config(args, text.sampling)
-    roles = text.roles() if args.chat else None
-    if roles:
-        sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *roles))
-    conversation = roles and args.input_text is None
-    prompts = [[0]] if conversation else read_prompts(args, tokenizer, roles, sampling.pad_id)
-    check_requests(engine.model, engine.build, prompts, sampling, args.max_output_len)  # before weights are loaded
-    session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
-    if roles and args.input_text is None:
-        converse(
-            session, require_text(engine, text), roles, sampling, args.max_output_len, args.system, comm, args.started_s
-        )
+    llm = open_llm(args, comm)
+    sampling = sampling_config(args, llm.sampling)
+    if args.chat and args.input_text is None:
+        sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *llm.roles))
+        llm.requests([open_conversation(llm, args.system).ask("")], sampling, args.max_output_len)
+        llm.lead(lambda: converse(llm, sampling, args.max_output_len, args.system, args.started_s))
         return 0
-    session.warm_up(prompts, sampling, args.max_output_len)
-    logger.info("ready in %.1f s", time.monotonic() - args.started_s)
-    stream = None
-    if args.streaming and comm.rank == 0:
-        own = require_text(engine, text)
-        stream = TextPrinter(own, opening=f'Input: "{own.decode(prompts[0])}"\nOutput: "', closing='"')
-    on_tokens = stream.push if stream else None
-    results = session.generate(prompts, sampling, args.max_output_len, on_tokens, bool(args.output_logits_npy))
-    if comm.rank == 0:
-        if stream:
-            stream.finish()
-        else:
-            print_results(prompts, results, tokenizer)
-        write_outputs(args, prompts, results, sampling.pad_id)
-        for index, result in enumerate(results):
-            logger.info("prompt %d: %d new tokens, finish reason %s", index, len(result.ids), result.finish_reason)
-        logger.info("%s", session.timing.summary())
+    if args.streaming:
+        require_text(llm.engine, llm.text)
+    prompts = read_prompts(args, sampling.pad_id)
+    llm.requests(prompts, sampling, args.max_output_len)  # its errors come before weights are loaded
+    llm.lead(lambda: answer(args, llm, prompts, sampling))
     return 0
+
+
+def open_llm(args: argparse.Namespace, comm: Communicator) -> LLM:
+    return LLM(
+        args.engine_dir,
+        args.tokenizer_dir,
+        device=args.device,
+        keep_copies=not args.no_weight_copies,
+        model_version=args.model_version,
+        ranks=Ranks(comm),
+    )
+
+
+def answer(args: argparse.Namespace, llm: LLM, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+    """Continue the prompts; print and write the results."""
+    llm.warm_up(prompts, sampling, args.max_output_len)
+    logger.info("ready in %.1f s", time.monotonic() - args.started_s)
+    keep_logits = bool(args.output_logits_npy)
+    if args.streaming:
+        results = [printed_meanwhile(llm, prompts[0], sampling, args.max_output_len, keep_logits)]
+    else:
+        results = llm.generate(prompts, sampling, args.max_output_len, keep_logits)
+        print_results(results, llm.text.tokenizer)
+    write_outputs(args, results, sampling.pad_id)
+    for index, result in enumerate(results):
+        logger.info("prompt %d: %d new tokens, finish reason %s", index, len(result.ids), result.finish_reason)
+    logger.info("%s", llm.timing.summary())
+
+
+def printed_meanwhile(
+    llm: LLM, prompt: Prompt, sampling: SamplingConfig, max_new_tokens: int, keep_logits: bool
+) -> Completion:
+    """The prompt's continuation, printed while it is made."""
+    prompt_ids, ids = llm.encode(prompt), list[int]()
+    printer = TextPrinter(f'Input: "{llm.tokenizer.decode(prompt_ids)}"\nOutput: "', closing='"')
+    for piece in llm.stream(prompt, sampling, max_new_tokens, keep_logits):
+        printer.show(piece.text)
+        ids += piece.ids
+    printer.finish()
+    return Completion(prompt_ids, ids, printer.text, piece.finish_reason or "", piece.logits)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -104,21 +120,18 @@ def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> Sampl
     return replace(defaults, **given)
 
 
-def read_prompts(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, roles: chat.ChatRoles | None, pad_id: int
-) -> list[list[int]]:
-    """Every prompt's ids; with roles, each text is a user's message."""
+def read_prompts(args: argparse.Namespace, pad_id: int) -> list[Prompt]:
+    """Ids, texts, or with --chat messages."""
     if args.input_tokens:
         prompts = token_files.read_prompts(Path(args.input_tokens), pad_id)
         if args.streaming and len(prompts) > 1:
             raise ConfigError(f"--streaming prints one text and {len(prompts)} prompts are given; give one")
-        return prompts
-    assert tokenizer is not None, "texts have required one"
+        return list[Prompt](prompts)
     texts = args.input_text or [DEFAULT_TEXT]
-    if roles is None:
-        return [tokenizer.encode(text) for text in texts]
+    if not args.chat:
+        return list[Prompt](texts)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
-    return [chat.build_chat_prompt(tokenizer, [*system, {"role": "user", "content": text}], *roles) for text in texts]
+    return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
 def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
@@ -128,17 +141,17 @@ def show(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
     return tokenizer.decode(ids)
 
 
-def print_results(prompts: list[list[int]], results: list[Generation], tokenizer: Tokenizer | None) -> None:
-    for prompt, result in zip(prompts, results, strict=True):
-        print(f'Input: "{printable(show(prompt, tokenizer))}"')
+def print_results(results: list[Completion], tokenizer: Tokenizer | None) -> None:
+    for result in results:
+        print(f'Input: "{printable(show(result.prompt_ids, tokenizer))}"')
         print(f'Output: "{printable(show(result.ids, tokenizer))}"', flush=True)
 
 
-def write_outputs(args: argparse.Namespace, prompts, results: list[Generation], pad_id: int) -> None:
-    rows = [[*prompt, *result.ids] for prompt, result in zip(prompts, results, strict=True)]
+def write_outputs(args: argparse.Namespace, results: list[Completion], pad_id: int) -> None:
+    rows = [[*result.prompt_ids, *result.ids] for result in results]
     if args.output_csv:
         token_files.write_csv(Path(args.output_csv), rows)
     if args.output_npy:
         token_files.write_npy(Path(args.output_npy), rows, pad_id)
     if args.output_logits_npy:
-        token_files.write_logits(Path(args.output_logits_npy), results)
+        token_files.write_logits(Path(args.output_logits_npy), [result.logits for result in results])

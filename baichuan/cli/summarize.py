@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from baichuan.api.llm import LLM
+from baichuan.api.ranks import Ranks
 from baichuan.cli.common import check_device, only_rank_zero
 from baichuan.cli.summarize_flags import DTYPES, check_flags, request_of
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
-from baichuan.engine.folder import Engine, check_world, read_engine
-from baichuan.engine.runtime import open_session
+from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
@@ -30,7 +31,7 @@ from baichuan.evaluation.tasks import Task, make_task
 from baichuan.evaluation.wording import decoding
 from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import require_host_memory
-from baichuan.generation.limits import check_requests
+from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
 from baichuan.text.printable import one_line
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
@@ -49,36 +50,45 @@ HfFiles = tuple[Path, ModelConfig, list[Path]]  # the checkpoint's folder, its m
 def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args, comm)
     check_device(args, comm)
-    request = request_of(args)
-    engines = open_engines(args, comm) if args.test_trt_llm else []
+    ranks = Ranks(comm)
+    llms = open_engines(args, ranks) if args.test_trt_llm else []
+    engines = [llm.engine for llm in llms]
+    request = request_of(args, min((engine.build.max_batch_size for engine in engines), default=1))
     check_limits(args, request, engines)
     hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))
     loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
-    tasks, data_settings = comm.broadcast_object(loaded)
-    scoring = args.eval_ppl or (args.test_trt_llm and args.test_hf)
-    only_rank_zero(comm, lambda: check_tasks(tasks, request, [engine.spec for engine in engines], scoring))
-    sides = open_sides(args, comm, engines, hf)
-    evaluation = Evaluation(
-        sides,
-        tasks,
-        request,
-        tokenizer,
-        rouge=Rouge() if comm.rank == 0 else None,
-        scoring=scoring,
-        reference=HfSide.key if engines and args.test_hf else None,
-    )
-    settings = {**data_settings, **run_settings(args, request, comm)}
-    run_all(evaluation, settings, output_dir, shows=comm.rank == 0)
-    return verdict(args, comm, evaluation)
+    for llm in llms:
+        llm.load()
+
+    def measure() -> int:
+        tasks, settings = loaded
+        evaluation = Evaluation(
+            open_sides(args, llms, hf),
+            tasks,
+            request,
+            tokenizer,
+            Rouge(),
+            scoring=is_scoring(args),
+            reference=HfSide.key if llms and args.test_hf else None,
+        )
+        run_all(evaluation, {**settings, **run_settings(args, request, comm)}, output_dir)
+        return verdict(args, evaluation)
+
+    return comm.broadcast_object(ranks.lead(measure))
 
 
-def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
-    """Every engine's record.  Raises ConfigError unless one tokenizer and one checkpoint fit all of them."""
-    engines = [read_engine(Path(folder)) for folder in args.engine_dir]
-    for engine in engines:
-        check_world(engine, comm, args.model_version)
+def is_scoring(args: argparse.Namespace) -> bool:
+    """Whether texts are scored: for their perplexity, or to compare the engines with the transformers model."""
+    return args.eval_ppl or (args.test_trt_llm and args.test_hf)
+
+
+def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
+    """Every engine, without its weights.  Raises ConfigError unless one tokenizer and one checkpoint fit all."""
+    settings = {"device": args.device, "keep_copies": not args.no_weight_copies, "model_version": args.model_version}
+    llms = [LLM(folder, ranks=ranks, **settings) for folder in args.engine_dir]
+    engines = [llm.engine for llm in llms]
     for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):
         if len(values := {getattr(engine.model, name) for engine in engines}) > 1:
             found = ", ".join(f"{getattr(engine.model, name)} in {engine.folder}" for engine in engines)
@@ -86,13 +96,13 @@ def open_engines(args: argparse.Namespace, comm: Communicator) -> list[Engine]:
     tokenizers = {str(engine.text_files[MODEL_NAME]["sha256"]) for engine in engines if MODEL_NAME in engine.text_files}
     if len(tokenizers) > 1:
         raise ConfigError(f"the engines have {len(tokenizers)} different tokenizers; compare engines of one checkpoint")
-    return engines
+    return llms
 
 
 def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
     """Raise a BaichuanError, before anything is loaded, for limits that a side cannot hold with any article."""
     for engine in engines:
-        check_requests(engine.model, engine.build, [[0]], request.sampling, request.output_len)
+        check_request(engine.model, engine.build, [0], request.sampling, request.output_len)
     if args.test_hf:
         check_hf_sampling(request.sampling)
         resolve_device(args.hf_device or args.device)
@@ -130,32 +140,26 @@ def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model
 def load_tasks(
     args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engines: Sequence[Engine]
 ) -> tuple[list[Task], dict[str, Any]]:
-    """The articles as prompts, and what the report says of them."""
+    """The articles as prompts, and what the report says of them.  Raises ConfigError for what a side cannot hold."""
     path = Path(args.dataset_path) if args.dataset_path else None
-    dataset = load_samples(path, request.batch_size * request.max_iterations)
+    dataset = load_samples(path, (args.batch_size or 1) * args.max_ite)
     limit = min((engine.build.max_input_len for engine in engines), default=None)  # tokens that all accept
     tasks = [make_task(sample, tokenizer, request.max_input_length, limit) for sample in dataset.samples]
     if cut := sum(task.left_out > 0 for task in tasks):
         logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
+    check_tasks(tasks, request, [engine.spec for engine in engines], is_scoring(args))
     return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
 
 
-def open_sides(
-    args: argparse.Namespace, comm: Communicator, engines: Sequence[Engine], hf: HfFiles | None
-) -> list[Side]:
-    """The engines on every rank, then the transformers model on rank 0.  hf: what find_hf found there."""
-    sides: list[Side] = []
-    for number, engine in enumerate(engines, start=1):
-        session = open_session(engine.folder, comm, args.model_version, not args.no_weight_copies, args.device)
-        sides.append(EngineSide(engine, session, f"engine_{number}" if len(engines) > 1 else "engine"))
-        if not args.test_hf and engine.model.dtype != DTYPES[args.data_type]:
-            logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, engine.model.dtype)
+def open_sides(args: argparse.Namespace, llms: Sequence[LLM], hf: HfFiles | None) -> list[Side]:
+    """The engines, then the transformers model.  hf: what find_hf found."""
+    keys = [f"engine_{number}" for number in range(1, len(llms) + 1)] if len(llms) > 1 else ["engine"]
+    sides: list[Side] = [EngineSide(llm, key) for llm, key in zip(llms, keys, strict=False)]
+    for llm in llms:
+        if not args.test_hf and llm.engine.model.dtype != DTYPES[args.data_type]:
+            logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, llm.engine.model.dtype)
     tell_apart(sides)
-    if args.test_hf:
-        near = session.executor.device if engines else None
-        hf_side = only_rank_zero(comm, lambda: hf and open_hf(args, *hf, near))
-        sides += [hf_side] if hf_side else []
-    return sides
+    return sides + ([open_hf(args, *hf, llms[-1].load()[1] if llms else None)] if hf else [])
 
 
 def tell_apart(sides: Sequence[Side]) -> None:
@@ -192,7 +196,7 @@ def run_settings(args: argparse.Namespace, request: Request, comm: Communicator)
     """The settings that the figures were obtained with, as JSON values."""
     return {
         "batch_size": request.batch_size,
-        "max_ite": request.max_iterations,
+        "max_ite": args.max_ite,
         "output_len": request.output_len,
         "max_input_length": request.max_input_length,
         "decoding": decoding(request.sampling),
@@ -205,19 +209,18 @@ def run_settings(args: argparse.Namespace, request: Request, comm: Communicator)
     }
 
 
-def verdict(args: argparse.Namespace, comm: Communicator, evaluation: Evaluation) -> int:
-    """Exit code, the same on every rank."""
+def verdict(args: argparse.Namespace, evaluation: Evaluation) -> int:
+    """Exit code."""
     if not args.check_accuracy:
         return 0
-    threshold, low = args.tensorrt_llm_rouge1_threshold, {}
-    if comm.rank == 0:
-        engines = [side for side in evaluation.sides if side.key != HfSide.key]
-        scores = {side.label: evaluation.figures(side.key).rouge["rouge1"].value for side in engines}
-        low = {label: score for label, score in scores.items() if score < threshold}
-        for label, score in low.items():
-            print(
-                f"{Path(__file__).name}: ROUGE-1 of {one_line(label)} is {score:.2f} and at least {threshold:g} is "
-                "required; compare with --test_hf, or build with a finer quantisation",
-                file=sys.stderr,
-            )
-    return BELOW_THRESHOLD if comm.broadcast_object(low) else 0
+    threshold = args.tensorrt_llm_rouge1_threshold
+    engines = [side for side in evaluation.sides if side.key != HfSide.key]
+    scores = {side.label: evaluation.figures(side.key).rouge["rouge1"].value for side in engines}
+    low = {label: score for label, score in scores.items() if score < threshold}
+    for label, score in low.items():
+        print(
+            f"{Path(__file__).name}: ROUGE-1 of {one_line(label)} is {score:.2f} and at least {threshold:g} is "
+            "required; compare with --test_hf, or build with a finer quantisation",
+            file=sys.stderr,
+        )
+    return BELOW_THRESHOLD if low else 0

@@ -48,8 +48,12 @@ def _add_article_flags(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--dataset_path", help="json, jsonl, csv or parquet file or folder (default: cnn_dailymail from the hub)"
     )
-    work.add_argument("--batch_size", type=int, default=DEFAULTS.batch_size, help="articles per batch")
-    work.add_argument("--max_ite", type=int, default=DEFAULTS.max_iterations, help="most batches")
+    work.add_argument(
+        "--batch_size", type=int, help="articles that run at once (default: as many as the engines were built for)"
+    )
+    work.add_argument(
+        "--max_ite", type=int, default=DEFAULTS.max_iterations, help="most articles, or with --batch_size most batches"
+    )
     work.add_argument("--output_len", type=int, default=DEFAULTS.output_len, help="most tokens per summary")
     work.add_argument(
         "--max_input_length",
@@ -99,8 +103,12 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
 
 
-def request_of(args: argparse.Namespace) -> Request:
-    """Raises ConfigError for values out of range."""
+def request_of(args: argparse.Namespace, rows: int) -> Request:
+    """rows: how many articles the engines can run at once.  Raises ConfigError for values out of range."""
+    batch_size, batches = args.batch_size, args.max_ite
+    if batch_size is None and batches > 0:
+        batch_size = min(rows, args.max_ite)
+        batches = -(-args.max_ite // batch_size)
     sampling = SamplingConfig(
         num_beams=args.num_beams,
         top_k=args.top_k,
@@ -110,4 +118,4 @@ def request_of(args: argparse.Namespace) -> Request:
         length_penalty=args.length_penalty,
         random_seed=args.random_seed,
     )
-    return Request(sampling, args.batch_size, args.max_ite, args.output_len, args.max_input_length, args.eval_ppl)
+    return Request(sampling, batch_size, batches, args.output_len, args.max_input_length, args.eval_ppl)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from baichuan.errors import ConfigError
 from baichuan.text.printable import printable
-from baichuan.text.tokenizer import Tokenizer
 
 PROMPT = "> "
 
@@ -19,24 +18,18 @@ class Stopped(Exception):
 
 
 class TextPrinter:
-    """Prints one sequence's tokens as text; push is a session's on_tokens.  `text`: the sequence's text so far."""
+    """Prints a text that comes in pieces.  `text`: all of it so far."""
 
-    def __init__(self, tokenizer: Tokenizer, opening: str = "", closing: str = ""):
-        self.text = ""
-        self._stream, self._closing = tokenizer.stream(), closing
+    def __init__(self, opening: str = "", closing: str = ""):
+        self.text, self._closing = "", closing
         print(printable(opening), end="", flush=True)
 
-    def push(self, tokens: list[int | None]) -> None:
-        if tokens[0] is not None:
-            self._show(self._stream.push(tokens[0]))
-
-    def finish(self) -> None:
-        self._show(self._stream.finish())
-        print(self._closing, flush=True)
-
-    def _show(self, piece: str) -> None:
+    def show(self, piece: str) -> None:
         self.text += piece
         print(printable(piece), end="", flush=True)
+
+    def finish(self) -> None:
+        print(self._closing, flush=True)
 
 
 class LineReader:
@@ -67,7 +60,7 @@ class LineReader:
             raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
 
     @contextmanager
-    def answering(self, at_once: bool) -> Iterator[Callable[[], bool]]:
+    def answering(self) -> Iterator[Callable[[], bool]]:
         """Ctrl-C ends the program, as anywhere."""
         yield lambda: False
 
@@ -90,7 +83,7 @@ class EditorReader:
         bindings.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
         indent = " " * len(PROMPT)
         self._session = PromptSession(PROMPT, multiline=True, key_bindings=bindings, prompt_continuation=indent)
-        self._answering = self._at_once = self._stopped = False
+        self._answering = self._stopped = False
 
     def __enter__(self) -> EditorReader:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -110,17 +103,17 @@ class EditorReader:
                 return None
 
     @contextmanager
-    def answering(self, at_once: bool) -> Iterator[Callable[[], bool]]:
-        """Yields a function that says, between two steps, whether Ctrl-C was pressed.  With at_once, and always at the
-        second Ctrl-C, Stopped is raised at once instead, wherever the program is."""
-        self._answering, self._at_once, self._stopped = True, at_once, False
+    def answering(self) -> Iterator[Callable[[], bool]]:
+        """Yields a function that says, between two steps, whether Ctrl-C was pressed.  At the second Ctrl-C, Stopped is
+        raised, wherever the program is."""
+        self._answering, self._stopped = True, False
         try:
             yield lambda: self._stopped
         finally:
             self._answering = False
 
     def _interrupt(self, *_) -> None:
-        if self._answering and (self._at_once or self._stopped):
+        if self._answering and self._stopped:
             raise Stopped
         self._stopped = True
 

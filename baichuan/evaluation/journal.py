@@ -23,11 +23,8 @@ UNFINISHED = "unfinished"  # the folder of a report that is not to replace a com
 SAVING_SHARE = 0.05  # at most this share of the time is spent on saving intermediate results
 
 
-def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | None, shows: bool) -> None:
-    """Run every batch; save complete ones on the way and at the end, after Ctrl-C or SIGTERM too.
-
-    Every rank calls it; rank 0 alone passes shows=True and, to save, an output_dir.
-    """
+def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path | None) -> None:
+    """Run every batch; save complete ones on the way and at the end, after Ctrl-C or SIGTERM too."""
     next_save = 0.0
     try:
         evaluation.warm_up()
@@ -35,7 +32,7 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
         with Progress("summarising", sum(map(len, batches)), "article") as progress:
             for tasks in batches:
                 evaluation.run(tasks)
-                if shows and len(evaluation.done) == 1:
+                if len(evaluation.done) == 1:
                     progress.clear()
                     show_first(evaluation)
                 if output_dir and time.monotonic() >= next_save and len(evaluation.done) < len(batches):
@@ -44,11 +41,10 @@ def run_all(evaluation: Evaluation, settings: dict[str, Any], output_dir: Path |
                     next_save = time.monotonic() + (time.monotonic() - start) / SAVING_SHARE
                 progress.advance(len(tasks))
     except (KeyboardInterrupt, Terminated):
-        if shows and evaluation.done:
+        if evaluation.done:
             finish(evaluation, settings, output_dir, complete=False)
         raise
-    if shows:
-        finish(evaluation, settings, output_dir, complete=True)
+    finish(evaluation, settings, output_dir, complete=True)
 
 
 def show_first(evaluation: Evaluation) -> None:

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from baichuan.api.llm import LLM
 from baichuan.config import BYTES_PER_ELEMENT, QuantConfig, SamplingConfig, to_json
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.decoding import Generation
 from baichuan.generation.sampling import Sampler, numbered_seeds
-from baichuan.generation.session import WARM_UP_TOKENS, Session
+from baichuan.generation.session import WARM_UP_TOKENS
 from baichuan.util.machine import cpu_cache_bytes, cpu_name
 from baichuan.weights.types import TYPES
 
@@ -45,30 +46,31 @@ class Side(Protocol):
 
 
 class EngineSide:
-    """A session over an engine.  Under mpirun every rank has one and makes the same calls."""
+    """An engine.  Under mpirun rank 0 has it, within llm.lead."""
 
-    def __init__(self, engine: Engine, session: Session, key: str = "engine"):
-        self._session, self.key = session, key
-        self.max_score_tokens = session.build.max_input_len
+    def __init__(self, llm: LLM, key: str = "engine"):
+        self._llm, self.key, engine = llm, key, llm.engine
+        self.max_score_tokens = engine.build.max_input_len
         self.label = engine_label(engine)
         self.facts = {
             "engine_dir": str(engine.folder),
             "bytes": sum(file["bytes"] for file in engine.files.values()),
             "parameters": float32_bytes(engine.model) // BYTES_PER_ELEMENT["float32"],
-            **device_facts(session.executor.device),
+            **device_facts(llm.load()[1]),
             "model": to_json(engine.model),
             "quant": to_json(engine.quant),
             "build": to_json(engine.build),
         }
 
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
-        return self._session.generate(prompts, sampling, max_new_tokens)
+        made = self._llm.generate(prompts, sampling, max_new_tokens)
+        return [Generation(each.ids, each.finish_reason) for each in made]
 
     def warm_up(self, prompts, sampling, max_new_tokens) -> None:
-        self._session.warm_up(prompts, sampling, max_new_tokens)
+        self._llm.warm_up(prompts, sampling, max_new_tokens)
 
     def score(self, ids) -> Tensor:
-        return self._session.score([ids])[0]
+        return self._llm.logits(ids)
 
 
 @contextmanager

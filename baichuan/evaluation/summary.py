@@ -15,7 +15,7 @@ from baichuan.evaluation.scoring import agreement_of, common_prefix, negative_lo
 from baichuan.evaluation.sides import Side
 from baichuan.evaluation.tasks import Task
 from baichuan.generation.decoding import Generation
-from baichuan.generation.limits import check_requests
+from baichuan.generation.limits import check_request
 from baichuan.text.tokenizer import Tokenizer
 
 
@@ -97,11 +97,11 @@ def batches_of(tasks: Sequence[Task], request: Request) -> list[Sequence[Task]]:
 
 
 def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[EngineSpec], scoring: bool) -> None:
-    """Raise ConfigError for a batch that an engine cannot take, and for texts that cannot be scored."""
+    """Raise ConfigError for an article that an engine cannot take, and for texts that cannot be scored."""
     for batch in batches_of(tasks, request):
         for engine in engines:
-            prompts = [task.prompt for task in batch]
-            check_requests(engine.model, engine.build, prompts, request.sampling, request.output_len)
+            for task in batch:
+                check_request(engine.model, engine.build, task.prompt, request.sampling, request.output_len)
         if scoring and min(len(task.scored) for task in batch) < 2:
             raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
 
@@ -110,9 +110,7 @@ def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[Engin
 class Evaluation:
     """Runs batches; after an interruption the complete batches remain.
 
-    sides: those with more than one rank first.  Under mpirun the ranks other than 0 have only the engines and no
-    rouge: they compute their share and judge nothing.
-    scoring: whether texts are scored, on every rank alike: perplexity was asked for or rank 0 has a reference.
+    scoring: whether texts are scored: perplexity was asked for or there is a reference.
     reference: key of the side that the others' agreement is measured with; None or not among the sides: there is none.
     """
 
@@ -120,7 +118,7 @@ class Evaluation:
     tasks: Sequence[Task]
     request: Request
     tokenizer: Tokenizer
-    rouge: Rouge | None
+    rouge: Rouge
     scoring: bool
     reference: str | None = None
     done: list[Batch] = field(default_factory=list)
@@ -137,7 +135,7 @@ class Evaluation:
             side.warm_up(longest, self.request.sampling, self.request.output_len)
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Summarise and score one batch.  Every rank calls it with the same tasks."""
+        """Summarise and score one batch."""
         generated, latency_s = {}, {}
         for side in self.sides:
             start = time.perf_counter()
@@ -150,7 +148,7 @@ class Evaluation:
             for key, each in generated.items()
         }
         scored_tokens = sum(len(task.scored) - 1 for task in tasks) if self.scoring else 0
-        self.done.append(Batch(self._judge(tasks, generated) if self.rouge else [], work, scored_tokens))
+        self.done.append(Batch(self._judge(tasks, generated), work, scored_tokens))
 
     @property
     def samples(self) -> list[SampleResult]:
@@ -206,7 +204,6 @@ class Evaluation:
         return scores
 
     def _judge(self, tasks: Sequence[Task], generated: dict[str, list[Generation]]) -> list[SampleResult]:
-        assert self.rouge is not None, "rank 0 judges, which has one"
         highlights = [task.sample.highlights for task in tasks]
         summaries = {}
         for key, generations in generated.items():

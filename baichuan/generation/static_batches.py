@@ -95,8 +95,8 @@ class _Batch:
         self._prompt_logits: Tensor | None = None
         if first.prompt_logits:
             self._prompt_logits = session.score([first.prompt])[0].cpu()
-        at_once = first.keep_logits or first.prompt_logits or first.sampling.num_beams > 1
-        hear = None if at_once else self._hear
+        self._with_logits = first.keep_logits or first.prompt_logits
+        hear = self._hear if first.sampling.num_beams == 1 else None
         prompts = [request.prompt for request in requests]
         configs = [request.sampling for request in requests]
         limits = [request.max_new_tokens for request in requests]
@@ -126,15 +126,19 @@ class _Batch:
             self._made[row] += len(new)
             full = self._made[row] == self._requests[row].max_new_tokens
             reason = "stop" if token is None else "length" if full else None
-            self._news.append(Progress(key, new, reason))
+            if self._with_logits:  # which come at the batch's end, and the reason with them
+                reason = None
+            if new or reason:
+                self._news.append(Progress(key, new, reason))
             if reason:
                 del self.rows[key]
 
     def _end(self, key: Hashable, result: Generation) -> None:
-        """The last progress of a request whose tokens come all at once."""
+        """The last progress of a request that ends with its batch: by beam search, or with logits."""
         logits = result.logits
         if self._prompt_logits is not None:
             first = logits[1:] if logits is not None else self._prompt_logits[:0]
             logits = torch.cat((self._prompt_logits, first))
-        self._news.append(Progress(key, tuple(result.ids), result.finish_reason, logits=logits))
+        rest = tuple(result.ids[self._made[self.rows[key]] :])
+        self._news.append(Progress(key, rest, result.finish_reason, logits=logits))
         del self.rows[key]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from baichuan.errors import ConfigError
-from baichuan.generation.decoding import Generation
 from baichuan.util.files import atomic_path
 
 MAX_BYTES = 1 << 30
@@ -71,10 +71,10 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad_id: int) -> None:
     _save(path, padded)
 
 
-def write_logits(path: Path, generations: Sequence[Generation]) -> None:
-    """float32 [sequences, steps, vocab_size]; NaN after a sequence's last step."""
-    logits = [generation.logits for generation in generations if generation.logits is not None]
-    _save(path, torch.nn.utils.rnn.pad_sequence(logits, batch_first=True, padding_value=float("nan")).numpy())
+def write_logits(path: Path, logits: Sequence[Tensor | None]) -> None:
+    """float32 [sequences, steps, vocab_size]; NaN after a sequence's last step.  logits: each [steps, vocab_size]"""
+    kept = [each for each in logits if each is not None]
+    _save(path, torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=float("nan")).numpy())
 
 
 def _save(path: Path, array: np.ndarray) -> None:
