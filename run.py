@@ -15,7 +15,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args, comm) -> int:
-    from baichuan.cli.generate import generate  # imports PyTorch, which takes seconds; flags are checked before
+    # These import PyTorch, which takes seconds; flags are checked before.
+    if args.prompt_file or args.output_jsonl or args.resume:
+        from baichuan.cli.batch import run_file
+
+        return run_file(args, comm)
+    from baichuan.cli.generate import generate
 
     return generate(args, comm)
 

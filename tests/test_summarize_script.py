@@ -174,7 +174,7 @@ def test_defaults_are_the_old_examples(monkeypatch):
     monkeypatch.setattr(summarize, "run_script", stop)
     summarize.main([])
     expected = dict(
-        data_type="fp16", batch_size=1, max_ite=20, output_len=100, max_input_length=923, num_beams=1, top_k=1
+        data_type="fp16", batch_size=None, max_ite=20, output_len=100, max_input_length=923, num_beams=1, top_k=1
     )
     assert expected.items() <= seen.items() and seen["tensorrt_llm_rouge1_threshold"] == 15.0
     assert (seen["temperature"], seen["repetition_penalty"]) == (1.0, 1.0)

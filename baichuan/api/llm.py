@@ -190,20 +190,23 @@ class LLM:
             configs = list(sampling)
             if len(configs) != len(each):
                 raise ConfigError(f"{len(configs)} settings for {len(each)} prompts; give one for each, or one for all")
-        requests = []
-        for prompt, config in zip(each, configs, strict=True):
-            if _is_chat(prompt):
-                config = replace(config, stop_ids=(*config.stop_ids, *self.roles))
-            requests.append(Request(next(self._keys), tuple(self.encode(prompt)), config, most, keep_logits))
-        self.check(requests)
-        return requests
+        pairs = enumerate(zip(each, configs, strict=True))
+        return [self.request(*pair, most, keep_logits, f"prompt {number}") for number, pair in pairs]
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raise ConfigError unless the engine can hold each of the requests."""
-        model, build = self.engine.model, self.engine.build
-        for number, request in enumerate(requests):
-            new_tokens = request.max_new_tokens or int(request.prompt_logits)
-            check_request(model, build, request.prompt, request.sampling, new_tokens, f"prompt {number}")
+    def request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        keep_logits: bool = False,
+        name: str = "the prompt",
+    ) -> Request:
+        """One of requests().  name: what a message calls the prompt."""
+        if _is_chat(prompt):
+            sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *self.roles))
+        ids = tuple(self.encode(prompt))
+        check_request(self.engine.model, self.engine.build, ids, sampling, max_new_tokens, name)
+        return Request(next(self._keys), ids, sampling, max_new_tokens, keep_logits)
 
     def _run(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         self.load()
@@ -211,10 +214,10 @@ class LLM:
 
     def _logits(self, sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         """Each sequence with the logits after each of its ids, [len(ids), vocab_size] float32."""
-        requests = [
-            Request(next(self._keys), tuple(ids), SamplingConfig(top_k=1), 0, prompt_logits=True) for ids in sequences
-        ]
-        self.check(requests)
+        model, build, plain = self.engine.model, self.engine.build, SamplingConfig(top_k=1)
+        for number, ids in enumerate(sequences):
+            check_request(model, build, ids, plain, 1, f"text {number}")
+        requests = [Request(next(self._keys), tuple(ids), plain, 0, prompt_logits=True) for ids in sequences]
         while requests:
             ends = itertools.accumulate(len(request.prompt) for request in requests)
             count = max(1, sum(end <= SCORED_AT_ONCE for end in ends))

@@ -32,7 +32,7 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
     check_device(args, comm)
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
-    llm = open_llm(args, comm)
+    llm = open_llm(args, Ranks(comm))
     sampling = sampling_config(args, llm.sampling)
     if args.chat and args.input_text is None:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *llm.roles))
@@ -47,14 +47,14 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
-def open_llm(args: argparse.Namespace, comm: Communicator) -> LLM:
+def open_llm(args: argparse.Namespace, ranks: Ranks) -> LLM:
     return LLM(
         args.engine_dir,
         args.tokenizer_dir,
         device=args.device,
         keep_copies=not args.no_weight_copies,
         model_version=args.model_version,
-        ranks=Ranks(comm),
+        ranks=ranks,
     )
 
 
@@ -91,10 +91,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that exclude or lack each other, and for files that could not be written later."""
     files = {name: Path(getattr(args, name)) for name in FILE_FLAGS if getattr(args, name)}
     for name, path in files.items():
-        if name != "input_tokens":
+        if name.startswith("output_") and name != "output_jsonl":  # which is opened on rank 0, before anything runs
             token_files.require_writable(name, path)
         if other := next((o for o in files if o != name and files[o].resolve() == path.resolve()), None):
             raise ConfigError(f"--{name} and --{other} are both {path}; name two files")
+    _check_file_flags(args)
     if args.input_text is not None and args.input_tokens:
         raise ConfigError("--input_text and --input_tokens are both given; prompts come from one place, leave one out")
     if args.chat and args.input_tokens:
@@ -108,10 +109,28 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"num_beams {args.num_beams} searches and does not sample; leave --{name} out")
     if args.length_penalty is not None and args.num_beams in (None, 1):
         raise ConfigError(f"length_penalty {args.length_penalty} belongs to beam search; add --num_beams")
-    if args.chat and args.input_text is None and (args.output_csv or args.output_npy or args.output_logits_npy):
+    if (
+        args.chat
+        and args.input_text is None
+        and not args.prompt_file
+        and (args.output_csv or args.output_npy or args.output_logits_npy)
+    ):
         raise ConfigError("a conversation writes no files; give --input_text, or leave the --output flags out")
     if args.streaming and args.input_text is not None and len(args.input_text) > 1:
         raise ConfigError(f"--streaming prints one text and {len(args.input_text)} prompts are given; give one")
+
+
+def _check_file_flags(args: argparse.Namespace) -> None:
+    if args.prompt_file and not args.output_jsonl:
+        raise ConfigError("--prompt_file needs --output_jsonl, the file that its results are written to")
+    if not args.prompt_file:
+        for name in ("output_jsonl", "resume"):
+            if getattr(args, name):
+                raise ConfigError(f"--{name} belongs to --prompt_file, the file of prompts; add that, or leave it out")
+        return
+    for name in ("input_text", "input_tokens", "streaming", "output_csv", "output_npy", "output_logits_npy"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name} does not go with --prompt_file, whose results are JSON lines; leave one out")
 
 
 def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:

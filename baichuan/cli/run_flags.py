@@ -9,7 +9,7 @@ from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version, add_w
 from baichuan.config import SamplingConfig
 
 DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
-FILE_FLAGS = ("input_tokens", "output_csv", "output_npy", "output_logits_npy")
+FILE_FLAGS = ("prompt_file", "output_jsonl", "input_tokens", "output_csv", "output_npy", "output_logits_npy")
 SAMPLING_FLAGS = {
     "num_beams": "beams of beam search; 1 means sampling, or greedy decoding with --top_k 1",
     "top_k": "sample from this many of the likeliest tokens; 0 means all",
@@ -33,6 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_csv", help="write prompt and continuation as ids, one row per prompt")
     parser.add_argument("--output_npy", help="write the same as a padded int32 array")
     parser.add_argument("--output_logits_npy", help="write the logits from which each token was chosen, float32")
+    _add_file_flags(parser)
     parser.add_argument("--streaming", action="store_true", help="print the text while it is generated")
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a user message; without a prompt, hold a conversation"
@@ -46,3 +47,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     types = get_type_hints(SamplingConfig)
     for name, text in SAMPLING_FLAGS.items():
         group.add_argument(f"--{name}", type=types[name], help=text)
+
+
+def _add_file_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt_file", help="any number of prompts: a txt, jsonl, csv or parquet file; needs --output_jsonl"
+    )
+    parser.add_argument("--output_jsonl", help="where the results of --prompt_file are written as they come")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the --output_jsonl of a run that was stopped or has failed"
+    )

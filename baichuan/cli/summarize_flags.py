@@ -106,8 +106,8 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
 def request_of(args: argparse.Namespace, rows: int) -> Request:
     """rows: how many articles the engines can run at once.  Raises ConfigError for values out of range."""
     batch_size, batches = args.batch_size, args.max_ite
-    if batch_size is None and batches > 0:
-        batch_size = min(rows, args.max_ite)
+    if batch_size is None:
+        batch_size = max(1, min(rows, args.max_ite))
         batches = -(-args.max_ite // batch_size)
     sampling = SamplingConfig(
         num_beams=args.num_beams,

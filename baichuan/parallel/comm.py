@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from baichuan.errors import UnsupportedError
 
 LEAVE_TIMEOUT_S = 5.0
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 THREADS_TIMEOUT_S = 1800.0  # enough for threads that answer one short prompt with weights on a slow disk
 
 
@@ -152,35 +154,62 @@ def run_ranks(world_size: int, body: Callable[[Communicator], Any], timeout_s: f
 
 
 class Mpi(_Gathering):
-    """The ranks that mpirun started, exchanging host memory."""
+    """The ranks that mpirun started, or some of them, exchanging host memory."""
 
-    def __init__(self):
+    def __init__(self, comm: Any, local_rank: int, local_size: int):
+        """comm: an mpi4py communicator of the ranks.  local_rank, local_size: as in Communicator."""
+        self.mpi = comm
+        self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
+        self.local_rank, self.local_size = local_rank, local_size
+
+    @staticmethod
+    def world() -> Mpi:
         from mpi4py import MPI
 
-        self._comm = MPI.COMM_WORLD
-        self.rank = self._comm.Get_rank()
-        self.world_size = self._comm.Get_size()
-        of_this_machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank, self.local_size = of_this_machine.Get_rank(), of_this_machine.Get_size()
+        machines = machines_of(MPI.COMM_WORLD.allgather((socket.gethostname(), _local_rank(MPI))))
+        own = next(ranks for ranks in machines if MPI.COMM_WORLD.Get_rank() in ranks)
+        return Mpi(MPI.COMM_WORLD, own.index(MPI.COMM_WORLD.Get_rank()), len(own))
+
+    @property
+    def machines(self) -> list[list[int]]:
+        """The ranks of each machine.  Every rank calls it."""
+        return machines_of(self.gather_objects((socket.gethostname(), self.local_rank)))
 
     def _gather(self, x: Tensor) -> Tensor:  # [world_size, *x.shape]
         x = x.contiguous()
         gathered = torch.empty(self.world_size, *x.shape, dtype=x.dtype)
-        self._comm.Allgather(_as_bytes(x), _as_bytes(gathered))
+        self.mpi.Allgather(_as_bytes(x), _as_bytes(gathered))
         return gathered
 
     def gather_objects(self, value: Any) -> list:
-        return self._comm.allgather(value)
+        return self.mpi.allgather(value)
 
     def broadcast_object(self, value: Any) -> Any:
-        return self._comm.bcast(value, root=0)
+        return self.mpi.bcast(value, root=0)
 
     def leave_failed(self) -> None:
-        request, deadline = self._comm.Ibarrier(), time.monotonic() + LEAVE_TIMEOUT_S
+        request, deadline = self.mpi.Ibarrier(), time.monotonic() + LEAVE_TIMEOUT_S
         while not request.Test():
             if time.monotonic() > deadline:
-                self._comm.Abort(2)
+                self.mpi.Abort(2)
             time.sleep(0.05)
+
+
+def machines_of(places: Sequence[tuple[str, int]]) -> list[list[int]]:
+    """The ranks of each machine, by their machines' names and their places there.
+
+    Machines of one name, such as containers, are told apart by places that occur twice.
+    """
+    machines: dict[tuple[str, int], list[int]] = {}
+    for rank, place in enumerate(places):
+        machines.setdefault((place[0], places[:rank].count(place)), []).append(rank)
+    return list(machines.values())
+
+
+def _local_rank(MPI) -> int:
+    """This process's index on its machine: the launcher's word, or else by who shares memory."""
+    said = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), None)
+    return int(said) if said is not None else MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
 
 
 def _as_bytes(x: Tensor):
@@ -190,4 +219,4 @@ def _as_bytes(x: Tensor):
 def world_of_this_process() -> Communicator:
     """MPI when mpirun (or another launcher) started several processes, else a world of one."""
     sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return Mpi() if any(size != "1" for size in sizes) else Solo()
+    return Mpi.world() if any(size != "1" for size in sizes) else Solo()

@@ -22,14 +22,17 @@ class Progress:
         shown = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
         self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=scaled, leave=False) if shown else None
 
-    def advance(self, amount: int = 1) -> None:
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """note: what else is shown, such as a rate."""
         self.done += amount
         if self._bar:
+            self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
         elif time.monotonic() - self._last >= self.interval_s and self.done < self.total:
             self._last = time.monotonic()
             left_s = (self._last - self._start) * (self.total - self.done) / max(self.done, 1)
-            logger.info("%s: %.0f %%, %.0f s left", self.label, 100 * self.done / self.total, left_s)
+            more = f", {note}" if note else ""
+            logger.info("%s: %.0f %%%s, %.0f s left", self.label, 100 * self.done / self.total, more, left_s)
 
     def clear(self) -> None:
         """Makes room for other output; the next advance draws the bar again."""

@@ -1,0 +1,106 @@
+"""Files of prompts in every format, and what is wrong in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from baichuan.api import prompt_file
+from baichuan.api.prompt_file import read_prompt_file
+from baichuan.errors import ConfigError
+
+ROWS = [
+    {"prompt": '登鹳雀楼, "two"\nlines', "id": "a", "top_k": 3, "temperature": 0.5},
+    {"prompt_ids": [1, 2, 3], "max_output_len": 7},
+    {"messages": [{"role": "user", "content": "hi"}], "id": 9, "random_seed": 5},
+]
+
+
+def cell(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def write(path, rows=ROWS):
+    columns = sorted({name for row in rows for name in row})
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(columns)
+            table.writerows([cell(row[name]) if name in row else "" for name in columns] for row in rows)
+    else:
+        empty = dict.fromkeys(columns)
+        typed = [empty | row | {"id": str(row["id"]) if "id" in row else None} for row in rows]  # of one type
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(typed), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_format_says_the_same(tmp_path, suffix):
+    lines = list(read_prompt_file(write(tmp_path / f"prompts.{suffix}")))
+    assert [line.prompt for line in lines] == [ROWS[0]["prompt"], [1, 2, 3], ROWS[2]["messages"]]
+    assert [line.key for line in lines] == ["a", "2", "9"]
+    settings = [{"top_k": 3, "temperature": 0.5}, {"max_output_len": 7}, {"random_seed": 5}]
+    assert [dict(line.settings) for line in lines] == settings
+
+
+def test_text_has_a_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeff one \r\n\n二\n".encode())
+    lines = list(read_prompt_file(tmp_path / "p.txt"))
+    assert [(line.key, line.prompt) for line in lines] == [("1", " one "), ("3", "二")]
+
+
+BAD = {
+    "jsonl": [
+        ('{"prompt": "a"}\n{"prompt": "b"', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n[1]', "line 2 is a JSON list"),
+        ('{"prompt": "a", "temprature": 1}', "line 1 has 'temprature', which is not known"),
+        ('{"prompt": 3}', "line 1 has prompt 3, which must be text"),
+        ('{"prompt": "a", "prompt_ids": [1]}', "line 1 has prompt and prompt_ids"),
+        ('{"id": "a"}', "line 1 has no prompt"),
+        ('{"prompt": "a", "top_k": 1.5}', "line 1 has top_k 1.5, which must be an integer"),
+        ('{"prompt": "a", "top_k": true}', "line 1 has top_k True, which must be an integer"),
+        ('{"prompt_ids": [1, "2"]}', "line 1 has a prompt_id '2'"),
+        ('{"prompt": "a", "id": [1]}', "line 1 has id [1], which must be text"),
+        ('{"prompt": "a", "id": "2"}\n{"prompt": "b"}', "line 2 has the id 2, as"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("", "holds no prompt"),
+        (b'{"prompt": "\xff"}', "line 1 is not valid UTF-8 at byte 12"),
+    ],
+    "csv": [
+        ("prompt,top_k\na,x\n", "row 1, top_k, is not JSON"),
+        ("prompt,top_k\na,1\nb\n", "row 2 has 1 cells and the header 2"),
+        ("text\na\n", "row 1 has 'text', which is not known"),
+        ('prompt\n"a\n', "cannot be read"),
+        ("prompt\n", "holds no prompt"),
+    ],
+    "parquet": [("prompt", "cannot be read")],
+    "npy": [("", "ends in .npy; give one of .txt, .jsonl, .csv, .parquet")],
+}
+
+
+@pytest.mark.parametrize(("suffix", "content", "sentence"), [(kind, *each) for kind in BAD for each in BAD[kind]])
+def test_what_is_wrong_is_one_sentence_with_its_number(tmp_path, suffix, content, sentence):
+    path = tmp_path / f"prompts.{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as error:
+        list(read_prompt_file(path))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lines_are_bounded_and_pipes_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_file, "MAX_LINE_BYTES", 100)
+    for suffix in ("txt", "jsonl", "csv"):
+        path = tmp_path / f"long.{suffix}"
+        path.write_text("prompt\n" + "a" * 101 + "\n")
+        with pytest.raises(ConfigError, match="more than 100 bytes|not JSON"):
+            list(read_prompt_file(path))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match="is no file"):
+        list(read_prompt_file(tmp_path / "pipe.txt"))
