@@ -139,7 +139,7 @@ def test_a_killed_run_loses_nothing_that_was_finished(engine, tmp_path):
 
 
 def test_a_stopped_run_says_how_to_go_on(engine, tmp_path):
-    rows = golden_rows(200)
+    rows = golden_rows(1000)
     prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
     command = scripts.script("run.py", flags(engine, prompts, out, *GREEDY))
     process = subprocess.Popen(command, env=scripts.ENVIRONMENT, stderr=subprocess.PIPE, text=True)
