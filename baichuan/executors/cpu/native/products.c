@@ -1,4 +1,4 @@
-/* y = x @ Wᵀ for few tokens: each row of W is read from memory once, as stored, and multiplied by all tokens.
+/* y = x @ Wᵀ for few tokens: W is read from memory once, as stored, and multiplied by all tokens.
 
    Weights and activations are converted to float32 in registers; sums are float32, and exact for SmoothQuant. */
 #include "products.h"
@@ -10,7 +10,7 @@
 #define TOKENS 4
 #endif
 #define FEW_ROWS 16   /* must equal FEW_ROWS in native.py: for more tokens gemm.c is faster */
-#define AHEAD    8192 /* bytes of prefetch distance: the hardware prefetcher misses several short rows */
+#define AHEAD    3072 /* bytes of prefetch distance */
 #define CHUNK    64   /* steps whose scales are read at once */
 _Static_assert(2 * CHUNK * 127 * 127 < 1 << 24, "a lane sums the integers of a chunk exactly");
 
@@ -34,18 +34,17 @@ static void read_scales(const struct matrix *w, enum type t, const char *row, si
 }
 
 /* total[r][k] += W[row + r, i : i + STEP] * x[k, i : i + STEP], lane by lane. */
-INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t left, const float *scales,
-                     const float *zeros, const float *x, size_t stride, int tokens, vf total[ROWS][TOKENS]) {
+INLINE void add_step(enum type t, int rows, const char *const starts[ROWS], size_t i, size_t left, const float *scales,
+                     const float *zeros, const float *x, size_t stride, int tokens, vf total[][TOKENS]) {
     vf a[TOKENS], b[TOKENS];
     UNROLL for (int k = 0; k < tokens; k++) {
         a[k] = LOAD(vf, x + k * stride + i);
         b[k] = LOAD(vf, x + k * stride + i + LANES);
     }
-    UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < rows; r++) {
         vf v[2];
-        __builtin_prefetch(rows[r] + bytes_of(t, i) + AHEAD);
-        if (left >= STEP) load_step(t, rows[r], i, v);
-        else load_step_part(t, rows[r], i, left, v);
+        if (left >= STEP) load_step(t, starts[r], i, v);
+        else load_step_part(t, starts[r], i, left, v);
         if (zeros) v[0] -= zeros[r * CHUNK], v[1] -= zeros[r * CHUNK];
         if (t == INT4 && tokens > 1) v[0] *= scales[r * CHUNK], v[1] *= scales[r * CHUNK];
         UNROLL for (int k = 0; k < tokens; k++) {
@@ -58,48 +57,62 @@ INLINE void add_step(enum type t, const char *const rows[ROWS], size_t i, size_t
     }
 }
 
-/* y[r][k] = W[row + r] · x[k]. */
-INLINE void tile(const struct matrix *w, enum type t, int w8a8, int zero, size_t row, const float *x, size_t stride,
-                 int tokens, float y[ROWS][TOKENS]) {
-    const char *rows[ROWS], *scale_rows[ROWS], *zero_rows[ROWS];
-    row_starts(w->data, bytes_of(t, w->in), row, w->out, rows);
+/* y[r][k] = W[row + r] · x[k].  One row at a time has ROWS sums, so that no step waits for the one before.
+
+   Memory is read as one stream: the prefetches follow one another through this tile's successor. */
+INLINE void tile(const struct matrix *w, enum type t, int w8a8, int zero, int rows, size_t row, const float *x,
+                 size_t stride, int tokens, float y[ROWS][TOKENS]) {
+    const char *starts[ROWS], *scale_rows[ROWS], *zero_rows[ROWS];
+    row_starts(w->data, bytes_of(t, w->in), row, w->out, starts);
     row_starts(w->scale, bytes_of(w->scale_type, w->groups), row, w->out, scale_rows);
     row_starts(w->zero, w->groups, row, w->out, zero_rows);
-    size_t steps = w->in / STEP;
+    size_t steps = w->in / STEP, parts = ROWS / rows, tile_bytes = rows * bytes_of(t, w->in);
+    const char *ahead = starts[0] + (rows == 1 ? AHEAD : up_to(AHEAD, tile_bytes));
     float scales[ROWS][CHUNK], zeros[ROWS][CHUNK];
     vf total[ROWS][TOKENS] = {0};
     vi exact[ROWS][TOKENS] = {0};
     for (size_t first = 0; first * STEP < (size_t)w->in; first += CHUNK) {
-        size_t n = steps - first < CHUNK ? steps - first : CHUNK, i = (first + n) * STEP, left = w->in - i;
-        for (int r = 0; t == INT4 && r < ROWS; r++) {
+        size_t n = steps - first < CHUNK ? steps - first : CHUNK, i = first * STEP, left = w->in - i - n * STEP, s = 0;
+        for (int r = 0; t == INT4 && r < rows; r++) {
             read_scales(w, w->scale_type, scale_rows[r], first, n < CHUNK ? n + 1 : n, scales[r]);
             if (zero) read_scales(w, INT8, zero_rows[r], first, n < CHUNK ? n + 1 : n, zeros[r]);
         }
-        for (size_t s = 0; s < n; s++)
-            add_step(t, rows, (first + s) * STEP, STEP, scales[0] + s, zero ? zeros[0] + s : NULL, x, stride, tokens,
-                     total);
-        if (n < CHUNK && left)
-            add_step(t, rows, i, left, scales[0] + n, zero ? zeros[0] + n : NULL, x, stride, tokens, total);
+        for (; s + parts <= n; s += parts) {
+            for (size_t byte = 0; byte < ROWS * bytes_of(t, STEP); byte += 64)
+                __builtin_prefetch(ahead + rows * bytes_of(t, i + s * STEP) + byte);
+            UNROLL for (size_t p = 0; p < parts; p++)
+                add_step(t, rows, starts, i + (s + p) * STEP, STEP, scales[0] + s + p, zero ? zeros[0] + s + p : NULL,
+                         x, stride, tokens, total + p);
+        }
+        for (; s < n || (s == n && n < CHUNK && left); s++)
+            add_step(t, rows, starts, i + s * STEP, s < n ? STEP : left, scales[0] + s, zero ? zeros[0] + s : NULL, x,
+                     stride, tokens, total);
         UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int k = 0; w8a8 && k < tokens; k++) {
             exact[r][k] += __builtin_convertvector(total[r][k], vi);
             total[r][k] = (vf){0};
         }
     }
-    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int k = 0; k < tokens; k++) y[r][k] =
+    UNROLL for (int r = 1; r < ROWS && rows == 1; r++) UNROLL for (int k = 0; k < tokens; k++) {
+        total[0][k] += total[r][k];
+        exact[0][k] += exact[r][k];
+    }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int k = 0; k < tokens; k++) y[r][k] =
         w8a8 ? (float)sum_integers(exact[r][k]) : sum(total[r][k]);
 }
 
-INLINE void typed_tile(const struct matrix *w, size_t row, const float *x, size_t stride, int tokens,
+INLINE void typed_tile(const struct matrix *w, int rows, size_t row, const float *x, size_t stride, int tokens,
                        float y[ROWS][TOKENS]) {
     switch (w->type) {
-    case F32: return tile(w, F32, 0, 0, row, x, stride, tokens, y);
-    case F16: return tile(w, F16, 0, 0, row, x, stride, tokens, y);
-    case BF16: return tile(w, BF16, 0, 0, row, x, stride, tokens, y);
-    case FP8: return tile(w, FP8, 0, 0, row, x, stride, tokens, y);
+    case F32: return tile(w, F32, 0, 0, rows, row, x, stride, tokens, y);
+    case F16: return tile(w, F16, 0, 0, rows, row, x, stride, tokens, y);
+    case BF16: return tile(w, BF16, 0, 0, rows, row, x, stride, tokens, y);
+    case FP8: return tile(w, FP8, 0, 0, rows, row, x, stride, tokens, y);
     case INT4:
-        return w->zero ? tile(w, INT4, 0, 1, row, x, stride, tokens, y) : tile(w, INT4, 0, 0, row, x, stride, tokens, y);
+        if (w->zero) return tile(w, INT4, 0, 1, rows, row, x, stride, tokens, y);
+        return tile(w, INT4, 0, 0, rows, row, x, stride, tokens, y);
     default:
-        return w->w8a8 ? tile(w, INT8, 1, 0, row, x, stride, tokens, y) : tile(w, INT8, 0, 0, row, x, stride, tokens, y);
+        if (w->w8a8) return tile(w, INT8, 1, 0, rows, row, x, stride, tokens, y);
+        return tile(w, INT8, 0, 0, rows, row, x, stride, tokens, y);
     }
 }
 
@@ -110,9 +123,11 @@ static void stripe(const struct matrix *w, size_t row, const struct operand *x, 
         const float *floats = x->floats + token * x->stride;
         size_t left = tokens - token, some = left >= TOKENS ? TOKENS : left >= 2 ? 2 : 1;
         float sums[ROWS][TOKENS];
-        if (some == TOKENS) typed_tile(w, row, floats, x->stride, TOKENS, sums);
-        else if (some == 2) typed_tile(w, row, floats, x->stride, 2, sums);
-        else typed_tile(w, row, floats, x->stride, 1, sums);
+        if (some == TOKENS) typed_tile(w, ROWS, row, floats, x->stride, TOKENS, sums);
+        else if (some == 2) typed_tile(w, ROWS, row, floats, x->stride, 2, sums);
+        else if (w->type == INT4) typed_tile(w, ROWS, row, floats, x->stride, 1, sums);
+        else
+            for (size_t r = 0; r < n; r++) typed_tile(w, 1, row + r, floats, x->stride, 1, sums + r);
         for (size_t k = 0; k < some; k++, token++) {
             float column[LANES > ROWS ? LANES : ROWS] = {0};
             for (size_t r = 0; r < n; r++) column[r] = sums[r][k] * operand_scale(w, x, token) * row_scale(w, row + r);
