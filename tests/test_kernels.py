@@ -21,7 +21,16 @@ from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.operand import PLAIN, Deinterleaved, Int8PerToken, Int16, Operand, StaticScale, plain
+from baichuan.kernels.operand import (
+    PLAIN,
+    SUM_CHANNELS,
+    Deinterleaved,
+    Int8PerToken,
+    Int16,
+    Operand,
+    StaticScale,
+    plain,
+)
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
@@ -113,7 +122,7 @@ def test_quotients_round_as_those_of_divisions(smooth, dtype):
 def value(x):
     """What an Int16 operand says, in float64."""
     high, low = x.values.double().unflatten(0, (-1, 2)).unbind(1)
-    return (256 * high + low) * x.scale.double()[:, None]
+    return (256 * high + low) * x.scale.double()[: len(high), None]  # sums may come after the scales
 
 
 def interleaved(x):
@@ -123,7 +132,7 @@ def interleaved(x):
 
 def made_by_each_kernel(form):
     """The same rows in this form, by every kernel that can make them."""
-    x, residual, weight = normal(3, 96), normal(3, 96, seed=1), normal(96, seed=2)
+    x, residual, weight = normal(3, 192), normal(3, 192, seed=1), normal(192, seed=2)
     return quantise_rows(x, form), add_rms_norm(x, residual, weight, EPS, form)[0], silu_mul(x, form)
 
 
@@ -132,6 +141,15 @@ def test_even_columns_before_odd_ones(form, in_order):
     for made, expected in zip(made_by_each_kernel(form), made_by_each_kernel(in_order), strict=True):
         assert torch.equal(interleaved(made).values, expected.values) and not torch.equal(made.values, expected.values)
         assert made.scale is expected.scale is None or torch.equal(made.scale, expected.scale)
+
+
+def test_sums_of_int16_tokens():
+    without, with_sums = (made_by_each_kernel(Int16(deinterleaved=True, sums=sums)) for sums in (False, True))
+    for made, expected in zip(with_sums, without, strict=True):
+        assert torch.equal(made.values, expected.values) and torch.equal(made.scale[:3], expected.scale)
+        digits = interleaved(expected).values.to(torch.int32)  # [2 * num_tokens, width]
+        sums = digits.unflatten(1, (-1, SUM_CHANNELS)).sum(-1)
+        assert torch.equal(made.scale[3:].view(torch.int32).view(sums.shape), sums.int())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -218,7 +236,7 @@ def test_gemv_int4(gate, group_size, zeros):
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
     zero = zeros_of(scale) if zeros else None
-    int16 = quantise_rows(x, Int16(deinterleaved=True))
+    int16 = quantise_rows(x, Int16(deinterleaved=True, sums=zeros))
     y = gemv_int(int16, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1), zero)
     expected = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale, zero)).double().T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32

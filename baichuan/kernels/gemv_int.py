@@ -14,8 +14,7 @@ its signed value; the factor 1 / 16 is applied at the end.  A word then meets tw
     (word << 4) & F0..   w6 .  | w4 .  | w2 .  | w0 .       dp4a with the word  x6 x4 x2 x0  of even channels
      word       & F0..   w7 .  | w5 .  | w3 .  | w1 .       dp4a with the word  x7 x5 x3 x1  of odd channels
 
-Where a group has a zero (ZERO), sum((w - zero) * x) = sum(w * x) - zero * sum(x): the token's own sums are those of a
-row of ones, made once for all rows of a program.
+Where a group has a zero (ZERO), sum((w - zero) * x) = sum(w * x) - zero * sum(x): the token's own sums come with it.
 """
 
 from __future__ import annotations
@@ -84,35 +83,25 @@ def _as_float(digits, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_fours(sums, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
-    """The sums of every four words: [BLOCK_N, BLOCK_K / 4] float32."""
-    fours = ()
-    for digit in tl.static_range(DIGITS):
-        fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
-    return _as_float(fours, DIGITS)
-
-
-@triton.jit
-def _token_sums(x_words, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):
-    """The token's own sums over every four words, as a row of ones has them: [1, BLOCK_K / 4] float32."""
-    ones = tl.full((1, BLOCK_K), 0x11111111, tl.int32)
-    return _sums_of_fours(_add_words(_zeros(1, BLOCK_K, DIGITS), ones, x_words, DIGITS, True), 1, BLOCK_K, DIGITS)
-
-
-@triton.jit
 def _group_sums(sums, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
     """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
 
     A group is a multiple of four words.  scales, zeros: pointers [BLOCK_N, 1] to each row's first one;
-    x_sums: of _token_sums, with ZERO
+    x_sums: with ZERO the token's sums of the same words for each digit, [BLOCK_K / 4] int32
     """
-    result = _sums_of_fours(sums, BLOCK_N, BLOCK_K, DIGITS)
     first = k + tl.arange(0, BLOCK_K // 4) * 4
     group, inside = (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :]
     if ZERO:
-        result -= tl.load(zeros + group, inside, other=0).to(tl.float32) * x_sums
-    return result * tl.load(scales + group, inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + group, inside, other=0).to(tl.int32) << 4  # weights count 16 times their value
+    fours = ()
+    for digit in tl.static_range(DIGITS):
+        four = tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2)
+        if ZERO:
+            four -= zero * x_sums[digit][None, :]
+        fours = fours + (four,)
+    scale = tl.load(scales + group, inside, other=0.0)
+    return _as_float(fours, DIGITS) * scale.to(tl.float32)
 
 
 @triton.jit
@@ -177,15 +166,18 @@ def _gemv_int(
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     wait_for_inputs(OVERLAP)
+    token_sums = (x_scale + 1).to(tl.pointer_type(tl.int32))  # of four words each, as many as chunks
     for start in range(0, words, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < words)[None, :]
         x_words = ()
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
-        x_sums = 0.0
+        x_sums = ()
         if ZERO:
-            x_sums = _token_sums(x_words, BLOCK_K, DIGITS)
+            four = start // 4 + tl.arange(0, BLOCK_K // 4)
+            for digit in tl.static_range(DIGITS):
+                x_sums = x_sums + (tl.load(token_sums + digit * chunks + four, four < chunks, other=0),)
         current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
         sums, total = _add_block(sums, total, current, x_words, scales, zeros, x_sums, start, words, WORDS_PER_GROUP,
@@ -243,10 +235,11 @@ def gemv_int(
 ) -> Tensor:
     """y = x @ W(weight, scale, zero)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
 
-    x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved; gated: silu(first half of y) * second half;
-    weight: [out_features, in_features] int8, in_features a multiple of 16, or [out_features, in_features / 2] uint8,
-    each group a multiple of 32 channels; scale: [out_features], or [out_features, groups] for uint8; block: None = the
-    table's; zero: None, or as scale for uint8 -> [1, out_features], or half of it if gated
+    x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved, with a zero also with sums;
+    gated: silu(first half of y) * second half; weight: [out_features, in_features] int8, in_features a multiple of 16,
+    or [out_features, in_features / 2] uint8, each group a multiple of 32 channels; scale: [out_features], or
+    [out_features, groups] for uint8; block: None = the table's; zero: None, or as scale for uint8
+    -> [1, out_features], or half of it if gated
     """
     int4 = weight.dtype == torch.uint8
     assert x.scale is not None

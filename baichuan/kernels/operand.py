@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SUM_CHANNELS = 32  # channels of one sum of an Int16 token
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -29,9 +31,12 @@ class Int16:
     [2 * num_tokens, in_features] int8, each token's high bytes before its low ones, both signed.  Products with
     integer weights are exact sums, and 16 bits say more than the 11 significant ones of float16.
     deinterleaved: each row's even columns before its odd ones; in_features is then a multiple of 8
+    sums: for weights with zeros: behind the scales lie the sums of every SUM_CHANNELS high bytes of a row, then of its
+    low ones, as int32; deinterleaved, and in_features is a multiple of SUM_CHANNELS
     """
 
     deinterleaved: bool = False
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Operand:
 
     form: Form
     values: Tensor  # [num_tokens, in_features]; Int16: [2 * num_tokens, in_features]
-    scale: Tensor | None = None  # [num_tokens] or [1] float32; None where the values are x itself
+    scale: Tensor | None = None  # [num_tokens] or [1] float32, then Int16's sums; None where the values are x itself
 
     @property
     def scaled(self) -> tuple[Tensor, Tensor]:
@@ -73,8 +78,10 @@ class Operand:
         match form:
             case Plain() | Deinterleaved():
                 return Operand(form, x.new_empty(num_tokens, width))
-            case Int16():
+            case Int16(sums=sums):
                 values = x.new_empty(2 * num_tokens, width, dtype=torch.int8)
+                numbers = num_tokens * (1 + 2 * width // SUM_CHANNELS) if sums else num_tokens
+                return Operand(form, values, x.new_empty(numbers, dtype=torch.float32))
             case Int8PerToken():
                 values = x.new_empty(num_tokens, width, dtype=torch.int8)
             case StaticScale(dtype, scale):
