@@ -150,6 +150,7 @@ class WeightOnly:
 
     precision: str  # int8 or int4, as in QuantConfig.weights
     group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
+    symmetric: bool = False  # int4: no zero beside each scale
 
     def __post_init__(self):
         require_choice("weight_only_precision", self.precision, ("int8", "int4"))
@@ -158,6 +159,11 @@ class WeightOnly:
     @property
     def bits(self) -> int:
         return {"int8": 8, "int4": 4}[self.precision]
+
+    @property
+    def zero_points(self) -> bool:
+        """As in QuantConfig."""
+        return self.precision == "int4" and not self.symmetric
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from baichuan.weights.assemble import assemble
 from baichuan.weights.rank_tensors import in_memory
 
 MODEL = replace(ROTARY, intermediate_size=128)
-FORMS = {"int8": WeightOnly("int8"), "int4": WeightOnly("int4"), "int4 in groups": WeightOnly("int4", 32)}
+FORMS = {
+    "int8": WeightOnly("int8"),
+    "int4": WeightOnly("int4", symmetric=True),
+    "int4 in groups": WeightOnly("int4", 32, symmetric=True),
+    "int4 with zeros": WeightOnly("int4", 32),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +56,13 @@ def tensors_of(folder, quant, rank, tp_size):
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_engines_hold_the_integers_that_were_found(folders, form, tp_size, tmp_path):
-    quant = QuantConfig(form.precision, form.group_size)
+    quant = QuantConfig(form.precision, form.group_size, form.zero_points)
     ranks = [tensors_of(folders(form, tp_size), quant, rank, tp_size) for rank in range(tp_size)]
-    for (layer, name), (q, scale) in found_integers(MODEL, make_samples(MODEL), tmp_path, form).items():
+    for (layer, name), (q, grid) in found_integers(MODEL, make_samples(MODEL), tmp_path, form).items():
         field, integers = ("packed", pack_int4(q)) if form.precision == "int4" else ("weight", q)
-        scale = scale.to(torch.float32).squeeze(1) if form.precision == "int8" else scale.float()
-        for key, expected in ((field, integers), ("scale", scale)):
+        scale = grid.scale.squeeze(1) if form.precision == "int8" else grid.scale.float()
+        fields = {field: integers, "scale": scale} | ({"zero": grid.zero} if form.zero_points else {})
+        for key, expected in fields.items():
             found = reassembled(ranks, f"layers.{layer}.{name}", key, form.group_size > 0)
             assert torch.equal(found, expected), (layer, name, key)
             if name == "qkv":
@@ -77,6 +83,11 @@ def test_another_precision_is_rounded_from_the_folder_s_floats(folders):
 def test_another_group_size_is_refused(folders):
     with pytest.raises(CheckpointError, match="in groups of 32 and 0 is asked for; leave --weight_only_group_size out"):
         tensors_of(folders(FORMS["int4 in groups"], 1), QuantConfig("int4"), 0, 1)
+
+
+def test_zeros_are_not_left_out(folders):
+    with pytest.raises(CheckpointError, match="holds int4 weights with zeros and the opposite is asked for"):
+        tensors_of(folders(FORMS["int4 with zeros"], 1), QuantConfig("int4", 32), 0, 1)
 
 
 def test_a_folder_that_lost_integers_is_refused(folders):

@@ -10,11 +10,12 @@ from baichuan.calibration.weight_only import quantise_layers
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
-from baichuan.quant.gptq import DAMPING, RANGES, gptq, search_scales
+from baichuan.quant.gptq import DAMPING, RANGES, dequantised, gptq, search_grid
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
 
 CHANNELS = 64
+FORM = WeightOnly("int4", 32)
 
 
 def problem(rows=24, tokens=300, seed=0):
@@ -34,13 +35,14 @@ def objective(w, values, hessian):
     return float(np.einsum("ri,ij,rj->", left, hessian.double().numpy(), left))
 
 
-def defined(w, hessian, scale, group_size, bits):
+def defined(w, hessian, grid, group_size, bits):
     """Integers by the definition: each column in turn is rounded from the value that is best given those before it,
     which comes from the normal equations of all columns that are left."""
     h = hessian.double().numpy().copy()
     order = np.argsort(-np.diag(h), kind="stable")
     h += np.eye(len(h)) * DAMPING * np.trace(h) / len(h)
-    w, scale = w.double().numpy(), np.repeat(scale.double().numpy(), group_size, 1)
+    w, scale = w.double().numpy(), np.repeat(grid.scale.double().numpy(), group_size, 1)
+    zero = 0 * scale if grid.zero is None else np.repeat(grid.zero.double().numpy(), group_size, 1)
     q, changed = np.zeros_like(w), np.zeros_like(w)  # changed: w - v of the columns that are done
     for place, column in enumerate(order):
         done, left = order[:place], order[place:]
@@ -48,68 +50,85 @@ def defined(w, hessian, scale, group_size, bits):
         best = w[:, column] + moved
         with np.errstate(invalid="ignore", divide="ignore"):
             quotient = np.where(scale[:, column] == 0, 0, best / scale[:, column])
-        q[:, column] = np.clip(np.rint(quotient), *RANGES[bits])
-        changed[:, column] = w[:, column] - q[:, column] * scale[:, column]
+        q[:, column] = np.clip(np.rint(quotient) + zero[:, column], *RANGES[bits])
+        changed[:, column] = w[:, column] - (q[:, column] - zero[:, column]) * scale[:, column]
     return q
 
 
-def values_of(q, scale):
-    return (q.double().unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1).numpy()
+FORMS = {
+    "int4 in groups of 32": WeightOnly("int4", 32, symmetric=True),
+    "int4 in groups of 64 with zeros": WeightOnly("int4", 64),
+    "int4 in groups of 32 with zeros": WeightOnly("int4", 32),
+    "int4": WeightOnly("int4", symmetric=True),
+    "int8": WeightOnly("int8"),
+}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-@pytest.mark.parametrize("bits, group_size", [(4, 16), (4, 32), (4, 0), (8, 0)])
-def test_integers_are_those_of_the_definition(bits, group_size):
+@each_form
+def test_integers_are_those_of_the_definition(form):
     w, hessian = problem()
-    q, scale = gptq(w, hessian, group_size, bits, torch.float16)
-    assert q.dtype == torch.int8 and scale.shape == (len(w), CHANNELS // (group_size or CHANNELS))
-    assert RANGES[bits][0] <= q.min() and q.max() <= RANGES[bits][1]
-    expected = defined(w, hessian, scale, group_size or CHANNELS, bits)
+    group_size = form.group_size or CHANNELS
+    q, grid = gptq(w, hessian, form, torch.float16)
+    assert q.dtype == torch.int8 and grid.scale.shape == (len(w), CHANNELS // group_size)
+    assert RANGES[form.bits][0] <= q.min() and q.max() <= RANGES[form.bits][1]
+    expected = defined(w, hessian, grid, group_size, form.bits)
     # float32 may round a value halfway between two integers to the other one, and columns after it follow
     assert (q.numpy() == expected).mean() > 0.98
-    ours = objective(w, values_of(q, scale), hessian)
-    assert ours == pytest.approx(objective(w, values_of(torch.from_numpy(expected), scale), hessian), rel=0.02)
-    assert not q[3].any() and torch.isfinite(scale).all()
+    ours = objective(w, dequantised(q, grid), hessian)
+    assert ours == pytest.approx(objective(w, dequantised(torch.from_numpy(expected), grid), hessian), rel=0.02)
+    assert not dequantised(q, grid)[3].any() and torch.isfinite(grid.scale).all()
 
 
-@pytest.mark.parametrize("bits, group_size", [(4, 16), (4, 0), (8, 0)])
-def test_the_error_is_far_below_rounding_s_and_needs_the_right_hessian(bits, group_size):
+@each_form
+def test_the_error_is_far_below_rounding_s_and_needs_the_right_hessian(form):
     w, hessian = problem()
-    rounded = Int4Weight(*quantise_int4(w, group_size, torch.float16)) if bits == 4 else Int8Weight(*quantise_int8(w))
+    rounded = Int8Weight(*quantise_int8(w))
+    if form.precision == "int4":
+        rounded = Int4Weight(*quantise_int4(w, form.group_size, torch.float16))
     rounding = objective(w, dequantise(rounded), hessian)
-    assert objective(w, values_of(*gptq(w, hessian, group_size, bits, torch.float32)), hessian) < 0.6 * rounding
+    assert objective(w, dequantised(*gptq(w, hessian, form, torch.float32)), hessian) < 0.6 * rounding
     shuffled = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(0))
-    wrong = gptq(w, hessian[shuffled][:, shuffled], group_size, bits, torch.float32)
-    assert objective(w, values_of(*wrong), hessian) > rounding, "the control: another matrix's inputs"
+    wrong = gptq(w, hessian[shuffled][:, shuffled], form, torch.float32)
+    assert objective(w, dequantised(*wrong), hessian) > rounding, "the control: another matrix's inputs"
 
 
-def test_scales_leave_no_more_weighted_error_than_any_other_clipping():
+@pytest.mark.parametrize("zeros", [False, True])
+def test_scales_and_zeros_leave_less_weighted_error_than_any_other_clipping(zeros):
     w, hessian = problem()
     importance = hessian.diagonal()
-    scale = search_scales(w, importance, 16, 4)
+    grid = search_grid(w, importance, WeightOnly("int4", 32, not zeros))
+    groups = w.unflatten(1, (-1, 32))
 
-    def errors(scales):
-        groups = w.unflatten(1, (-1, 16))
-        q = (groups / torch.where(scales == 0, torch.inf, scales)[..., None]).round().clamp(-8, 7)
-        return ((groups - q * scales[..., None]).square() * importance.view(1, -1, 16)).sum(-1)
+    def errors(scale, zero):
+        q = ((groups / torch.where(scale == 0, torch.inf, scale)[..., None]).round() + zero[..., None]).clamp(-8, 7)
+        return ((groups - (q - zero[..., None]) * scale[..., None]).square() * importance.view(1, -1, 32)).sum(-1)
 
-    found = errors(scale)
-    largest = w.unflatten(1, (-1, 16)).abs().amax(-1)
-    tried = [errors(largest / limit) for limit in (6, 7, 7.5, 8, 9, 10, -6, -7, -7.5, -8, -9, -10)]
-    assert found.sum() < 0.95 * torch.stack(tried).amin(0).sum()  # the best scale for its integers, not only a good one
-    assert errors(scale * 1.1).sum() > 1.2 * found.sum(), "the control: scales nearby are worse"
+    largest, bottom, top = groups.abs().amax(-1), groups.amin(-1), groups.amax(-1)
+    none = torch.zeros_like(largest)
+    tried = [errors(largest / limit, none) for limit in (6, 7, 7.5, 8, 9, 10, -6, -7, -7.5, -8, -9, -10)]
+    if zeros:
+        step = (top - bottom).clamp(min=1e-9) / 15
+        tried = [errors(step * part, (-8 - bottom / step).round().clamp(-16, 16)) for part in (0.8, 0.9, 1, 1.1)]
+        assert grid.zero.abs().max() > 0 and grid.zero.dtype == torch.int8
+    found = errors(grid.scale, none if grid.zero is None else grid.zero)
+    # the best scale for its integers, not only a good one
+    assert found.sum() < 0.97 * torch.stack(tried).amin(0).sum()
+    wrong = errors(grid.scale * 1.1, none if grid.zero is None else grid.zero)
+    assert wrong.sum() > 1.1 * found.sum(), "the control: scales nearby are worse"
 
 
 def test_what_is_not_finite_is_refused():
     w, hessian = problem()
     with pytest.raises(CheckpointError, match="weight is not finite"):
-        gptq(w.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.nan)), hessian, 32, 4, torch.float16)
+        gptq(w.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.nan)), hessian, FORM, torch.float16)
     with pytest.raises(CheckpointError, match="activation is not finite"):
-        gptq(w, hessian * torch.inf, 32, 4, torch.float16)
+        gptq(w, hessian * torch.inf, FORM, torch.float16)
 
 
-def found_integers(model, samples, folder, form=None):
+def found_integers(model, samples, folder, form=FORM):
+    """(integers, grid) by layer and linear."""
     found = {}
-    form = form or WeightOnly("int4", 32)
     quantise_layers(
         make_checkpoint(model),
         model,
@@ -117,7 +136,7 @@ def found_integers(model, samples, folder, form=None):
         folder,
         "cpu",
         form,
-        lambda layer, name, q, scale: found.__setitem__((layer, name), (q.clone(), scale.clone())),
+        lambda layer, name, q, grid: found.__setitem__((layer, name), (q, grid)),
     )
     return found
 
@@ -131,17 +150,17 @@ def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
     tensors = {name: torch.from_numpy(tensor) for name, tensor in make_tensors(model).items()}
     hf.load_state_dict(tensors)
     modules = dict(hf.named_modules())
-    for (layer, name), (q, scale) in found.items():
+    for (layer, name), (q, grid) in found.items():
         hubs = [f"model.layers.{layer}.{hub}" for hub in HUB_LINEARS[name]]
         weight = torch.cat([tensors[f"{hub}.weight"] for hub in hubs])
-        expected = gptq(weight, inputs_squared(hf, modules[hubs[0]], samples), 32, 4, torch.float16)
+        expected = gptq(weight, inputs_squared(hf, modules[hubs[0]], samples), FORM, torch.float16)
         assert (q == expected[0]).float().mean() > 0.99  # sums in another order
-        rows = torch.from_numpy(values_of(q, scale)).float().split([len(tensors[f"{hub}.weight"]) for hub in hubs])
+        rows = dequantised(q, grid).split([len(tensors[f"{hub}.weight"]) for hub in hubs])
         for hub, values in zip(hubs, rows, strict=True):
             modules[hub].weight.data = values
     hf.load_state_dict(tensors)
     unquantised = inputs_squared(hf, modules[hubs[0]], samples)
-    wrong = gptq(weight, unquantised, 32, 4, torch.float16)[0]
+    wrong = gptq(weight, unquantised, FORM, torch.float16)[0]
     assert (q == wrong).float().mean() < 0.99, "the control: inputs through the linears before as they were"
     assert list(tmp_path.iterdir()) == [], "the hidden states are deleted"
 
@@ -159,6 +178,7 @@ def inputs_squared(hf, module, samples):
 
 def test_the_same_texts_give_the_same_integers(tmp_path):
     one, other = (found_integers(ROTARY, make_samples(ROTARY), tmp_path) for _ in range(2))
-    assert all(torch.equal(*pair) for key in one for pair in zip(one[key], other[key], strict=True))
+    assert all(torch.equal(one[key][0], other[key][0]) for key in one)
+    assert all(torch.equal(one[key][1].scale, other[key][1].scale) for key in one)
     different = found_integers(ROTARY, make_samples(ROTARY, seed=1), tmp_path)
     assert not torch.equal(one[1, "qkv"][0], different[1, "qkv"][0]), "the negative control"

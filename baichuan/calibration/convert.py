@@ -23,7 +23,7 @@ from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
 from baichuan.util.publishing import publish_folder
-from baichuan.weights.binary.config_ini import GROUP_SIZE_KEY, PRECISION_KEY, write_binary_config
+from baichuan.weights.binary.config_ini import GROUP_SIZE_KEY, PRECISION_KEY, SYMMETRIC_KEY, write_binary_config
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
@@ -66,6 +66,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             "multi_query_mode": False,
             PRECISION_KEY: form.precision if form else None,
             GROUP_SIZE_KEY: form.group_size if form else None,
+            SYMMETRIC_KEY: form.symmetric if form else None,
         }
         if request.text_folder:
             copy_text_files(request.text_folder, staged)

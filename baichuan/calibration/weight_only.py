@@ -11,14 +11,14 @@ from torch import Tensor
 from baichuan.calibration.layers import DenseOps, LayerPasses, Reached, layer_passes
 from baichuan.config import ModelConfig, WeightOnly
 from baichuan.parallel.comm import Solo
-from baichuan.quant.gptq import gptq
+from baichuan.quant.gptq import Grid, dequantised, gptq
 from baichuan.records import DenseWeight, LayerWeights
 from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
 
 SCALE_DTYPES = {"int8": torch.float32, "int4": torch.float16}  # as the records have them; INT4's in the folder
-Write = Callable[[int, str, Tensor, Tensor], None]  # (layer, one of shard.LINEARS, q, scale) of the whole matrix
+Write = Callable[[int, str, Tensor, Grid], None]  # (layer, one of shard.LINEARS, integers, grid) of the whole matrix
 
 
 def quantise_layers(
@@ -30,7 +30,7 @@ def quantise_layers(
     form: WeightOnly,
     write: Write,
 ) -> None:
-    """Hand every linear's integers and scales to `write`, layer by layer.
+    """Hand every linear's integers and their grid to `write`, layer by layer.
 
     samples: token ids of each text; scratch: a folder for the hidden states, 4 * hidden_size bytes per token;
     device: "cpu" or "cuda"
@@ -45,14 +45,10 @@ def quantise_layers(
             for name in LINEARS:
                 weight = getattr(layer, name).weight
                 hessian = observing.mean_squares(layer, name, progress)
-                q, scale = gptq(weight, hessian, form.group_size, form.bits, SCALE_DTYPES[form.precision])
-                write(index, name, q, scale)
-                torch.mul(q.unflatten(-1, (scale.shape[1], -1)), scale.float()[..., None], out=_grouped(weight, scale))
+                q, grid = gptq(weight, hessian, form, SCALE_DTYPES[form.precision])
+                write(index, name, q, grid)
+                weight.copy_(dequantised(q, grid))
             passes.run(plain, layer, progress)
-
-
-def _grouped(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.unflatten(-1, (scale.shape[1], -1))
 
 
 class _InputSquares(DenseOps):

@@ -116,6 +116,7 @@ def quant_config(args: argparse.Namespace, model: ModelConfig, found: WeightOnly
     return QuantConfig(
         weights=weights,
         group_size=group_size,
+        zero_points=bool(found and found.precision == weights and found.zero_points),
         quantize_lm_head=args.quantize_lm_head,
         per_token=args.per_token,
         per_channel=args.per_channel,

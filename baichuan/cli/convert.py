@@ -63,14 +63,17 @@ def weight_only(args: argparse.Namespace, model: ModelConfig) -> WeightOnly | No
     """The integers to be found.  Raises ConfigError for a flag that would change nothing or does not fit the model."""
     precision, group_size = args.weight_only_precision or "int4", args.weight_only_group_size
     if not args.use_weight_only:
-        if args.weight_only_precision or group_size is not None:
-            flag = "precision" if args.weight_only_precision else "group_size"
-            raise ConfigError(f"--weight_only_{flag} needs --use_weight_only; add it")
+        given = {"precision": args.weight_only_precision, "symmetric": args.weight_only_symmetric}
+        flags = [flag for flag, value in given.items() if value] + ["group_size"] * (group_size is not None)
+        if flags:
+            raise ConfigError(f"--weight_only_{flags[0]} needs --use_weight_only; add it")
         return None
+    if args.weight_only_symmetric and precision == "int8":
+        raise ConfigError("--weight_only_symmetric belongs to INT4, INT8 is always symmetric; leave it out")
     if group_size is None:
         group_size = default_group_size(model, args.tensor_parallelism) if precision == "int4" else 0
     if precision == "int4":
         for name, width in (("o_proj", model.hidden_size), ("down_proj", model.intermediate_size)):
             check_group_size(group_size, width, name)
             check_group_size(group_size, width // args.tensor_parallelism, name)
-    return WeightOnly(precision, group_size)
+    return WeightOnly(precision, group_size, args.weight_only_symmetric)

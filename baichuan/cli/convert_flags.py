@@ -53,6 +53,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
     )
     parser.add_argument(
+        "--weight_only_symmetric",
+        action="store_true",
+        help="INT4: no zero beside each scale, which is smaller and faster, and less accurate",
+    )
+    parser.add_argument(
         "--storage-type",
         "--storage_type",
         "-t",

@@ -21,6 +21,7 @@ SECTION = "baichuan"
 MAX_BYTES = 1 << 20
 SEAL = "sha256"  # ours alone: the old script's files have none
 PRECISION_KEY, GROUP_SIZE_KEY = "weight_only_precision", "weight_only_group_size"
+SYMMETRIC_KEY = "weight_only_symmetric"
 PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
@@ -62,7 +63,7 @@ class BinaryConfig:
             return None
         if precision not in ("int8", "int4"):
             raise CheckpointError(f"{self.file} says {PRECISION_KEY} = {precision}; it is int8, int4 or None")
-        return WeightOnly(precision, self.integer(GROUP_SIZE_KEY))
+        return WeightOnly(precision, self.integer(GROUP_SIZE_KEY), self.text(SYMMETRIC_KEY) == "True")
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.values.get(key, default)

@@ -76,6 +76,11 @@ class BinaryFolder:
                 f"{self.path} holds {form.precision} weights in groups of {form.group_size} and {quant.group_size} is "
                 "asked for; leave --weight_only_group_size out, or convert the checkpoint again"
             )
+        if form.zero_points != quant.zero_points:
+            raise CheckpointError(
+                f"{self.path} holds {form.precision} weights {'with' if form.zero_points else 'without'} zeros and the "
+                "opposite is asked for; take zero_points from the folder"
+            )
         return form
 
     def integers(self, layer: int, module: str, form: WeightOnly) -> dict[str, TensorSource]:

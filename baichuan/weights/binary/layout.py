@@ -113,9 +113,12 @@ class Layout:
                 "weight": Array(name("weight_only.weight"), INT8, (rows, columns)),
                 "scale": Array(name("weight_only.scale"), FLOAT32, (rows,)),
             }
+        groups = rows, columns // (form.group_size or columns)
+        zero = {"zero": Array(name("weight_only.zero"), INT8, groups)} if form.zero_points else {}
         return {
             "packed": Array(name("weight_only.packed"), UINT8, (rows, columns // 2)),
-            "scale": Array(name("weight_only.scale"), FLOAT16, (rows, columns // (form.group_size or columns))),
+            "scale": Array(name("weight_only.scale"), FLOAT16, groups),
+            **zero,
         }
 
     def cut(self, module: str, rank: int):

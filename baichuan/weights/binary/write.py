@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
+from baichuan.quant.gptq import Grid
 from baichuan.quant.int8_scales import int8_scales, to_int8
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import require_finite, scale_for
@@ -72,14 +73,15 @@ class BinaryWriter:
             for each, absmax in zip(sources, rows, strict=True)
         }
 
-    def write_integers(self, form: WeightOnly, layer: int, name: str, q: Tensor, scale: Tensor) -> None:
-        """Calibrated integers of one of shard.LINEARS, [out_features, in_features] int8, and their scales."""
+    def write_integers(self, form: WeightOnly, layer: int, name: str, q: Tensor, grid: Grid) -> None:
+        """Calibrated integers of one of shard.LINEARS, [out_features, in_features] int8, and their scales and zeros."""
         first = 0
         for module in LINEARS[name].modules:
             rows = slice(first, first + self.layout.hub_shape(module)[0])
             fields = {"weight": q[rows]} if form.precision == "int8" else {"packed": pack_int4(q[rows])}
+            fields |= {"scale": grid.scale[rows]} | ({} if grid.zero is None else {"zero": grid.zero[rows]})
             for field, array in self.layout.weight_only(layer, module, form).items():
-                self._write(array, (fields | {"scale": scale[rows]})[field].cpu())
+                self._write(array, fields[field].cpu())
             first = rows.stop
 
     def _write_norm(self, checkpoint: Checkpoint, layer: int, hub_norm: str, factor: Tensor) -> None:
