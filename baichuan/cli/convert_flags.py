@@ -40,23 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="calibrate for SmoothQuant with this strength, 0 to 1, and the KV cache as well",
     )
-    parser.add_argument(
-        "--use_weight_only",
-        action="store_true",
-        help="find weight-only integers by GPTQ, and the scales of the KV cache as well",
-    )
-    parser.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int4")
-    parser.add_argument(
-        "--weight_only_group_size",
-        type=int,
-        choices=(0, 32, 64, 128),
-        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
-    )
-    parser.add_argument(
-        "--weight_only_symmetric",
-        action="store_true",
-        help="INT4: no zero beside each scale, which is smaller and faster, and less accurate",
-    )
+    _add_weight_only_flags(parser)
     parser.add_argument(
         "--storage-type",
         "--storage_type",
@@ -75,3 +59,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calib_size", type=int, default=512, help="number of texts")
     parser.add_argument("--calib_max_length", type=int, default=512, help="tokens per text; the rest is cut off")
+
+
+def _add_weight_only_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--use_weight_only",
+        action="store_true",
+        help="find weight-only integers by GPTQ, and the scales of the KV cache as well",
+    )
+    parser.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int4")
+    parser.add_argument(
+        "--weight_only_group_size",
+        type=int,
+        choices=(0, 32, 64, 128),
+        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
+    )
+    parser.add_argument(
+        "--weight_only_symmetric",
+        action="store_true",
+        help="INT4: no zero beside each scale, which is smaller and faster, and less accurate",
+    )
