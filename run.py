@@ -11,7 +11,7 @@ from baichuan.cli.common import Parser, run_script
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     run_flags.add_flags(parser)
-    return run_script(parser, argv, run)
+    return run_script(parser, argv, run, lambda args: [args.engine_dir])
 
 
 def run(args, comm) -> int:

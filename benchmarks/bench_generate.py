@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baichuan.cli.common import Parser, add_weight_copies, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
-from baichuan.executors.cuda.comm import Nccl, gpu_of_rank
+from baichuan.executors.cuda.comm import Nccl
 from baichuan.executors.cuda.executor import CudaExecutor
 from baichuan.executors.cuda.ops import Switches
+from baichuan.executors.device import gpu_of_rank
 from baichuan.executors.memory import kv_cache_bytes
 from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator, Solo

@@ -20,7 +20,6 @@ from hub_folders import SHARD, SINGLE, small_config, write_index, write_weights
 from safetensors.torch import load_file
 
 from baichuan.errors import CheckpointError
-from baichuan.weights.hub import checkpoint as hf
 from baichuan.weights.hub.checkpoint import open_checkpoint, read_model_config, resolve_folder
 from baichuan.weights.shard import hub_shapes
 
@@ -264,7 +263,7 @@ def test_a_hub_id_downloads_one_format_and_no_code(weights, expected, tmp_path, 
                 (tmp_path / name).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(hf, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_folder("baichuan-inc/Some-Model") == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {*READ, *expected}
 

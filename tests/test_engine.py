@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
     def unreadable(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(manifest.os, "pread", unreadable)
+    monkeypatch.setattr(manifest.os, "preadv", unreadable)
     refused(folder, "cannot be read .Permission denied.")
 
 

@@ -7,9 +7,12 @@ import pytest
 import scripts
 
 import run
+from baichuan.cli.ahead import Ahead
 from baichuan.engine import folder as engine_folder
 from baichuan.errors import EngineError
+from baichuan.parallel import launcher
 from baichuan.parallel.comm import Solo
+from baichuan.util import affinity, manifest
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
 
@@ -50,6 +53,95 @@ def test_damage_is_told_by_its_digest_though_the_file_is_read_meanwhile(engine, 
     assert run.main(scripts.run_flags(engine.folder, csv, tmp_path)) == 2
     assert "differs from what the build wrote (SHA-256)" in capsys.readouterr().err
     assert not (tmp_path / "ids.csv").exists()
+
+
+def test_digests_that_began_ahead_are_those_that_count(engine):
+    """They are taken once, and damage is found by them."""
+    path, taken = engine.rank_file(0), []
+
+    class Counted(manifest.Describer):
+        def _submit(self, chunk):
+            taken.append(chunk)
+            super()._submit(chunk)
+
+    with Counted(path) as describer:
+        describer.begin()
+        assert taken
+        before = len(taken)
+        with engine_folder.verified_meanwhile(engine, Solo(), {path: describer}):
+            pass
+        assert len(taken) == before
+    flip_a_bit(path, -1)
+    with Counted(path) as describer:
+        describer.begin()
+        with (
+            pytest.raises(EngineError, match="SHA-256"),
+            engine_folder.verified_meanwhile(engine, Solo(), {path: describer}),
+        ):
+            pass
+
+
+def test_what_is_done_ahead_is_this_ranks(engine, tmp_path):
+    (tmp_path / "other").mkdir()
+    with Ahead([str(engine.folder), str(tmp_path / "other"), str(tmp_path / "missing")], rank=0) as ahead:
+        assert list(ahead.digests) == [engine.rank_file(0)]
+        assert ahead.digests[engine.rank_file(0)].entry() == engine.files[engine.rank_file(0).name]
+    second = engine.folder / engine.rank_file(0).name.replace("rank0", "rank1")
+    second.write_bytes(b"a second rank")
+    for rank, path in ((0, engine.rank_file(0)), (1, second), (2, engine.rank_file(0)), (3, second)):
+        with Ahead([str(engine.folder)], rank) as ahead:
+            assert list(ahead.digests) == [path]
+
+
+def test_what_is_done_ahead_imports_no_torch():
+    """It would wait for the import that it runs beside."""
+    program = (
+        "import sys; from baichuan.cli.ahead import LIBRARIES, ON_GPUS, _import; _import([*LIBRARIES, *ON_GPUS]);"
+        "print('numpy' in sys.modules, 'sentencepiece' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+
+def test_running_imports_nothing_for_the_hub(engine, tmp_path):
+    given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
+    needless = "{'huggingface_hub', 'transformers'}"
+    program = f"import sys, run; code = run.main({given!r}); print(code, {needless} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 set()", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("every", "per_core", "allowed", "ranks", "left"),
+    [(32, 1, 1, 2, True), (32, 2, 2, 2, True), (32, 1, 4, 2, False), (2, 1, 1, 2, False), (32, 1, 1, 1, False)],
+    ids=["one core", "two threads of it", "several", "its share", "alone"],
+)
+def test_a_rank_leaves_the_one_core_that_it_was_bound_to(monkeypatch, every, per_core, allowed, ranks, left):
+    now = set(range(allowed))
+    monkeypatch.setattr(affinity.os, "cpu_count", lambda: every)
+    monkeypatch.setattr(affinity.psutil, "cpu_count", lambda logical: every // per_core)
+    monkeypatch.setattr(affinity.os, "sched_getaffinity", lambda pid: now)
+    monkeypatch.setattr(affinity.os, "sched_setaffinity", lambda pid, to: now.update(to))
+    assert affinity.leave_single_core(ranks) == left
+    assert affinity.cores() == (every if left else allowed)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (1, 0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (4, 3, 2)),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (2, 1, 2)),
+    ],
+    ids=["alone", "Open MPI", "MPICH"],
+)
+def test_a_launcher_is_known_by_its_environment(monkeypatch, environment, expected):
+    for name in (name for names in launcher.NAMES for name in names):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = launcher.launch()
+    assert (found.world_size, found.rank, found.local_size) == expected
 
 
 def test_a_good_file_is_used_and_another_error_stays_itself(engine, tmp_path):

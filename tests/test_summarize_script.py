@@ -167,7 +167,7 @@ def test_what_this_machine_lacks(articles, capsys, monkeypatch):
 def test_defaults_are_the_old_examples(monkeypatch):
     seen = {}
 
-    def stop(parser, argv, body):
+    def stop(parser, argv, body, engines=None):
         seen.update(vars(parser.parse_args(argv)))
         return 0
 

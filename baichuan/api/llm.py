@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from baichuan.generation.session import WARM_UP_TOKENS, Timing
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
+from baichuan.util.manifest import Describer
 from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
 Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: its text
@@ -43,6 +45,7 @@ class LLM:
     device: auto, cpu or cuda.
     keep_copies: whether spare GPU memory may hold dequantised copies of INT8 and INT4 weights.
     ranks: the processes that serve together; default: all that mpirun started.
+    digests: of the engine's files, those that are being computed already, by path.
     Raises EngineError for a folder that is no engine or is damaged.
     """
 
@@ -55,12 +58,13 @@ class LLM:
         keep_copies: bool = True,
         model_version: str | None = None,
         ranks: Ranks | None = None,
+        digests: Mapping[Path, Describer] = MappingProxyType({}),
     ):
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_engine(Path(engine_dir))
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, resolve_tokenizer(str(tokenizer_dir)) if tokenizer_dir else None)
-        self._device, self._keep_copies = device, keep_copies
+        self._device, self._keep_copies, self._digests = device, keep_copies, digests
         self._keys = itertools.count()
         self._opened: tuple[Serving, torch.device] | None = None
 
@@ -80,7 +84,8 @@ class LLM:
         Under mpirun every rank calls it.
         """
         if self._opened is None:
-            serving, device = open_serving(self.engine, self.ranks.comm, self._keep_copies, self._device)
+            settings = (self._keep_copies, self._device, self._digests)
+            serving, device = open_serving(self.engine, self.ranks.comm, *settings)
             self._opened = self.ranks.join(serving), device
             self._traffic = Traffic(self._opened[0])
         return self._opened

@@ -12,16 +12,20 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from baichuan import __version__
+from baichuan.cli.ahead import Ahead
 from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
+from baichuan.parallel.launcher import launch
 from baichuan.text.printable import one_line, printable
+from baichuan.util.affinity import cores, leave_single_core
 from baichuan.util.signals import Terminated, sigterm_raises
+from baichuan.util.start import seconds_since_start
 
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
@@ -115,23 +119,42 @@ def add_adapters(parser: argparse._ActionsContainer, base: str) -> None:
     )
 
 
-def run_script(parser: Parser, argv: list[str] | None, body: Callable[[argparse.Namespace, Communicator], int]) -> int:
+Body = Callable[[argparse.Namespace, "Communicator"], int]
+
+
+def run_script(
+    parser: Parser,
+    argv: list[str] | None,
+    body: Body,
+    engines: Callable[[argparse.Namespace], Iterable[str]] | None = None,
+) -> int:
     """Parse, run body(args, comm), and turn what goes wrong for a user into one sentence and exit code 2.
 
+    engines: the folders that body opens; their files' digests, begun before PyTorch is imported, are args.ahead.digests
     args.started_s is set to the time.monotonic() at which the process started, or with argv at which this was called.
     """
     called_s = time.monotonic()
     args = parser.parse_args(argv)
+    args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
+    launched = launch()
+    bound = leave_single_core(launched.local_size)
+    if engines is None:
+        return _run(parser, args, body, bound)
+    with Ahead(engines(args), launched.rank) as args.ahead:
+        return _run(parser, args, body, bound)
 
+
+def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
+    """bound: whether the launcher had bound this process to one core, which it has left"""
     import torch
 
     from baichuan.executors.cpu.threads import use_threads
     from baichuan.parallel.comm import world_of_this_process
-    from baichuan.util.processes import seconds_since_start
 
-    args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
+    if bound:
+        logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())
     orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends it after a failure
     try:
         with orderly:

@@ -55,6 +55,7 @@ def open_llm(args: argparse.Namespace, ranks: Ranks) -> LLM:
         keep_copies=not args.no_weight_copies,
         model_version=args.model_version,
         ranks=ranks,
+        digests=args.ahead.digests,
     )
 
 

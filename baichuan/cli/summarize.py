@@ -87,7 +87,7 @@ def is_scoring(args: argparse.Namespace) -> bool:
 def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
     """Every engine, without its weights.  Raises ConfigError unless one tokenizer and one checkpoint fit all."""
     settings = {"device": args.device, "keep_copies": not args.no_weight_copies, "model_version": args.model_version}
-    llms = [LLM(folder, ranks=ranks, **settings) for folder in args.engine_dir]
+    llms = [LLM(folder, ranks=ranks, digests=args.ahead.digests, **settings) for folder in args.engine_dir]
     engines = [llm.engine for llm in llms]
     for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):
         if len(values := {getattr(engine.model, name) for engine in engines}) > 1:

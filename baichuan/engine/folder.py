@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from baichuan import __version__
@@ -168,15 +169,18 @@ def check_world(engine: Engine, comm: Communicator, model_version: str | None = 
 
 
 @contextmanager
-def verified_meanwhile(engine: Engine, comm: Communicator) -> Iterator[None]:
+def verified_meanwhile(
+    engine: Engine, comm: Communicator, digests: Mapping[Path, manifest.Describer] = MappingProxyType({})
+) -> Iterator[None]:
     """Check this rank's file, its size first and its digests while the block reads it.
 
     At the end every rank raises EngineError when one rank's file is damaged; nothing read may be used before.
+    digests: those that are being computed already, by path
     """
     path = engine.rank_file(comm.rank)
     _agree(comm, partial(manifest.require_size, path, engine.files[path.name]))
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(manifest.verify, path, engine.files[path.name])
+        checked = pool.submit(manifest.verify, path, engine.files[path.name], digests.get(path))
         try:
             yield
         except EngineError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -14,6 +16,7 @@ from baichuan.generation.requests import Serving
 from baichuan.generation.session import Session
 from baichuan.generation.static_batches import StaticBatches
 from baichuan.parallel.comm import Communicator
+from baichuan.util.manifest import Describer
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +27,12 @@ def open_session(
     model_version: str | None = None,
     keep_copies: bool = True,
     device: str = "auto",
+    digests: Mapping[Path, Describer] = MappingProxyType({}),
 ) -> Session:
     """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
     device: one of device.DEVICES.
+    digests: of the engine's files, those that are being computed already, by path.
     keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py).
     Raises EngineError for a damaged engine or another number of ranks than it was built for, on every rank alike.
     """
@@ -35,16 +40,20 @@ def open_session(
     check_world(engine, comm, model_version)
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
-    with verified_meanwhile(engine, comm):
+    with verified_meanwhile(engine, comm, digests):
         executor = open_executor(engine, comm, keep_copies, device)
     return Session(executor, engine.model, engine.build)
 
 
 def open_serving(
-    engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto"
+    engine: Engine,
+    comm: Communicator,
+    keep_copies: bool = True,
+    device: str = "auto",
+    digests: Mapping[Path, Describer] = MappingProxyType({}),
 ) -> tuple[Serving, torch.device]:
     """The engine as requests.Serving, and where it runs."""
-    session = open_session(engine.folder, comm, keep_copies=keep_copies, device=device)
+    session = open_session(engine.folder, comm, None, keep_copies, device, digests)
     return StaticBatches(session), session.executor.device
 
 

@@ -8,6 +8,7 @@ import torch
 
 from baichuan.config import DEVICES, require_choice
 from baichuan.errors import UnsupportedError
+from baichuan.parallel.comm import Communicator, Threads
 from baichuan.util.nvidia import driver_gpus
 
 
@@ -20,6 +21,22 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not usable:
         raise UnsupportedError(f"device cuda needs a GPU and {why_no_gpu()}; use --device cpu")
     return name
+
+
+def gpu_of_rank(comm: Communicator) -> torch.device:
+    """The rank's own GPU; ranks that are threads of one process share those that there are.
+
+    Raises UnsupportedError where the machine has fewer GPUs than ranks.
+    """
+    count = torch.cuda.device_count()
+    if isinstance(comm, Threads):
+        return torch.device("cuda", comm.rank % count)
+    if comm.local_size > count:
+        raise UnsupportedError(
+            f"{comm.local_size} ranks need a GPU each and this machine has {count}; "
+            "use more GPUs, build with a smaller --world_size, or run on the CPU with --device cpu"
+        )
+    return torch.device("cuda", comm.local_rank)
 
 
 def unusable_gpu() -> str | None:

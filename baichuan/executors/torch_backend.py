@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from baichuan.config import QuantConfig
 from baichuan.executors.backend import RankToOpen, RankToWrite
 from baichuan.executors.base import Executor
 from baichuan.executors.cpu.executor import CpuExecutor
-from baichuan.executors.device import resolve_device
+from baichuan.executors.cuda.capability import require_numbers
+from baichuan.executors.cuda.load import load_on_gpu
+from baichuan.executors.device import gpu_of_rank, resolve_device
+from baichuan.records import ModelWeights
 from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
@@ -48,27 +51,31 @@ class TorchBackend:
 
     def open_rank(self, job: RankToOpen) -> Executor:
         """On this rank's GPU or on the CPU."""
-        spec, build, comm = job.spec, job.spec.build, job.comm
-        on_cpu = resolve_device(job.device) == "cpu"
-        if not on_cpu:
-            threading.Thread(target=_start_gpu, args=(comm.local_rank,), daemon=True).start()
-        weights = assemble(read_tensors(job.path), spec.model, spec.quant)
-        if on_cpu:
+        if resolve_device(job.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
-            return CpuExecutor(spec.model, spec.quant, weights, comm)
-        from baichuan.executors.cuda.capability import require_numbers  # these import Triton, which CPUs do without
-        from baichuan.executors.cuda.comm import join_gpus
+            return CpuExecutor(job.spec.model, job.spec.quant, _read(job), job.comm)
+        return _open_on_gpu(job)
+
+
+def _read(job: RankToOpen) -> ModelWeights:
+    """The rank's weights, memory-mapped."""
+    return assemble(read_tensors(job.path), job.spec.model, job.spec.quant)
+
+
+def _open_on_gpu(job: RankToOpen) -> Executor:
+    """The weights are copied to the GPU while modules are imported, ranks join and Triton sets itself up."""
+    spec, build, device = job.spec, job.spec.build, gpu_of_rank(job.comm)
+    require_numbers(spec.quant, spec.model.dtype, device)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(lambda: load_on_gpu(_read(job), device))
+        from baichuan.executors.cuda.comm import join_gpus  # these import Triton, which CPUs do without
         from baichuan.executors.cuda.executor import CudaExecutor, Switches
-        from baichuan.executors.cuda.load import load_on_gpu
+        from baichuan.kernels.rows import gather_rows
 
-        device, comm = join_gpus(comm)
+        device, comm = join_gpus(job.comm)
         logger.info("running on %s", torch.cuda.get_device_name(device))
-        require_numbers(spec.quant, spec.model.dtype, device)
-        switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.keep_copies)
-        return CudaExecutor(spec.model, spec.quant, load_on_gpu(weights, device), comm, switches)
-
-
-def _start_gpu(index: int) -> None:
-    """Initialise the GPU, in a thread of its own while modules are imported and the file is opened."""
-    if index < torch.cuda.device_count():
-        torch.zeros(1, device=f"cuda:{index}")
+        first = torch.zeros(1, 16, device=device)
+        gather_rows(first, torch.zeros(1, dtype=torch.int64, device=device))  # the first launch takes half a second
+        weights = loading.result()
+    switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.keep_copies)
+    return CudaExecutor(spec.model, spec.quant, weights, comm, switches)

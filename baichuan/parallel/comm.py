@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from baichuan.errors import UnsupportedError
+from baichuan.parallel.launcher import launch
 
 LEAVE_TIMEOUT_S = 5.0
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
@@ -218,5 +219,4 @@ def _as_bytes(x: Tensor):
 
 def world_of_this_process() -> Communicator:
     """MPI when mpirun (or another launcher) started several processes, else a world of one."""
-    sizes = (os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return Mpi.world() if any(size != "1" for size in sizes) else Solo()
+    return Mpi.world() if launch().world_size > 1 else Solo()

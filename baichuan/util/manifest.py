@@ -10,19 +10,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from baichuan.errors import EngineError
+from baichuan.util.affinity import cores
 
 CHUNK_BYTES = 64 << 20
-READ_BYTES = 1 << 20  # each thread's buffer
+MOST_THREADS = 16
+READ_BYTES = 8 << 20  # each thread's buffer: a thread that hashes asks for Python's lock twice for each
 
 
 class Describer:
-    """`describe` for a file that is being written: threads hash each chunk as soon as it is complete."""
+    """`describe` by threads meanwhile: of a file that is being written each chunk as soon as it is complete, of a
+    complete one after begin()."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._missing: dict[int, int] = {}  # bytes not yet written, by index of each chunk begun
         self._digests: dict[int, Future[str]] = {}
-        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(max(min(MOST_THREADS, cores() - 1), 1))  # one is left to who waits
 
     def wrote(self, start: int, size: int) -> None:
         """Bytes start to start + size are in the file; each byte is reported once."""
@@ -35,23 +38,32 @@ class Describer:
                 self._submit(chunk)
             start += part
 
-    def entry(self) -> dict:
-        """The result of `describe`; the file must be complete."""
-        size = self._path.stat().st_size
-        chunks = range(-(-size // CHUNK_BYTES))
-        for chunk in chunks:
+    def begin(self) -> int:
+        """Begin with every chunk of a complete file that was not begun.  Returns the file's size."""
+        size = self.path.stat().st_size
+        for chunk in range(-(-size // CHUNK_BYTES)):
             if chunk not in self._digests:
                 self._submit(chunk)
+        return size
+
+    def entry(self) -> dict:
+        """The result of `describe`; the file must be complete."""
+        size = self.begin()
+        chunks = range(-(-size // CHUNK_BYTES))
         return {"bytes": size, "sha256": [self._digests[chunk].result() for chunk in chunks]}
 
+    def close(self) -> None:
+        """Give up what is unfinished."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _submit(self, chunk: int) -> None:
-        self._digests[chunk] = self._pool.submit(_digest, self._path, chunk * CHUNK_BYTES)
+        self._digests[chunk] = self._pool.submit(_digest, self.path, chunk * CHUNK_BYTES)
 
     def __enter__(self) -> Describer:
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.close()
 
 
 def describe(path: Path) -> dict:
@@ -77,11 +89,14 @@ def require_size(path: Path, entry: dict) -> None:
         raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
 
 
-def verify(path: Path, entry: dict) -> None:
-    """Raise EngineError unless the file has the size and the digests that `describe` gave."""
+def verify(path: Path, entry: dict, describer: Describer | None = None) -> None:
+    """Raise EngineError unless the file has the size and the digests that `describe` gave.
+
+    describer: the file's, if its digests are being computed already
+    """
     require_size(path, entry)
     try:
-        found = describe(path)
+        found = describer.entry() if describer else describe(path)
     except OSError as error:
         raise _unreadable(path, error) from None
     if found["sha256"] != entry["sha256"]:
@@ -108,9 +123,9 @@ def _own_digest(values: dict) -> str:
 
 def _digest(path: Path, start: int) -> str:
     """SHA-256 of the chunk that begins at `start`; the last chunk may be shorter."""
-    found, end = hashlib.sha256(), start + CHUNK_BYTES
+    found, end, buffer = hashlib.sha256(), start + CHUNK_BYTES, memoryview(bytearray(READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while start < end and (data := os.pread(file.fileno(), min(READ_BYTES, end - start), start)):
-            found.update(data)
-            start += len(data)
+        while start < end and (count := os.preadv(file.fileno(), [buffer[: end - start]], start)):
+            found.update(buffer[:count])
+            start += count
     return found.hexdigest()

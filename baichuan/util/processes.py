@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +57,3 @@ def _prepare(parent: int, prepare: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)  # the processes share the cores
     if prepare:
         prepare()
-
-
-def seconds_since_start() -> float:
-    """Wall time since this process was started, imports included."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since boot, as uptime
-    return float(Path("/proc/uptime").read_text().split()[0]) - started / os.sysconf("SC_CLK_TCK")

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from baichuan.executors.cuda.comm import ONE_SHOT_BYTES, Nccl, gpu_of_rank
+from baichuan.executors.cuda.comm import ONE_SHOT_BYTES, Nccl
+from baichuan.executors.device import gpu_of_rank
 from baichuan.parallel.comm import world_of_this_process
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from baichuan.errors import UnsupportedError
+from baichuan.executors.device import gpu_of_rank
 from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
 from baichuan.parallel.comm import Communicator, Solo, Threads
 
@@ -24,26 +25,12 @@ BUFFERS = 2  # used in turn
 MEET_TIMEOUT = timedelta(minutes=3)  # of ranks that join, or wait for each other's operations
 
 
-def gpu_of_rank(comm: Communicator) -> torch.device:
-    """The rank's own GPU.  Raises UnsupportedError where the machine has fewer GPUs than ranks."""
-    count = torch.cuda.device_count()
-    if comm.local_size > count:
-        raise UnsupportedError(
-            f"{comm.local_size} ranks need a GPU each and this machine has {count}; "
-            "use more GPUs, build with a smaller --world_size, or run on the CPU with --device cpu"
-        )
-    return torch.device("cuda", comm.local_rank)
-
-
 def join_gpus(comm: Communicator) -> tuple[torch.device, Communicator]:
     """(this rank's GPU, which becomes the thread's current one, the communicator of the ranks' GPUs).
 
-    Ranks that are threads of one process keep their communicator and share the GPUs that there are.
+    Ranks that are threads of one process keep their communicator.
     """
-    if isinstance(comm, Threads):
-        device = torch.device("cuda", comm.rank % torch.cuda.device_count())
-    else:
-        device = gpu_of_rank(comm)
+    device = gpu_of_rank(comm)
     torch.cuda.set_device(device)
     return device, comm if isinstance(comm, Solo | Threads) else Nccl(comm, device)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError
@@ -124,6 +123,8 @@ def _download_weights(name: str) -> Path:
 
 def download(name: str, patterns: tuple[str, ...] = ()) -> Path:
     """The hub's files of this model: DOWNLOADED, and those that match the patterns.  Raises CheckpointError."""
+    from huggingface_hub import snapshot_download  # takes half a second, and folders do without
+
     try:
         return Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, *patterns]))
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
