@@ -110,6 +110,16 @@ def test_a_chat_is_the_released_prompt(tmp_path):
     assert answer.ids == llm.generate([answer.prompt_ids], replace(GREEDY, stop_ids=tuple(llm.roles)), 6)[0].ids
 
 
+def test_stop_texts_end_a_text_where_they_first_occur(llm):
+    [whole] = llm.generate(prompts()[2], GREEDY, 24)
+    stop = whole.text[len(whole.text) // 2 :][:2]
+    [ended, not_ended] = llm.generate([prompts()[2]] * 2, GREEDY, 24, stop_texts=["never so", stop])
+    assert ended.text == not_ended.text == whole.text[: whole.text.index(stop)] != whole.text
+    assert ended.finish_reason == "stop" and len(ended.ids) < 24
+    [other] = llm.generate(prompts()[2], GREEDY, 24, stop_texts=["never so"])
+    assert (other.text, other.finish_reason) == (whole.text, "length")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -4,6 +4,7 @@ says the same."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -33,7 +34,7 @@ SHORTER = {
     "summarize.py": ["--max_ite", "2", "--output_len", "4"],
     "hf_baichuan_convert.py": ["--calib_max_length", "64"],
 }
-EXPECTED_SCRIPTS = {"build.py": 12, "hf_baichuan_convert.py": 2, "run.py": 7, "summarize.py": 4}  # at least
+EXPECTED_SCRIPTS = {"build.py": 12, "hf_baichuan_convert.py": 2, "run.py": 8, "summarize.py": 4}  # at least
 OF_OTHERS = {"-m", "--oversubscribe"}  # flags of python and mpirun in the prose
 VLLM_MS = 7.98  # a step of Baichuan2-13B in float16 at batch 1, docs/performance.md's
 
@@ -153,6 +154,9 @@ def test_every_command_runs(workflow, monkeypatch, capsys, number):
             check_predicted_bytes(engine)
     elif script == "run.py" and "--chat" in words and "--input_text" not in words:
         assert re.search(r"\n> .+\n(\[cut .*\n)?> \Z", out), out
+    elif script == "run.py" and "--prompt_file" in words:
+        lines = Path(given[given.index("--output_jsonl") + 1]).read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["key"] for line in lines] == ["peak", "poem", "chat"], err
     elif script == "run.py":
         assert out.count('Output: "') == 1 and out.rstrip().endswith('"'), out
     elif script == "summarize.py":

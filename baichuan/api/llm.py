@@ -14,6 +14,7 @@ from torch import Tensor
 
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
+from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import check_world, read_engine
@@ -106,22 +107,28 @@ class LLM:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         max_new_tokens: int | None = None,
         keep_logits: bool = False,
+        stop_texts: Sequence[str] = (),
     ) -> list[Completion]:
         """Continue each of any number of prompts, or one.
 
         sampling: for all prompts, with seeds that count up from random_seed; or a list, one for each prompt.
         max_new_tokens: of each continuation; default: the most that the engine was built for.
         keep_logits: keep the logits that each token was chosen from.
+        stop_texts: a text ends before the first of these that it contains; its ids may go on beyond that.
         Raises ConfigError for what the engine cannot hold.
         """
         requests = self.requests(prompts, sampling, max_new_tokens, keep_logits)
         made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
         ended: dict[Hashable, Progress] = {}
+        stops = {request.key: StopTexts(self.tokenizer, stop_texts) for request in requests} if stop_texts else {}
         for progress in self._run(requests):
-            made[progress.key] += progress.new_ids
+            key = progress.key
+            made[key] += progress.new_ids
             if progress.finished:
-                ended[progress.key] = progress
-        return [self._completion(request, made[request.key], ended[request.key]) for request in requests]
+                ended[key] = progress
+            if stops and stops[key].push(progress.new_ids, progress.finished) and not progress.finished:
+                self._traffic.cancel(key)
+        return [self._completion(each, made[each.key], ended[each.key], stops.get(each.key)) for each in requests]
 
     def chat(
         self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
@@ -237,9 +244,11 @@ class LLM:
     def _ids_of(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         return [self.encode(text) for text in _as_list(texts)]
 
-    def _completion(self, request: Request, ids: list[int], last: Progress) -> Completion:
+    def _completion(self, request: Request, ids: list[int], last: Progress, stop: StopTexts | None) -> Completion:
         if last.error or last.finish_reason is None:
             raise UnsupportedError(last.error or "the request has no end")
+        if stop and stop.found:
+            return Completion(list(request.prompt), ids, stop.text, "stop", last.logits)
         tokenizer = self.text.tokenizer
         text = tokenizer.decode(ids) if tokenizer and max(ids, default=0) < tokenizer.vocab_size else None
         return Completion(list(request.prompt), ids, text, last.finish_reason, last.logits)

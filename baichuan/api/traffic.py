@@ -40,6 +40,10 @@ class Traffic:
             for request in requests:
                 del self._news[request.key]
 
+    def cancel(self, key: Hashable) -> None:
+        """End one request of a call that is under way; its last progress says so."""
+        self._serving.cancel(key)
+
     def _step(self) -> None:
         for progress in self._serving.step():
             if progress.key in self._news:  # else its call was closed

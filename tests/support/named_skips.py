@@ -4,7 +4,9 @@ import pytest
 
 RELEASED_FOLDER = "BAICHUAN_TOKENIZERS"  # environment variable
 NO_RELEASED_TOKENIZERS = f"{RELEASED_FOLDER} names no folder of released tokenizers"
+NO_LM_EVAL = "lm_eval is not installed"
 NAMED_SKIPS = {
+    NO_LM_EVAL,
     NO_RELEASED_TOKENIZERS,
     "the interpreter cannot multiply bfloat16 matrices",
     "the interpreter cannot multiply e4m3 matrices",
