@@ -12,12 +12,23 @@ Range = tuple[int, int]  # [start, stop)
 
 
 @dataclass(frozen=True)
+class Int4Rows:
+    """A matrix's 4-bit integers as its checkpoint holds them."""
+
+    group_size: int  # input channels that share a scale; 0 = the whole row
+    has_zeros: bool
+    read: Callable[[int, int], dict[str, Tensor]]  # fields of records.Int4Weight of rows start to stop
+
+
+@dataclass(frozen=True)
 class TensorSource:
     """One tensor of a checkpoint, not yet read."""
 
     shape: tuple[int, ...]  # [rows, columns], or [rows]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]  # rows start to stop, [stop - start, ...] in dtype
+    int4: Int4Rows | None = None  # what the rows were dequantised from
+    read_columns: Callable[[int, int], Tensor] | None = None  # columns start to stop; None = by reading every row
 
     def blocks(self, block_bytes: int, ranges: Sequence[Range] | None = None) -> Iterator[Range]:
         """The row ranges (None = all rows) in blocks whose rows take at most block_bytes in float32, one row at least.
@@ -31,7 +42,14 @@ class TensorSource:
 
     def rows(self, start: int, stop: int) -> TensorSource:
         """Rows start to stop as a tensor of their own."""
-        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda a, b: self.read(start + a, start + b))
+        shape = (stop - start, *self.shape[1:])
+        return TensorSource(shape, self.dtype, lambda a, b: self.read(start + a, start + b))
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """All rows of columns start to stop."""
+        if self.read_columns:
+            return self.read_columns(start, stop)
+        return self.read(0, self.shape[0])[:, start:stop]
 
 
 Checkpoint = Mapping[str, TensorSource]  # by the hub's names: model.layers.0.self_attn.W_pack.weight, ...
@@ -48,7 +66,11 @@ def on_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
         return checkpoint
 
     def moved(source: TensorSource) -> TensorSource:
-        return replace(source, read=lambda start, stop: source.read(start, stop).to(device))
+        return replace(
+            source,
+            read=lambda start, stop: source.read(start, stop).to(device),
+            read_columns=lambda start, stop: source.columns(start, stop).to(device),
+        )
 
     return {name: moved(source) for name, source in checkpoint.items()}
 

@@ -52,8 +52,7 @@ class Change:
         """[stop - start, columns] float64, so that it is the same for any block of rows once it is rounded."""
         right = self.right.read(0, self.right.shape[0]).double()
         if self.transposed:
-            left = self.left.read(0, self.left.shape[0])[:, start:stop].double()
-            return self.scale * (left.t() @ right.t())
+            return self.scale * (self.left.columns(start, stop).double().t() @ right.t())
         return self.scale * (self.left.read(start, stop).double() @ right)
 
     def added_to(self, base: TensorSource) -> TensorSource:

@@ -89,7 +89,12 @@ def _source(mapped, file_size: int, archive: zipfile.ZipFile, entry: zipfile.Zip
         raise ValueError(f"record {value.key[:MAX_SHOWN]} is not where it should be")
     record = mapped[start : start + needed]
     tensor = torch.empty(0, dtype=value.dtype).set_(record, value.offset, value.shape, value.stride)
-    return TensorSource(value.shape, value.dtype, lambda first, stop: tensor[first:stop])
+    return TensorSource(
+        value.shape,
+        value.dtype,
+        lambda first, stop: tensor[first:stop],
+        read_columns=lambda first, stop: tensor[:, first:stop],
+    )
 
 
 def _first_line(error: Exception) -> str:

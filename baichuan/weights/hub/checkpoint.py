@@ -15,6 +15,7 @@ from baichuan.errors import CheckpointError
 from baichuan.weights.hub.bin_reader import open_bin
 from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
 from baichuan.weights.hub.safetensors_reader import open_safetensors
+from baichuan.weights.imported.formats import dequantised, format_of
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
 from baichuan.weights.strangers import recognise
@@ -85,7 +86,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     """The tensors that `config` asks for, unread; from safetensors files where there are both kinds.
 
     Raises CheckpointError for a tensor that is missing, unexpected, there twice, of another shape, not of floats or
-    quantised, and for a file that is missing, truncated or outside the folder.
+    quantised in another way than config.json says, and for a file that is missing, truncated or outside the folder.
     """
     form = next((each for each in FORMATS if each.files(folder)), None)
     if form is None:
@@ -101,6 +102,9 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
             "rotary positions; check config.json and --model_version"
         )
     tensors = {name: source for name, source in tensors.items() if not IGNORED.search(name)}
+    path = folder / "config.json"
+    if form_of_integers := format_of(str(path), read_json_object(path, MAX_CONFIG_BYTES)):
+        tensors = dequantised(tensors, form_of_integers, hub_shapes(config))
     _refuse_quantised(folder, tensors)
     _require_names(folder, tensors, config)
     for name, shape in hub_shapes(config).items():

@@ -10,6 +10,7 @@ from baichuan.errors import CheckpointError, ConfigError
 from baichuan.util.files import read_at_most
 from baichuan.weights.hub.rope import read_rope
 from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
+from baichuan.weights.imported.formats import format_of
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -35,7 +36,7 @@ def read_model_config(folder: Path, model_version: str | None, dtype: str) -> Mo
         raise CheckpointError(
             f"{path} has model_type {values.get('model_type')!r}; only 'baichuan' checkpoints are read"
         )
-    _refuse_quantised(path, values)
+    format_of(str(path), values)
     rope_theta, rope_factor = read_rope(str(path), values)
     model_version = decide_version(str(path), model_version, config_evidence(values) | tokenizer_evidence(folder))
     length_key = VERSIONS[model_version].length_keys[0]
@@ -69,20 +70,6 @@ def read_json_object(path: Path, max_bytes: int) -> dict:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
     return values
-
-
-def _refuse_quantised(path: Path, values: dict) -> None:
-    quantisation = values.get("quantization_config")
-    if quantisation is None:
-        return
-    settings = quantisation if isinstance(quantisation, dict) else {}
-    name = settings.get("quant_method")
-    if not name and any(key.startswith(("bnb_", "load_in_")) for key in settings):
-        name = "bitsandbytes"
-    raise CheckpointError(
-        f"{path} describes a checkpoint quantised by {name or 'an unnamed method'}; "
-        "take the float checkpoint that it was made from and let build.py quantise it"
-    )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

@@ -41,4 +41,7 @@ def _source(path: Path, name: str, rows) -> TensorSource:
         raise CheckpointError(
             f"{path} holds {name} as {rows.get_dtype()}, which is not a known type; download it again"
         )
-    return TensorSource(tuple(rows.get_shape()), _DTYPES[rows.get_dtype()], lambda start, stop: rows[start:stop])
+    shape, dtype = tuple(rows.get_shape()), _DTYPES[rows.get_dtype()]
+    return TensorSource(
+        shape, dtype, lambda start, stop: rows[start:stop], read_columns=lambda start, stop: rows[:, start:stop]
+    )
