@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import ConfigError
+from baichuan.quant.weight_only import GROUP_SIZES
 from baichuan.records import ModelWeights
 from baichuan.weights.assemble import assemble
-from baichuan.weights.binary.config_ini import read_binary_model
+from baichuan.weights.binary.config_ini import BinaryConfig, read_binary_model
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
 from baichuan.weights.calibrated import from_binary, from_fp8_scales
@@ -26,7 +27,7 @@ from baichuan.weights.dummy import dummy_checkpoint
 from baichuan.weights.hub.adapter import open_merged
 from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
-from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, in_memory
+from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, has_groups_of, in_memory
 from baichuan.weights.source import Checkpoint, on_device
 
 logger = logging.getLogger("baichuan.weight")
@@ -80,6 +81,18 @@ def read_model(source: WeightSource, model_version: str | None, dtype: str) -> M
     if source.hub_folder:
         return read_model_config(source.hub_folder, model_version, dtype)
     raise ConfigError("dummy weights have no checkpoint to read; take a ModelConfig from config.PRESETS")
+
+
+def stored_weight_only(source: WeightSource, model: ModelConfig) -> WeightOnly | None:
+    """The weight-only integers that the source's folder holds, and an engine may have as they are; None = none."""
+    if source.binary_folder:
+        return BinaryConfig(source.binary_folder).weight_only
+    if not source.hub_folder:
+        return None
+    matrices = [each for each in open_merged(source.hub_folder, model, source.adapters).values() if each.int4]
+    sizes = (size for size in (*GROUP_SIZES, 0) if all(has_groups_of(each, size) for each in matrices))
+    size = next(sizes, None) if matrices else None
+    return None if size is None else WeightOnly("int4", size)
 
 
 def rank_tensors(

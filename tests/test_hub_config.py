@@ -70,8 +70,8 @@ def test_contradictions_in_the_config_are_refused(changes, message, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by gptq"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantised by bitsandbytes"),
+        ({"quantization_config": {"quant_method": "hqq", "nbits": 4}}, "quantised by hqq, and only those by gptq"),
+        ({"quantization_config": {"bits": 4}}, "quantised by an unnamed method"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"model_type": ...}, "model_type None"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn'"),

@@ -14,7 +14,7 @@ import torch
 import weight
 from baichuan.cli import build_records
 from baichuan.cli.common import check_device
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.engine import self_check
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
@@ -29,7 +29,9 @@ from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.binary.config_ini import BinaryConfig
 from baichuan.weights.hub.adapter import resolve_adapter
 from baichuan.weights.hub.checkpoint import resolve_folder
+from baichuan.weights.hub.config_json import read_format
 from baichuan.weights.hub.version import require_tokenizer
+from baichuan.weights.imported.formats import Format
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,12 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     source, model = open_source(args)
     build_records.check_sizes(args, model)
     limits = build_records.build_config(args, backend)
-    found = BinaryConfig(source.binary_folder).weight_only if source.binary_folder else None
+    found = weight.stored_weight_only(source, model)
     quant = build_records.quant_config(args, model, found)
     if source.binary_folder:
         say_calibration(source.binary_folder, quant)
+    elif source.hub_folder and (form := read_format(source.hub_folder)):
+        say_dequantised(source.hub_folder, form, found, quant)
     device = resolve_device(args.device)
     rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
     options = build_records.backend_options(args, backend)
@@ -85,6 +89,23 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
         )
         return source, build_records.dummy_model(args)
     return source, weight.read_model(source, args.model_version, args.dtype)
+
+
+def say_dequantised(folder: Path, form: Format, found: WeightOnly | None, quant: QuantConfig) -> None:
+    """Say what becomes of the integers of a checkpoint that another tool quantised."""
+    if found and (found.precision, found.group_size) == (quant.weights, quant.group_size):
+        logger.info("%s: the integers that %s found are kept as they are", folder, form.label)
+        return
+    then = f"quantised to {quant.weights.upper()} anew" if quant.weights != "none" else "not quantised again"
+    hint = ""
+    if found:
+        keeping = "--use_weight_only --weight_only_precision int4"
+        hint = f"; {keeping} --weight_only_group_size {found.group_size} keeps the integers"
+    elif quant.weights == "int4":
+        hint = "; no engine has integers in this form, and INT8 or float16 keep what they mean more closely"
+    logger.warning(
+        "%s: the weights are dequantised from %s in %d bits, and %s%s", folder, form.label, form.bits, then, hint
+    )
 
 
 def say_calibration(folder: Path, quant: QuantConfig) -> None:

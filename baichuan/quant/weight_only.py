@@ -117,9 +117,14 @@ def check_group_size(group_size: int, in_features: int, name: str) -> None:
 
 
 def fitting_group_sizes(config: ModelConfig, tp_size: int) -> list[int]:
-    """Those of GROUP_SIZES that divide every linear's input channels, whole and as a rank's share."""
-    widths = (config.hidden_size, config.hidden_size // tp_size, config.intermediate_size // tp_size)
-    return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    """Those of GROUP_SIZES that divide every linear's input channels, and of which each rank gets at least one; a
+    rank's heads are whole groups too, while the ranks' shares of the MLP may differ."""
+    widths = (config.hidden_size, config.hidden_size // tp_size, config.intermediate_size)
+    return [
+        size
+        for size in GROUP_SIZES
+        if all(width % size == 0 for width in widths) and config.intermediate_size // size >= tp_size
+    ]
 
 
 def _cache_blocks(rows: Tensor) -> Iterator[slice]:

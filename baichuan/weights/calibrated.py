@@ -8,7 +8,6 @@ import torch
 
 from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.quant.scaled import LIMITS
-from baichuan.quant.weight_only import check_group_size
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.binary.fp8_scales import MODULES, LayerScales
 from baichuan.weights.converters import cast, fp8
@@ -20,6 +19,7 @@ from baichuan.weights.rank_tensors import (
     as_stored,
     from_checkpoint,
     from_pieces,
+    integer_tensors,
     whole_model,
 )
 from baichuan.weights.shard import LINEARS
@@ -72,23 +72,10 @@ def from_fp8_scales(
 
 def _calibrated_linears(folder: BinaryFolder, quant: QuantConfig, form: WeightOnly, rank: int) -> LinearTensors:
     """A rank's rows and columns of the integers that calibration found."""
-    tp_size, dtypes = folder.layout.tp_size, {torch.float16: getattr(torch, folder.model.dtype)}  # of INT4's scales
 
     def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
-        linear = LINEARS[name]
-        sources = [folder.integers(layer, module, form) for module in linear.modules]
-        shape = folder.layout.hub_shape(linear.modules[0])
-        rows, (start, stop) = linear.cut(shape, rank, tp_size)
-        if quant.weights == "int4":
-            check_group_size(quant.group_size, stop - start, name)
-        tensors = []
-        for field, example in sources[0].items():
-            convert = cast(dtypes.get(example.dtype, example.dtype), "")
-            pieces = [Piece(source[field], each, convert) for source in sources for each in rows]
-            width = example.shape[-1]  # in which one column may stand for several inputs
-            columns = start * width // shape[1], stop * width // shape[1]
-            tensors.append(from_pieces(f"layers.{layer}.{name}.{field}", pieces, columns))
-        return tensors
+        matrices = [folder.integers(layer, module, form) for module in LINEARS[name].modules]
+        return integer_tensors(layer, name, matrices, folder.model, quant, rank, folder.layout.tp_size)
 
     return linear_tensors
 

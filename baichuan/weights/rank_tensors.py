@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.quant.weight_only import check_group_size
 from baichuan.weights.converters import Converter, cast
-from baichuan.weights.shard import LINEARS, NORMS, Range, padded_vocab_size, rank_ranges
+from baichuan.weights.shard import LINEARS, NORMS, Range, hub_shapes, padded_vocab_size, rank_ranges
 from baichuan.weights.source import Checkpoint, TensorSource, known
 from baichuan.weights.types import converter_of
 
@@ -64,7 +64,9 @@ def from_checkpoint(
     def linear_tensors(layer: int, name: str) -> list[TensorBlocks]:
         linear, of_this = LINEARS[name], (converters or weights_alone)(layer, name)
         sources = [checkpoint[f"model.layers.{layer}.{module}.weight"] for module in linear.modules]
-        cuts = [linear.cut(source.shape, rank, tp_size) for source in sources]
+        if converters is None and quant.weights == "int4" and _holds_integers(sources, quant.group_size):
+            return integer_tensors(layer, name, [source.int4 or {} for source in sources], config, quant, rank, tp_size)
+        cuts = [linear.cut(source.shape, rank, tp_size, quant.group_size) for source in sources]
         columns = cuts[0][1]
         if quant.weights == "int4":
             check_group_size(quant.group_size, columns[1] - columns[0], name)
@@ -77,6 +79,47 @@ def from_checkpoint(
         ]
 
     return whole_model(checkpoint, config, quant, rank, tp_size, linear_tensors)
+
+
+def integer_tensors(
+    layer: int,
+    name: str,
+    matrices: Sequence[Mapping[str, TensorSource]],
+    config: ModelConfig,
+    quant: QuantConfig,
+    rank: int,
+    tp_size: int,
+) -> list[TensorBlocks]:
+    """Rank `rank`'s rows and columns of integers that are known already.
+
+    matrices: for each of the linear's matrices of the hub, the whole fields of its weight record.
+    """
+    linear, dtype = LINEARS[name], getattr(torch, config.dtype)
+    in_features = hub_shapes(config)[f"model.layers.{layer}.{linear.modules[0]}.weight"][1]
+    rows, (start, stop) = linear.cut((matrices[0]["scale"].shape[0], in_features), rank, tp_size, quant.group_size)
+    if quant.weights == "int4":
+        check_group_size(quant.group_size, stop - start, name)
+    tensors = []
+    for field_name, example in matrices[0].items():
+        of_dtype = quant.weights == "int4" and example.dtype.is_floating_point  # a scale is in the model's dtype
+        convert = cast(dtype if of_dtype else example.dtype, "")
+        pieces = [Piece(fields[field_name], each, convert) for fields in matrices for each in rows]
+        width = example.shape[-1]  # in which one column may stand for several inputs
+        columns = start * width // in_features, stop * width // in_features
+        tensors.append(from_pieces(f"layers.{layer}.{name}.{field_name}", pieces, columns))
+    return tensors
+
+
+def _holds_integers(sources: Sequence[TensorSource], group_size: int) -> bool:
+    """Whether all the matrices' 4-bit integers are known, in groups of this size and of one form."""
+    forms = {tuple(source.int4 or ()) for source in sources}
+    return len(forms) == 1 and all(has_groups_of(source, group_size) for source in sources)
+
+
+def has_groups_of(source: TensorSource, group_size: int) -> bool:
+    """Whether the matrix's 4-bit integers are known, in groups of this size; 0 = the whole row."""
+    columns = source.shape[-1]
+    return source.int4 is not None and source.int4["scale"].shape[1] == columns // (group_size or columns)
 
 
 def whole_model(

@@ -12,22 +12,13 @@ Range = tuple[int, int]  # [start, stop)
 
 
 @dataclass(frozen=True)
-class Int4Rows:
-    """A matrix's 4-bit integers as its checkpoint holds them."""
-
-    group_size: int  # input channels that share a scale; 0 = the whole row
-    has_zeros: bool
-    read: Callable[[int, int], dict[str, Tensor]]  # fields of records.Int4Weight of rows start to stop
-
-
-@dataclass(frozen=True)
 class TensorSource:
     """One tensor of a checkpoint, not yet read."""
 
     shape: tuple[int, ...]  # [rows, columns], or [rows]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]  # rows start to stop, [stop - start, ...] in dtype
-    int4: Int4Rows | None = None  # what the rows were dequantised from
+    int4: Mapping[str, TensorSource] | None = None  # fields of records.Int4Weight that the rows were dequantised from
     read_columns: Callable[[int, int], Tensor] | None = None  # columns start to stop; None = by reading every row
 
     def blocks(self, block_bytes: int, ranges: Sequence[Range] | None = None) -> Iterator[Range]:
@@ -69,6 +60,7 @@ def on_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
         return replace(
             source,
             read=lambda start, stop: source.read(start, stop).to(device),
+            int4={name: moved(part) for name, part in source.int4.items()} if source.int4 else None,
             read_columns=lambda start, stop: source.columns(start, stop).to(device),
         )
 

@@ -13,9 +13,9 @@ import torch
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError
 from baichuan.weights.hub.bin_reader import open_bin
-from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object, read_model_config
+from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_format, read_json_object, read_model_config
 from baichuan.weights.hub.safetensors_reader import open_safetensors
-from baichuan.weights.imported.formats import dequantised, format_of
+from baichuan.weights.imported.formats import dequantised
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
 from baichuan.weights.strangers import recognise
@@ -102,9 +102,8 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
             "rotary positions; check config.json and --model_version"
         )
     tensors = {name: source for name, source in tensors.items() if not IGNORED.search(name)}
-    path = folder / "config.json"
-    if form_of_integers := format_of(str(path), read_json_object(path, MAX_CONFIG_BYTES)):
-        tensors = dequantised(tensors, form_of_integers, hub_shapes(config))
+    if quantised := read_format(folder):
+        tensors = dequantised(tensors, quantised, hub_shapes(config))
     _refuse_quantised(folder, tensors)
     _require_names(folder, tensors, config)
     for name, shape in hub_shapes(config).items():

@@ -10,7 +10,7 @@ from baichuan.errors import CheckpointError, ConfigError
 from baichuan.util.files import read_at_most
 from baichuan.weights.hub.rope import read_rope
 from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
-from baichuan.weights.imported.formats import format_of
+from baichuan.weights.imported.formats import Format, format_of
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -48,6 +48,12 @@ def read_model_config(folder: Path, model_version: str | None, dtype: str) -> Mo
         return from_json(ModelConfig, fields | {"rope_theta": rope_theta, "rope_factor": rope_factor})
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
+
+
+def read_format(folder: Path) -> Format | None:
+    """How the checkpoint in `folder` is quantised; None where it is not.  Raises CheckpointError; see format_of."""
+    path = folder / "config.json"
+    return format_of(str(path), read_json_object(path, MAX_CONFIG_BYTES)) if path.is_file() else None
 
 
 def folder_evidence(folder: Path) -> dict[str, list[str]]:

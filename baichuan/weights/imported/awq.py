@@ -24,6 +24,7 @@ class Awq:
     group_size: int  # 0 = the whole row
 
     label = "AWQ"
+    bits = BITS
     ends = ("qweight", "qzeros", "scales", "bias")
 
     @staticmethod
@@ -49,5 +50,6 @@ class Awq:
             self.group_size,
             integers=lambda start, stop: columns_unpacked(qweight.columns, BITS, start, stop, PLACES).t(),
             scales=lambda start, stop: scales.columns(start, stop).t().contiguous(),
+            scale_dtype=scales.dtype,
             zeros=lambda start, stop: columns_unpacked(qzeros.columns, BITS, start, stop, PLACES).t(),
         ).source()

@@ -97,6 +97,7 @@ class CompressedTensors:
             self.group_size,
             integers=lambda start, stop: unpacked(packed.read(start, stop), self.bits)[:, :columns],
             scales=scale.read,
+            scale_dtype=scale.dtype,
             zeros=zeros,
             groups=groups,
         ).source()

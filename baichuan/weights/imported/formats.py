@@ -29,6 +29,10 @@ class Format(Protocol):
         """Its name, for messages."""
 
     @property
+    def bits(self) -> int:
+        """Of an integer."""
+
+    @property
     def ends(self) -> tuple[str, ...]:
         """How the names of its tensors go on after the module's."""
 

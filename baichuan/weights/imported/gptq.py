@@ -74,6 +74,7 @@ class Gptq:
             self.group_size,
             integers=lambda start, stop: unpacked(qweight.columns(start, stop).t(), self.bits),
             scales=lambda start, stop: scales.columns(start, stop).t().contiguous(),
+            scale_dtype=scales.dtype,
             zeros=lambda start, stop: columns_unpacked(zero_words, self.bits, start, stop).t(),
             symmetric=self.symmetric,
             groups=groups,

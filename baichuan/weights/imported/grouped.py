@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import require_finite
 from baichuan.quant.weight_only import pack_int4
-from baichuan.weights.source import Int4Rows, TensorSource
+from baichuan.weights.source import TensorSource
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) -> those output channels
 
@@ -25,19 +26,31 @@ class Grouped:
     bits: int  # 4 or 8
     group_size: int  # 0 = the whole row
     integers: Rows  # [n, in_features] uint8
-    scales: Rows  # [n, groups] of a floating type
+    scales: Rows  # [n, groups] in scale_dtype
+    scale_dtype: torch.dtype
     zeros: Rows | None = None  # [n, groups] of an integer type; None = 2^(bits - 1), the middle
     symmetric: bool = False  # every zero must be in the middle
     groups: Tensor | None = None  # [in_features] int64, each input channel's group; None = in their order
 
     def source(self) -> TensorSource:
-        """The dense matrix in float32, and 4-bit integers as they are where their groups are in order."""
-        has_zeros = self.zeros is not None and not self.symmetric
-        kept = Int4Rows(self.group_size, has_zeros, self._int4) if self._keeps_int4() else None
-        return TensorSource(self.shape, torch.float32, self._dense, kept)
+        """The dense matrix in float32, with its 4-bit integers where their groups are in order."""
+        return TensorSource(self.shape, torch.float32, self._dense, self._int4())
 
-    def _keeps_int4(self) -> bool:
-        return self.bits == 4 and self.groups is None and self.shape[1] % 2 == 0
+    def _int4(self) -> dict[str, TensorSource] | None:
+        """Fields of records.Int4Weight, the scale in its own type."""
+        rows, columns = self.shape
+        if self.bits != 4 or self.groups is not None or columns % 2:
+            return None
+        grouped = rows, group_count(columns, self.group_size)
+        scale = TensorSource(grouped, self.scale_dtype, lambda a, b: require_finite(self.scales(a, b)))
+        fields = {"packed": TensorSource((rows, columns // 2), torch.uint8, self._packed), "scale": scale}
+        if self.zeros is not None and not self.symmetric:
+            fields["zero"] = TensorSource(grouped, torch.int8, lambda a, b: self._signed_zeros(a, b).to(torch.int8))
+        return fields
+
+    def _packed(self, start: int, stop: int) -> Tensor:
+        self._signed_zeros(start, stop)  # are in the middle where they should be
+        return pack_int4(self.integers(start, stop).to(torch.int8) - self._middle())
 
     def _dense(self, start: int, stop: int) -> Tensor:
         scales = require_finite(self.scales(start, stop).float())
@@ -49,14 +62,7 @@ class Grouped:
         q = q.unflatten(1, (scales.shape[1], -1))
         return ((q if zeros is None else q - zeros.float()[:, :, None]) * scales[:, :, None]).flatten(1)
 
-    def _int4(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Fields of records.Int4Weight, the scale in its own type."""
-        q = self.integers(start, stop).to(torch.int8) - self._middle()
-        fields = {"packed": pack_int4(q), "scale": require_finite(self.scales(start, stop))}
-        zeros = self._signed_zeros(start, stop)
-        return fields if zeros is None else fields | {"zero": zeros.to(torch.int8)}
-
-    def _signed_zeros(self, start: int, stop: int) -> Tensor | None:
+    def _signed_zeros(self, start: int, stop: int) -> Any:  # None where all are 0
         if self.zeros is None:
             return None
         zeros = self.zeros(start, stop).to(torch.int16) - self._middle()

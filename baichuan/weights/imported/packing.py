@@ -10,7 +10,7 @@ from torch import Tensor
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """Each word's values, its lowest bits first: [..., n] int32 -> [..., n * 32 / bits] uint8.  bits: 4 or 8."""
-    octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # a view of one row would not do
     return octets if bits == 8 else torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(-2)
 
 

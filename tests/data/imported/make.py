@@ -1,8 +1,8 @@
 """Checkpoints that other tools quantised, each with what the tool itself computes: python tests/data/imported/make.py
 
 Needs gptqmodel 7.7, autoawq 0.2.9, compressed-tensors 0.20 and bitsandbytes 0.50; runs on a CPU.  A folder holds
-config.json, model.safetensors with one layer of a tiny v1_7b model, and outputs.safetensors: for each quantised matrix W,
-by the tool's own dequantisation, x and x @ Wᵀ in float32.
+config.json, model.safetensors with one layer of a tiny v1_7b model, and outputs.safetensors: for each quantised matrix
+W, by the tool's own dequantisation, x and x @ Wᵀ in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 HERE = Path(__file__).parent
-HIDDEN, INTERMEDIATE, HEADS, VOCAB = 64, 192, 2, 48
+HIDDEN, INTERMEDIATE, HEADS, VOCAB = 128, 192, 4, 48
 MATRICES = {
     "self_attn.W_pack": (3 * HIDDEN, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN),
@@ -111,7 +111,10 @@ def gptq(name: str, bits: int, size: int, symmetric: bool, version: str, ordered
         dense = packed.dequantize_weight().t()
         if version == "gptq":
             convert_gptq_v2_to_v1_format_module(packed, settings)
-        matrices[module] = {end: getattr(packed, end).clone() for end in ("qweight", "qzeros", "scales", "g_idx")}, dense
+        matrices[module] = (
+            {end: getattr(packed, end).clone() for end in ("qweight", "qzeros", "scales", "g_idx")},
+            dense,
+        )
     write(name, {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": ordered,
                  "checkpoint_format": version, "pack_dtype": "int32", "lm_head": False}, matrices)  # fmt: skip
 
