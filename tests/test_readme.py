@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from demo_checkpoint import demo_checkpoint
+from gptq_folder import write_gptq
 from lora_adapter import write_adapter
 
 import build
@@ -86,7 +87,8 @@ def execute(words: list[str], capsys) -> tuple[int, str, str]:
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     found = {name: demo_checkpoint(version, 3) for name, version in CHECKPOINTS.items()}
     adapter = write_adapter(tmp_path_factory.mktemp("adapter"), found["baichuan-inc/Baichuan-13B-Chat"])
-    return found | {"./my-adapter": adapter}
+    gptq = write_gptq(tmp_path_factory.mktemp("gptq"), found["baichuan-inc/Baichuan-13B-Chat"])
+    return found | {"./my-adapter": adapter, "./Baichuan-13B-Chat-GPTQ": gptq}
 
 
 def check_predicted_bytes(engine: Engine) -> None:
