@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from baichuan.quant.weight_only import quantise_int4, unpack_int4
@@ -22,7 +22,10 @@ def write_gptq(folder: Path, checkpoint: Path) -> Path:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "sym": True, "desc_act": False}
     values = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(values))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {}
+    for file in [*folder.glob("pytorch_model*")]:
+        tensors |= torch.load(file, weights_only=True) if file.suffix == ".bin" else {}
+        file.unlink()
     for name in [name for name in tensors if name.split(".")[-2] in PROJECTIONS]:
         parts = _parts(tensors.pop(name))
         tensors |= {name.removesuffix("weight") + end: part.contiguous() for end, part in parts.items()}
