@@ -10,6 +10,7 @@ import pytest
 PROGRAM = Path(__file__).with_name("support") / "compile_kernels.py"
 ROWS = {"_gather_rows", "_quantise_rows", "_add_rms_norm", "_silu_mul"}
 PRODUCTS = {"_gemv", "_gemv_int", "_gemm", "_gemm_int4", "_add_parts", "_dequantise"}
+MESSAGES = {"_sum_norm", "_all_gather", "_quantise_over_ranks"}
 ATTENTION = {"_store_kv", "_prefill_attention", "_decode_attention", "_combine_splits"}
 
 
@@ -29,5 +30,5 @@ def test_every_kernel_of_the_executor_compiles_and_fits(capability, shared_memor
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, *_ in lines} == ROWS | PRODUCTS | ATTENTION
+    assert {name for name, *_ in lines} == ROWS | PRODUCTS | ATTENTION | MESSAGES
     assert all(int(shared) <= shared_memory for _, _, shared in lines)

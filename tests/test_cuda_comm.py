@@ -1,42 +1,45 @@
-"""What the sums through peers' memory need of their callers, without a GPU: the buffers alternate, a step's calls are
-even in number.  The sums themselves: test_cuda_kernels.py, and test_multi_gpu.py on GPUs."""
-
-from types import SimpleNamespace
+"""What messages through peers' memory need of their callers, without a GPU: consecutive ones have different inboxes,
+also from one replayed step to the next.  The messages themselves: test_peers.py, and test_multi_gpu.py on GPUs."""
 
 import pytest
 import torch
 
-from baichuan.executors.cuda import comm
-from baichuan.executors.cuda.comm import BUFFERS, ONE_SHOT_BYTES, _PeerMemory
+from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
+
+SLOT_BYTES = 64
 
 
 @pytest.fixture
-def peers(monkeypatch):
-    """(a rank's peer memory, the addresses of the buffers that its sums have used)"""
-    memory = torch.zeros(BUFFERS * ONE_SHOT_BYTES + 1024, dtype=torch.uint8)
-    used = []
-
-    def sum_of(x, buffers, flags, own_buffer, rank, world_size):
-        assert own_buffer.data_ptr() == buffers[rank] and own_buffer.shape == x.shape
-        used.append(own_buffer.data_ptr())
-        return x
-
-    monkeypatch.setattr(comm, "one_shot_all_reduce", sum_of)
-    return _PeerMemory(memory, SimpleNamespace(buffer_ptrs=[memory.data_ptr()] * 2), 0, 2), used
+def memory():
+    return PeerMemory(torch.zeros(INBOXES * 2 * SLOT_BYTES, dtype=torch.uint8), [4096, 8192], 0)
 
 
-def test_consecutive_sums_use_different_buffers_from_step_to_step(peers):
-    memory, used = peers
-    for _ in range(2):  # steps
-        for _ in range(4):  # two layers
-            memory.all_reduce(torch.ones(8))
-        memory.end_step()
-    assert len(set(used)) == 2 and all(one != other for one, other in zip(used, used[1:], strict=False))
+def inboxes_of_step(memory, sums, gather):
+    used = [memory.slots(8).inbox.data_ptr() for _ in range(sums)]
+    if gather:
+        used.append(memory.slots(8, ends_step=True).inbox.data_ptr())
+    memory.end_step()
+    return used
 
 
-def test_an_odd_number_of_sums_is_noticed(peers):
-    memory, _ = peers
-    for _ in range(3):
-        memory.all_reduce(torch.ones(8))
-    with pytest.raises(AssertionError, match="odd number of sums"):
-        memory.end_step()
+@pytest.mark.parametrize("sums, gather", [(4, True), (5, True), (4, False)])
+def test_consecutive_messages_use_different_inboxes_from_step_to_step(memory, sums, gather):
+    one = inboxes_of_step(memory, sums, gather)
+    assert inboxes_of_step(memory, sums, gather) == one, "a replayed graph keeps them"
+    used = 3 * one
+    assert all(this != other for this, other in zip(used, used[1:], strict=False))
+
+
+def test_a_step_that_a_replay_could_not_follow_is_noticed(memory):
+    with pytest.raises(AssertionError, match="odd number of messages"):
+        inboxes_of_step(memory, 3, gather=False)
+
+
+def test_a_message_that_does_not_fit_has_no_slots(memory):
+    assert memory.slots(SLOT_BYTES).bytes == SLOT_BYTES
+    assert memory.slots(SLOT_BYTES + 1) is None
+
+
+def test_slots_are_those_of_one_inbox_at_every_rank(memory):
+    slots = memory.slots(8)
+    assert (slots.world_size, slots.bytes, slots.distances.tolist()) == (2, SLOT_BYTES, [0, 4096])

@@ -1,17 +1,13 @@
-"""Kernels that test_kernels.py leaves out: writing a quantised matrix out, and the sum over GPUs.  Of that, one rank's
-part runs alone, in Triton's interpreter or on the GPU, beside what the other ranks would have left in memory.
-"""
+"""A kernel that test_kernels.py leaves out: writing a quantised matrix out."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from kernel_device import DEVICE, relative_error, to_device
+from kernel_device import relative_error, to_device
 
 from baichuan.executors.cuda.dense_copies import COPY_ROWS, DenseCopies
-from baichuan.kernels.all_reduce import BLOCK, one_shot_all_reduce
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.spec import cdiv
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
 
@@ -61,36 +57,3 @@ def test_copies_are_made_once_for_enough_rows_and_within_the_budget():
     assert copies.get(weights[1], torch.float16, rows) is None, "no room for another"
     assert copies.get(weights[0], torch.float16, rows + 1) is dense
     assert DenseCopies().get(weights[0], torch.float16, rows) is None
-
-
-def partial_sum(dtype, elements, world_size, rank):
-    """(result, parts, own flags, each peer's flags) of `rank`'s launch, whose peers have done their share already."""
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(elements, generator=generator).to(DEVICE, dtype) for _ in range(world_size)]
-    buffers = [part.clone() for part in parts]
-    buffers[rank].fill_(torch.nan)  # the kernel itself copies this rank's part there
-    blocks = cdiv(elements, BLOCK)
-    flags = [torch.zeros(blocks, world_size, dtype=torch.int32, device=DEVICE) for _ in range(world_size)]
-    for peer in range(world_size):
-        if peer != rank:
-            flags[rank][:, peer] = 1  # what the peer's launch announces
-    addresses = [torch.tensor([each.data_ptr() for each in of], device=DEVICE) for of in (buffers, flags)]
-    result = one_shot_all_reduce(parts[rank], *addresses, buffers[rank], rank, world_size)
-    return result, parts, flags
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("world_size, rank", [(1, 0), (2, 0), (2, 1), (4, 2)])
-def test_one_ranks_part_of_a_sum(dtype, world_size, rank):
-    elements = 2 * BLOCK + 100
-    result, parts, flags = partial_sum(dtype, elements, world_size, rank)
-    expected = parts[0].float()
-    for part in parts[1:]:  # in rank order, rounded once
-        expected = expected + part.float()
-    assert torch.equal(result, expected.to(dtype))
-    assert world_size == 1 or not torch.equal(result, parts[rank])
-    for peer in range(world_size):
-        announced = torch.zeros_like(flags[peer])
-        if peer != rank:
-            announced[:, rank] = 1  # the peer has not taken note yet
-        assert torch.equal(flags[peer], announced)

@@ -14,6 +14,16 @@ from baichuan.kernels.store_row import form_constant, store_row
 
 
 @triton.jit
+def store_normed(r, w, row, columns, mask, scale, out, out_scale, width, EPS: tl.constexpr, FORM: tl.constexpr):
+    """Write the norm of a row r times w in the given form, as store_row.py does.  r: 0 beyond the mask"""
+    r = r.to(tl.float32)
+    inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(r * r, 0) / width + EPS)
+    normed = (r * inverse_rms).to(w.dtype).to(tl.float32) * w.to(tl.float32)
+    normed = normed.to(w.dtype).to(tl.float32)
+    store_row(normed, row, columns, mask, scale, out, out_scale, width, FORM, False)
+
+
+@triton.jit
 def _add_rms_norm(
     x, residual, weight, scale,
     width,
@@ -36,11 +46,7 @@ def _add_rms_norm(
     if HAS_RESIDUAL:
         r = (r.to(tl.float32) + tl.load(residual + offsets, mask, other=0.0).to(tl.float32)).to(r.dtype)
         tl.store(total + offsets, r, mask)
-    r = r.to(tl.float32)
-    inverse_rms = 1.0 / tl.sqrt_rn(tl.sum(r * r, 0) / width + EPS)
-    normed = (r * inverse_rms).to(w.dtype).to(tl.float32) * w.to(tl.float32)
-    normed = normed.to(w.dtype).to(tl.float32)
-    store_row(normed, row, columns, mask, scale, out, out_scale, width, FORM, False)
+    store_normed(r, w, row, columns, mask, scale, out, out_scale, width, EPS, FORM)
 
 
 ADD_RMS_NORM = KernelSpec(

@@ -17,13 +17,17 @@ from baichuan.records import AttentionSpec, Step, Weight
 
 
 class Ops(Protocol):
+    """Where an op takes a residual, x is this rank's part of a sum over the ranks, which the op adds up first; where
+    residual is None, x is the whole, and so are rows of the embedding.
+    """
+
     def embedding(self, tokens, weight):
         """weight[tokens].  tokens: [num_tokens] int64 in [0, vocab_size) -> [num_tokens, hidden_size]"""
 
     def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
-        """(linear(n, weight), r) for (n, r) = add_rms_norm(x, residual, norm, eps).
+        """(linear(n, weight), r) for (n, r) = add_rms_norm(all_reduce(x), residual, norm, eps).
 
-        x, residual: [num_tokens, hidden_size]; residual None stands for 0.
+        x, residual: [num_tokens, hidden_size]; residual None stands for 0 and a whole x.
         -> [num_tokens, out_features], [num_tokens, hidden_size]
         """
 
@@ -50,11 +54,8 @@ class Ops(Protocol):
         rank's partial sum.
         """
 
-    def all_reduce(self, x):
-        """The sum of x over the ranks, bit for bit the same on each."""
-
     def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
-        """head(select_rows(n, rows), weight, vocab_size) for (n, _) = add_rms_norm(x, residual, norm, eps).
+        """head(select_rows(n, rows), weight, vocab_size) for (n, _) = add_rms_norm(all_reduce(x), residual, norm, eps).
 
         x, residual: [num_tokens, hidden_size]; rows: [num_outputs] int64 -> [num_outputs, vocab_size] float32
         """
@@ -64,7 +65,7 @@ class ComposedOps(ABC):
     """Ops whose fused ops are made of the simple ones below."""
 
     def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
-        normed, residual = self.add_rms_norm(x, residual, norm, eps)
+        normed, residual = self.sum_norm(x, residual, norm, eps)
         return self.linear(normed, weight), residual
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
@@ -72,8 +73,16 @@ class ComposedOps(ABC):
         return self.linear(self.silu_mul(gate_and_up), down_proj), residual
 
     def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
-        normed, _ = self.add_rms_norm(x, residual, norm, eps)
+        normed, _ = self.sum_norm(x, residual, norm, eps)
         return self.head(self.select_rows(normed, rows), weight, vocab_size)
+
+    def sum_norm(self, x, residual, norm, eps: float):
+        """add_rms_norm of the sum of x over the ranks; where residual is None, of x."""
+        return self.add_rms_norm(x if residual is None else self.all_reduce(x), residual, norm, eps)
+
+    @abstractmethod
+    def all_reduce(self, x):
+        """The sum of x over the ranks, bit for bit the same on each."""
 
     @abstractmethod
     def add_rms_norm(self, x, residual, weight, eps: float):

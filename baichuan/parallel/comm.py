@@ -37,7 +37,7 @@ class Communicator(Protocol):
         """The ranks' tensors side by side along the last dimension, in rank order."""
 
     def end_step(self) -> None:
-        """Called on every rank after the last all_reduce of a model step."""
+        """Called on every rank after the last message of a model step."""
 
     def gather_objects(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""

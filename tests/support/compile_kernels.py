@@ -15,7 +15,9 @@ import torch
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda import linear as cuda_linear
+from baichuan.executors.cuda.comm import Nccl
 from baichuan.executors.cuda.ops import CudaOps, Switches
+from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels import gemm_parts
 from baichuan.kernels.spec import KernelSpec, plain_values
@@ -35,6 +37,7 @@ QUANTS = {
 }
 ROWS = (1, 3, 10, 20, 40, 100, 300)
 CAPACITY = 32
+SLOT_BYTES = 1 << 20
 
 
 def compile_instead(capability: int):
@@ -53,12 +56,21 @@ def compile_instead(capability: int):
     return launch
 
 
-def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16") -> None:
+class FirstOfRanks(Nccl):
+    """The first of several ranks with peer memory, which no peer writes to."""
+
+    def __init__(self, world_size: int):
+        self.rank, self.world_size = 0, world_size
+        slots = torch.zeros(INBOXES * world_size * SLOT_BYTES, dtype=torch.uint8)
+        self.peers = PeerMemory(slots, [0] * world_size, 0)
+
+
+def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16", ranks: int = 1) -> None:
     """A prefill and a decode step of one layer."""
     model = ModelConfig(version, 1024, 1, 8, 4096, 256, dtype=dtype)
-    weights = RandomWeights(model, quant, "cpu").rank()
-    spec = attention_spec(model, 0, 1)
-    ops = CudaOps(spec, Solo(), CAPACITY, torch.device("cpu"), Switches())
+    weights = RandomWeights(model, quant, "cpu").rank(ranks, 0)
+    spec, comm = attention_spec(model, 0, ranks), FirstOfRanks(ranks) if ranks > 1 else Solo()
+    ops = CudaOps(spec, comm, CAPACITY, torch.device("cpu"), Switches())
     cache_dtype = KV_DTYPES[quant.kv_cache] or getattr(torch, dtype)
     layer = weights.layers[0]
     scales = layer.k_scale, layer.v_scale
@@ -80,6 +92,9 @@ def main(capability: int, shared_memory: int) -> None:
                 run(version, quant, rows)
     for rows in ROWS:
         run("v2_13b", QUANTS["int4 in groups"], rows, "bfloat16")
+    for rows, ranks in ((1, 2), (40, 4)):
+        for quant in ("float16", "int8", "int4", "smooth_quant", *(["fp8"] if capability >= 89 else [])):
+            run("v2_13b", QUANTS[quant], rows, ranks=ranks)
 
 
 if __name__ == "__main__":

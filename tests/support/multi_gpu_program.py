@@ -1,67 +1,200 @@
-"""Run under mpirun by test_multi_gpu.py: sums over the ranks' GPUs, eagerly and in a replayed graph."""
+"""Run under mpirun by test_multi_gpu.py: the messages between the ranks' GPUs, eagerly and in replayed graphs.
 
+    multi_gpu_program.py [REPLAYS]    every message's numbers, then REPLAYS replays with random delays
+    multi_gpu_program.py REPLAYS wait|empty    the control: the kernels do not wait, or do not empty what they read
+    multi_gpu_program.py REPLAYS die    rank 1 is killed while the others wait for its numbers
+
+Prints what a message takes in a graph, and how many numbers of the replays were wrong.
+"""
+
+import os
+import random
+import signal
 import sys
 
 import torch
+import triton
+import triton.language as tl
 
-from baichuan.executors.cuda.comm import ONE_SHOT_BYTES, Nccl
+from baichuan.executors.cuda.comm import Nccl, slots_of
 from baichuan.executors.device import gpu_of_rank
+from baichuan.kernels import exchange, peers, sum_norm
+from baichuan.kernels.norm import add_rms_norm
+from baichuan.kernels.operand import PLAIN
 from baichuan.parallel.comm import world_of_this_process
+from baichuan.quant.smoothquant import quantise_input
+from baichuan.records import SmoothQuantWeight
+
+EPS = 1e-6
+WIDTH = 5120
 
 
-def main() -> int:
+@triton.jit
+def receive_without_waiting(place, mask):
+    bits = tl.load(place, mask, other=0, volatile=True)
+    tl.store(place, tl.full(bits.shape, peers.EMPTY, bits.dtype), mask)
+    return bits
+
+
+@triton.jit
+def receive_without_emptying(place, mask):
+    bits = tl.load(place, mask, other=0, volatile=True)
+    while tl.max((bits == peers.EMPTY).to(tl.int32), 0) != 0:
+        bits = tl.load(place, mask, other=0, volatile=True)
+    return bits
+
+
+def main(replays: int, fault: str) -> int:
+    if fault in ("wait", "empty"):
+        wrong = {"wait": receive_without_waiting, "empty": receive_without_emptying}[fault]
+        for module in (peers, exchange, sum_norm):
+            module.receive = wrong
     host = world_of_this_process()
     device = gpu_of_rank(host)
     comm = Nccl(host, device)
-    print(f"peer memory {'mapped' if comm._peers else 'not mapped'}", flush=True)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for elements in (1, 5120, 40961, ONE_SHOT_BYTES):  # the last is over the limit, so that NCCL sums it
-            for turn in range(6):
-                parts = [drawn(rank, turn, elements, dtype) for rank in range(comm.world_size)]
-                expected = torch.stack(parts).sum(0, dtype=torch.float32)
-                result = comm.all_reduce(parts[comm.rank].to(device)).cpu()
-                exact = elements * dtype.itemsize <= ONE_SHOT_BYTES or comm.world_size == 2
-                tolerance = 0 if exact else 4 * torch.finfo(dtype).eps
-                assert torch.allclose(result.float(), expected.to(dtype).float(), rtol=tolerance, atol=tolerance)
-    check_graph(comm, device)
-    gathered = comm.all_gather(torch.full((2, 3), float(comm.rank), device=device)).cpu()
-    assert torch.equal(gathered, torch.arange(comm.world_size).repeat_interleave(3).float().expand(2, -1))
-    largest = comm.all_reduce_max(torch.tensor([comm.rank, -comm.rank], device=device)).tolist()
-    assert largest == [comm.world_size - 1, 0]
+    print(f"peer memory {'mapped' if comm.peers else 'not mapped'}", flush=True)
+    if not fault:
+        check_sums(comm, device)
+        check_other_messages(comm, device)
+        time_messages(comm, device)
+    wrong_numbers = replay(comm, device, replays, fault == "die")
+    print(f"{wrong_numbers} wrong numbers in {replays} replays on rank {comm.rank}", flush=True)
     return 0
 
 
-def drawn(rank: int, turn: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(elements, generator=torch.Generator().manual_seed(100 * rank + turn)).to(dtype)
+def drawn(rank: int, turn: int, shape, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(100 * rank + turn)).to(dtype)
 
 
-def check_graph(comm: Nccl, device: torch.device) -> None:
-    """A chain of sums, replayed with new inputs; each rank must see every other's newest numbers."""
-    x = torch.zeros(5120, dtype=torch.float32, device=device)
+def check_sums(comm: Nccl, device: torch.device) -> None:
+    """Sums with the norm after them, by peer memory and for the largest by NCCL, against sums on the host."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weight, slot_bytes = drawn(9, 0, WIDTH, dtype).to(device), comm.peers.slot_bytes if comm.peers else 0
+        for rows in (1, 3, 40, 300):
+            for turn in range(6):
+                parts = [drawn(rank, turn, (rows, WIDTH), dtype) for rank in range(comm.world_size)]
+                residual = drawn(8, turn, (rows, WIDTH), dtype).to(device)
+                x = sum(part.float() for part in parts).to(dtype).to(device)
+                expected, expected_total = add_rms_norm(x, residual, weight, EPS)
+                slots = slots_of(comm, parts[0].nbytes)
+                assert slots or not comm.peers or parts[0].nbytes > slot_bytes
+                if slots:
+                    own = parts[comm.rank].to(device)
+                    result, total = sum_norm.sum_norm(own, residual, weight, EPS, PLAIN, slots)
+                    assert torch.equal(total, expected_total) and torch.equal(result.values, expected.values)
+                result = comm.all_reduce(parts[comm.rank].to(device))
+                tolerance = 0 if comm.world_size == 2 else 4 * torch.finfo(dtype).eps
+                assert torch.allclose(result.float(), x.float(), rtol=tolerance, atol=tolerance)
 
-    def chain() -> torch.Tensor:
-        y = x
-        for _ in range(80):
-            y = comm.all_reduce(y / comm.world_size)
-        return y
 
-    chain()
+def check_other_messages(comm: Nccl, device: torch.device) -> None:
+    for width in (3, 62848):
+        x = torch.full((2, width), float(comm.rank), device=device)
+        x[0, 0] = torch.nan
+        gathered = comm.all_gather(x).cpu()
+        ranks = torch.arange(comm.world_size).repeat_interleave(width).float().expand(2, -1).clone()
+        ranks[0, ::width] = torch.nan
+        assert torch.equal(gathered.nan_to_num(-1), ranks.nan_to_num(-1))
+    largest = comm.all_reduce_max(torch.tensor([comm.rank, -comm.rank], device=device)).tolist()
+    assert largest == [comm.world_size - 1, 0]
+    for turn in range(6):
+        x, smoother = drawn(comm.rank, turn, (5, 2560), torch.float16).to(device), torch.rand(2560, device=device) + 0.5
+        weight = SmoothQuantWeight(smoother, smoother, None, smoother)  # of which only the smoother is read
+        values, scale = quantise_input(x, weight, comm)
+        slots = slots_of(comm, 4 * x.shape[0])
+        if slots:
+            result = exchange.quantise_over_ranks(x, smoother, slots)
+            assert torch.equal(result.values, values) and torch.equal(result.scaled[1], scale.flatten())
+
+
+def microseconds(run, count: int = 80) -> float:
+    """Of one of the `count` calls in a captured graph."""
+    run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = chain()
-    for turn in range(20):
-        parts = [drawn(rank, turn, 5120, torch.float32) for rank in range(comm.world_size)]
-        x.copy_(parts[comm.rank])
-        graph.replay()
-        assert torch.allclose(y.cpu(), torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
+        for _ in range(count):
+            run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(20):
+    for turn in range(21):
+        if turn == 1:
+            start.record()
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    print(f"{start.elapsed_time(end) / 20 / 80 * 1000:.2f} us a sum of 20 KB with its division, in a graph", flush=True)
+    return start.elapsed_time(end) / 20 / count * 1000
+
+
+def time_messages(comm: Nccl, device: torch.device) -> None:
+    weight = drawn(9, 0, WIDTH, torch.float16).to(device)
+    for rows in (1, 4, 16, 64, 256, 512):
+        x, residual = (drawn(seed, rows, (rows, WIDTH), torch.float16).to(device) for seed in (comm.rank, 8))
+
+        def own(x=x, residual=residual) -> None:
+            sum_norm.sum_norm(x, residual, weight, EPS, PLAIN, slots_of(comm, x.nbytes))
+
+        def nccl(x=x, residual=residual) -> None:
+            add_rms_norm(comm.all_reduce(x), residual, weight, EPS)
+
+        def norm_alone(x=x, residual=residual) -> None:
+            add_rms_norm(x, residual, weight, EPS)
+
+        times = [microseconds(nccl), microseconds(norm_alone)]
+        if comm.peers:
+            times.insert(0, microseconds(own))
+        print(
+            f"sum, residual and norm of {rows} x {WIDTH} float16 in a graph, us (peer memory, NCCL, the norm alone): "
+            + ", ".join(f"{each:.2f}" for each in times),
+            flush=True,
+        )
+    if not comm.peers:
+        return
+    logits = drawn(comm.rank, 0, (1, 62848), torch.float32).to(device)
+    x, smoother = drawn(comm.rank, 0, (1, 6848), torch.float16).to(device), torch.rand(6848, device=device) + 0.5
+    in_turn = iter([False, True] * 1000)  # a gather has an inbox of its own, which needs another message in between
+
+    def gather() -> None:
+        exchange.all_gather(logits, comm.peers.slots(logits.nbytes, ends_step=next(in_turn)))
+
+    print(f"gather of 251 KB: {microseconds(gather):.2f} us", flush=True)
+    largest = microseconds(lambda: exchange.quantise_over_ranks(x, smoother, slots_of(comm, 4)))
+    print(f"quantising by the largest of all ranks: {largest:.2f} us", flush=True)
+
+
+def replay(comm: Nccl, device: torch.device, replays: int, die: bool) -> int:
+    """How many numbers are not those of their replay, in a chain of messages whose ranks are late in turn."""
+    turn = torch.zeros((), dtype=torch.int64, device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    column, ones = torch.arange(WIDTH, device=device) % 64, torch.ones(WIDTH, dtype=torch.float16, device=device)
+    zeros = torch.zeros(3, WIDTH, dtype=torch.float16, device=device)
+
+    def numbers(rank: int, message: int) -> torch.Tensor:  # integers that float16 holds exactly, and their sums
+        return (((turn * 7 + message * 31 + rank * 101) % 256) + column).to(torch.float16).expand(3, -1)
+
+    def step() -> None:
+        turn.add_(1)
+        for message in range(4):
+            slots = slots_of(comm, zeros.nbytes)
+            _, total = sum_norm.sum_norm(numbers(comm.rank, message), zeros, ones, EPS, PLAIN, slots)
+            expected = sum(numbers(rank, message) for rank in range(comm.world_size))
+            wrong.add_((total != expected).sum())
+        gathered = comm.all_gather(numbers(comm.rank, 5))
+        expected = torch.cat([numbers(rank, 5) for rank in range(comm.world_size)], -1)
+        wrong.add_((gathered != expected).sum())
+        comm.end_step()
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    delays = random.Random(comm.rank)
+    for number in range(replays):
+        if die and comm.rank == 1 and number == replays // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.cuda._sleep(delays.choice((0, 100, 10_000, 100_000)))  # cycles: up to 50 us
+        graph.replay()
+    torch.cuda.synchronize()
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000, sys.argv[2] if len(sys.argv) > 2 else ""))

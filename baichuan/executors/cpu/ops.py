@@ -34,12 +34,14 @@ class CpuOps(ReferenceOps):
         matrix = self.multiply.matrix_of(weight, x)
         if matrix is None:
             return super().norm_linear(x, residual, norm, weight, eps)
+        x = x if residual is None else self.all_reduce(x)
         return self.kernels.norm_product(x, residual, norm, matrix, eps)
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
         first, second = self.multiply.matrix_of(gate_up, x), self.multiply.matrix_of(down_proj, x)
         if first is None or second is None:
             return super().gated_mlp(x, residual, norm, gate_up, down_proj, eps)
+        x = x if residual is None else self.all_reduce(x)
         return self.kernels.gated_mlp(x, residual, norm, first, second, eps)
 
     def linear(self, x, weight: Weight):

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from baichuan.executors.cuda.comm import slots_of
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.products import fp8_product, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
+from baichuan.kernels.exchange import quantise_over_ranks
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
@@ -147,6 +149,9 @@ def _with_scales_over_ranks(weight: SmoothQuantWeight, comm: Communicator, kerne
     """The kernel for a rank's share of the input channels, where a token's scale is by the channels of all ranks."""
 
     def run(x: Operand, out_dtype: torch.dtype) -> Tensor:
+        slots = slots_of(comm, x.values.shape[0] * torch.float32.itemsize)
+        if slots and weight.smoother is not None:
+            return kernel.run(quantise_over_ranks(x.values, weight.smoother, slots), out_dtype)
         return kernel.run(Operand(kernel.form, *quantise_input(x.values, weight, comm)), out_dtype)
 
     return LinearKernel(Plain(), run)

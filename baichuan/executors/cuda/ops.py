@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 from baichuan.executors.cpu.reference import ReferenceOps
+from baichuan.executors.cuda.comm import slots_of
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.linear import Choice, LinearKernel, choose_kernel
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.operand import Form, Operand, Plain, plain, smoother_of
+from baichuan.kernels.operand import PLAIN, Form, Operand, Plain, plain, smoother_of
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
+from baichuan.kernels.sum_norm import sum_norm
 from baichuan.model import position
 from baichuan.parallel.comm import Communicator
 from baichuan.records import AttentionSpec, LayerCache, Step, Weight
@@ -103,14 +105,11 @@ class CudaOps:
         down = self.kernel(down_proj, x)
         return down.run(silu_mul(gate_and_up, down.form), x.dtype), residual
 
-    def all_reduce(self, x):
-        return self.comm.all_reduce(x)
-
     def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
         if x.shape[0] == rows.shape[0] == 1:  # the one row there is
             logits, _ = self._norm_linear(x, residual, norm, weight, eps, torch.float32)
         else:
-            normed, _ = add_rms_norm(x, residual, norm, eps)
+            normed, _ = self._norm(x, residual, norm, eps, PLAIN)
             logits = self._linear(gather_rows(normed.values, rows), weight, torch.float32)
         return self.comm.all_gather(logits)[:, :vocab_size]
 
@@ -132,8 +131,13 @@ class CudaOps:
         return kernel.run(normed, out_dtype), residual
 
     def _norm(self, x, residual, norm, eps: float, form: Form) -> tuple[Operand, Tensor]:
-        """(norm of x + residual in the given form, x + residual)"""
-        if smoother_of(form) is None:
-            return add_rms_norm(x, residual, norm, eps, form)
-        normed, residual = add_rms_norm(x, residual, norm, eps)
-        return self.operand(normed.values, form), residual
+        """(norm of all_reduce(x) + residual in the given form, all_reduce(x) + residual); without a residual, of x"""
+        if smoother_of(form) is not None:
+            normed, residual = self._norm(x, residual, norm, eps, PLAIN)
+            return self.operand(normed.values, form), residual
+        if residual is not None:
+            slots = slots_of(self.comm, x.nbytes)
+            if slots:
+                return sum_norm(x, residual, norm, eps, form, slots)
+            x = self.comm.all_reduce(x)
+        return add_rms_norm(x, residual, norm, eps, form)
