@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from kernel_device import DEVICE, to_device
 
 from baichuan.kernels import sum_norm as module
 from baichuan.kernels.exchange import all_gather, quantise_over_ranks
+from baichuan.kernels.gemv import gemv
+from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN, Int8PerToken, Int16
 from baichuan.kernels.peers import Slots
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.sum_norm import sum_norm
+from baichuan.quant.weight_only import quantise_int4, quantise_int8
 
 PROGRAM = Path(__file__).with_name("support") / "peer_ranks.py"
 ROWS, WIDTH, SLOT_BYTES = 4, 96, 4096
@@ -125,6 +129,32 @@ def test_quantised_by_the_largest_of_all_ranks():
     assert torch.equal(result.values[::2], alone.values[::2]), "rows whose largest is this rank's"
     assert not torch.equal(result.values[1::2], alone.values[1::2])
     assert torch.equal(inboxes.slot(1, 0, own), own) and inboxes.is_empty
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "int4"])
+def test_the_product_of_one_token_sends_its_part(precision):
+    """The peers get what the product without slots makes, and the sum does not send it again."""
+    world_size, rank = 2, 0
+    generator = torch.Generator().manual_seed(2)
+    x, matrix = torch.randn(1, WIDTH, generator=generator).half(), torch.randn(40, WIDTH, generator=generator)
+    x, inboxes = to_device(x), Inboxes(world_size, rank)
+    if precision == "float16":
+        run = partial(gemv, x, to_device(matrix.half()), torch.float16)
+    elif precision == "int8":
+        run = partial(gemv_int, quantise_rows(x, Int16()), *to_device(quantise_int8(matrix)), torch.float16)
+    else:
+        weight = to_device(quantise_int4(matrix, 32, torch.float16))
+        run = partial(gemv_int, quantise_rows(x, Int16(deinterleaved=True)), *weight, torch.float16)
+    alone = run()
+    assert inboxes.is_empty and (inboxes.memory == 255).all()
+    part = run(slots=inboxes.slots)
+    assert torch.equal(part, alone) and torch.equal(inboxes.slot(1, rank, part), part)
+    inboxes.slot(1, rank, part).view(torch.int16).fill_(-1)  # the peer has taken it
+    theirs, residual = drawn(2)[0][:1, :40].contiguous(), drawn(2)[1][:1, :40].contiguous()
+    inboxes.arrive([part, theirs])
+    _, total = sum_norm(part, residual, residual[0].clone(), 1e-6, PLAIN, inboxes.slots, sent=True)
+    assert torch.equal(total, ((part.float() + theirs.float()).half().float() + residual.float()).half())
+    assert (inboxes.memory == 255).all()
 
 
 def wrong_numbers(steps: int, *fault: str) -> int:

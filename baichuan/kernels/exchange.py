@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.operand import Int8PerToken, Operand
-from baichuan.kernels.peers import Slots, as_bits, own_slot, receive, send, slots_at_peers
+from baichuan.kernels.peers import Slots, as_bits, own_slot, receive, send_to_peers, slots_at_peers
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.kernels.store_row import divide, load_smoother, quantise
@@ -30,9 +30,7 @@ def _all_gather(
     targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, x.dtype.element_ty)
     wait_for_inputs(OVERLAP)
     own = tl.load(x + offsets, mask, other=0.0)
-    for peer in tl.static_range(WORLD_SIZE):
-        if peer != RANK:
-            send(targets[peer] + offsets, as_bits(own), mask)
+    send_to_peers(targets, offsets, as_bits(own), mask, RANK, WORLD_SIZE)
     start_dependents(OVERLAP)
     out_row = out + row * width * WORLD_SIZE + columns
     for peer in tl.static_range(WORLD_SIZE):
@@ -54,7 +52,7 @@ def all_gather(x: Tensor, slots: Slots) -> Tensor:
     x, (rows, width) = x.contiguous(), x.shape
     out = torch.empty(rows, slots.world_size * width, dtype=x.dtype, device=x.device)
     block = min(next_power_of_2(width), GATHER_BLOCK)
-    constants = {"RANK": slots.rank, "WORLD_SIZE": slots.world_size, "SLOT_BYTES": slots.bytes, "BLOCK": block}
+    constants = {**slots.constants, "BLOCK": block}
     ALL_GATHER.launch((cdiv(width, block), rows), (x, slots.distances), (width,), (out, slots.inbox), constants)
     return out
 
@@ -77,9 +75,7 @@ def _quantise_over_ranks(
     largest = tl.max(tl.abs(value), 0)
     places = row + tl.arange(0, 1)
     everywhere = places >= 0
-    for peer in tl.static_range(WORLD_SIZE):
-        if peer != RANK:
-            send(targets[peer] + places, as_bits(largest + tl.zeros((1,), tl.float32)), everywhere)
+    send_to_peers(targets, places, as_bits(largest + tl.zeros((1,), tl.float32)), everywhere, RANK, WORLD_SIZE)
     start_dependents(OVERLAP)
     for peer in tl.static_range(WORLD_SIZE):
         if peer != RANK:
@@ -96,18 +92,18 @@ QUANTISE_OVER_RANKS = KernelSpec(
 
 
 def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots) -> Operand:
-    """x in the form Int8PerToken(smoother), each token's maximum being that of all ranks.
+    """x in the form Int8PerToken(smoother, over_ranks=True).
 
     x: [num_tokens, width], this rank's channels, the slots holding a float32 for each token; smoother: [width] float32
     """
     num_tokens, width = x.shape
-    out, block = Operand.allocate(Int8PerToken(smoother), x, num_tokens, width), next_power_of_2(width)
+    out, block = Operand.allocate(Int8PerToken(smoother, True), x, num_tokens, width), next_power_of_2(width)
     QUANTISE_OVER_RANKS.launch(
         (num_tokens,),
         (x.contiguous(), smoother, slots.distances),
         (width,),
         (*out.scaled, slots.inbox),
-        {"RANK": slots.rank, "WORLD_SIZE": slots.world_size, "SLOT_BYTES": slots.bytes, "BLOCK": block},
+        {**slots.constants, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baichuan.kernels.peers import Slots, as_bits, constants_of, send_to_peers, slots_at_peers
 from baichuan.kernels.primitives import prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
@@ -21,10 +22,11 @@ from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
 @triton.jit
 def _gemv(
-    x, weight,
+    x, weight, distances,
     in_features, out_features,
-    y,
-    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    y, inbox,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -37,6 +39,8 @@ def _gemv(
         w_up = tl.load(up_rows + columns[None, :], (columns < in_features)[None, :], other=0.0)
         acc_up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     prefetch_beginning(weight, out_features.to(tl.int64) * in_features, GATED, OVERLAP)
+    if WORLD_SIZE > 1:
+        targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, y.dtype.element_ty)
     wait_for_inputs(OVERLAP)
     for start in range(0, in_features, BLOCK_K):
         k = start + columns
@@ -55,9 +59,11 @@ def _gemv(
     if GATED:
         result = gated(result, tl.sum(acc_up, 1), dtype)
     tl.store(y + n, result.to(dtype), inside)
+    if WORLD_SIZE > 1:
+        send_to_peers(targets, n, as_bits(result.to(dtype)), inside, RANK, WORLD_SIZE)
 
 
-GEMV = KernelSpec(_gemv, ("x", "weight"), ("in_features", "out_features"), ("y",))
+GEMV = KernelSpec(_gemv, ("x", "weight", "distances"), ("in_features", "out_features"), ("y", "inbox"))
 
 
 # What measures fastest on an H200: (largest out_features, block), None for all larger ones.
@@ -79,8 +85,9 @@ def gemv(
     out_dtype: torch.dtype,
     gated: bool = False,
     block: GemvBlock | None = None,
+    slots: Slots | None = None,
 ) -> Tensor:
-    """y = x @ weightᵀ for one row x; gated: silu(first half of y) * second half.
+    """y = x @ weightᵀ for one row x; gated: silu(first half of y) * second half; slots: y goes to them, too.
 
     x: [1, in_features]; weight: [out_features, in_features], both of a float type; block: None = the table's
     -> [1, out_features], or half of it if gated
@@ -90,10 +97,10 @@ def gemv(
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV.launch(
         (cdiv(out_features, block.block_n),),
-        (x, weight),
+        (x, weight, slots.distances if slots else x),
         (weight.shape[1], out_features),
-        (y,),
-        {"GATED": gated, "BLOCK_N": block.block_n, "BLOCK_K": block.block_k},
+        (y, slots.inbox if slots else y),
+        {"GATED": gated, "BLOCK_N": block.block_n, "BLOCK_K": block.block_k, **constants_of(slots)},
         num_warps=block.num_warps,
     )
     return y

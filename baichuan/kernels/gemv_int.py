@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.operand import Operand
+from baichuan.kernels.peers import Slots, as_bits, constants_of, send_to_peers, slots_at_peers
 from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
@@ -128,11 +129,12 @@ def _add_block(sums, total, w, x_words, scales, zeros, x_sums, k, words, WORDS_P
 
 @triton.jit
 def _gemv_int(
-    x, x_scale, weight, scale, zero,
+    x, x_scale, weight, scale, zero, distances,
     chunks, out_features,
-    y,
+    y, inbox,
     DIGITS: tl.constexpr, INT4: tl.constexpr, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     words = chunks * 4  # of a row; the compiler sees that they are a multiple of four
@@ -165,6 +167,8 @@ def _gemv_int(
         up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
+    if WORLD_SIZE > 1:
+        targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, y.dtype.element_ty)
     wait_for_inputs(OVERLAP)
     token_sums = (x_scale + 1).to(tl.pointer_type(tl.int32))  # of four words each, as many as chunks
     for start in range(0, words, BLOCK_K):
@@ -197,10 +201,15 @@ def _gemv_int(
         result = gated(result * factor, up * factor, y.dtype.element_ty)
     else:
         result *= factor
-    tl.store(y + n, result.to(y.dtype.element_ty), inside)
+    result = result.to(y.dtype.element_ty)
+    tl.store(y + n, result, inside)
+    if WORLD_SIZE > 1:
+        send_to_peers(targets, n, as_bits(result), inside, RANK, WORLD_SIZE)
 
 
-GEMV_INT = KernelSpec(_gemv_int, ("x", "x_scale", "weight", "scale", "zero"), ("chunks", "out_features"), ("y",))
+GEMV_INT = KernelSpec(
+    _gemv_int, ("x", "x_scale", "weight", "scale", "zero", "distances"), ("chunks", "out_features"), ("y", "inbox")
+)
 
 
 # What measures fastest on an H200, by the matrix's shape and the integers: weights and token of one byte (w8a8), or an
@@ -232,14 +241,15 @@ def gemv_int(
     gated: bool = False,
     block: GemvBlock | None = None,
     zero: Tensor | None = None,
+    slots: Slots | None = None,
 ) -> Tensor:
     """y = x @ W(weight, scale, zero)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
 
     x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved, with a zero also with sums;
     gated: silu(first half of y) * second half; weight: [out_features, in_features] int8, in_features a multiple of 16,
     or [out_features, in_features / 2] uint8, each group a multiple of 32 channels; scale: [out_features], or
-    [out_features, groups] for uint8; block: None = the table's; zero: None, or as scale for uint8
-    -> [1, out_features], or half of it if gated
+    [out_features, groups] for uint8; block: None = the table's; zero: None, or as scale for uint8;
+    slots: y goes to them, too -> [1, out_features], or half of it if gated
     """
     int4 = weight.dtype == torch.uint8
     assert x.scale is not None
@@ -252,9 +262,16 @@ def gemv_int(
     y = torch.empty(1, out_features, dtype=out_dtype, device=weight.device)
     GEMV_INT.launch(
         (cdiv(out_features, block.block_n),),
-        (x.values.view(torch.int32), x.scale, weight.view(torch.int32), scale, scale if zero is None else zero),
+        (
+            x.values.view(torch.int32),
+            x.scale,
+            weight.view(torch.int32),
+            scale,
+            scale if zero is None else zero,
+            slots.distances if slots else scale,
+        ),
         (words // 4, out_features),
-        (y,),
+        (y, slots.inbox if slots else y),
         {
             "DIGITS": digits,
             "INT4": int4,
@@ -263,6 +280,7 @@ def gemv_int(
             "GATED": gated,
             "BLOCK_N": block.block_n,
             "BLOCK_K": block.block_k,
+            **constants_of(slots),
         },
         num_warps=block.num_warps,
     )

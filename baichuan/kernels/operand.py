@@ -44,6 +44,7 @@ class Int8PerToken:
     """int8 of x / smoother with a scale for each token, max|row| / 127."""
 
     smoother: Tensor | None = None  # [in_features] float32
+    over_ranks: bool = False  # the maximum is that of every rank's row, whose channels the ranks share
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,14 @@ class Slots:
         return self.inbox.shape[0]
 
     @property
-    def bytes(self) -> int:
-        """The size of a slot, a multiple of 16."""
-        return self.inbox.shape[1]
+    def constants(self) -> dict[str, int]:
+        """Those of a kernel that sends or receives the message.  SLOT_BYTES is a multiple of 16."""
+        return {"RANK": self.rank, "WORLD_SIZE": self.world_size, "SLOT_BYTES": self.inbox.shape[1]}
+
+
+def constants_of(slots: Slots | None) -> dict[str, int]:
+    """Of a kernel that sends to the slots, if there are any."""
+    return slots.constants if slots else {"RANK": 0, "WORLD_SIZE": 1, "SLOT_BYTES": 0}
 
 
 @triton.jit
@@ -83,6 +88,14 @@ def as_bits(x):
 def send(place, bits, mask):
     """Write what as_bits gave to these places in a peer's inbox."""
     tl.store(place, bits, mask)
+
+
+@triton.jit
+def send_to_peers(targets, offsets, bits, mask, RANK: tl.constexpr, WORLD_SIZE: tl.constexpr):
+    """Write what as_bits gave at these offsets of every peer's slot.  targets: of slots_at_peers"""
+    for peer in tl.static_range(WORLD_SIZE):
+        if peer != RANK:
+            send(targets[peer] + offsets, bits, mask)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ Decode sums a few kilobytes twice a layer.  Then latency counts, the number of m
 program takes one row:
 
     one shot     send the row to every peer | receive theirs and add all up in rank order | norm
+    sent         the product has sent it    | the same
     two shots    send the row to the rank that owns it, which adds all up and sends the sum back | norm
 
 A row goes world_size - 1 times over the links of each GPU in one shot, and on average 2 (world_size - 1) / world_size
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from baichuan.kernels.norm import store_normed
 from baichuan.kernels.operand import Form, Operand
-from baichuan.kernels.peers import Slots, as_bits, own_slot, receive, send, slots_at_peers, sum_of_ranks
+from baichuan.kernels.peers import Slots, as_bits, own_slot, receive, send, send_to_peers, slots_at_peers, sum_of_ranks
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 from baichuan.kernels.store_row import form_constant
@@ -32,7 +33,7 @@ def _sum_norm(
     x, residual, weight, scale, distances,
     width,
     total, out, out_scale, inbox,
-    EPS: tl.constexpr, FORM: tl.constexpr, TWO_SHOTS: tl.constexpr,
+    EPS: tl.constexpr, FORM: tl.constexpr, SENT: tl.constexpr, TWO_SHOTS: tl.constexpr,
     RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -44,10 +45,13 @@ def _sum_norm(
     owner = row % WORLD_SIZE  # with TWO_SHOTS
     wait_for_inputs(OVERLAP)
     own = tl.load(x + offsets, mask, other=0.0)
-    for peer in tl.static_range(WORLD_SIZE):
-        if peer != RANK:
-            columns_to_peer = tl.where(owner == peer, width, 0) if TWO_SHOTS else width
-            send(targets[peer] + offsets, as_bits(own), columns < columns_to_peer)
+    if TWO_SHOTS:
+        for peer in tl.static_range(WORLD_SIZE):
+            if peer != RANK:
+                columns_to_peer = tl.where(owner == peer, width, 0)
+                send(targets[peer] + offsets, as_bits(own), columns < columns_to_peer)
+    elif not SENT:
+        send_to_peers(targets, offsets, as_bits(own), mask, RANK, WORLD_SIZE)
     start_dependents(OVERLAP)
     before = tl.load(residual + offsets, mask, other=0.0)
     if TWO_SHOTS and owner != RANK:
@@ -56,9 +60,7 @@ def _sum_norm(
     else:
         s = sum_of_ranks(own, inbox, offsets, mask, RANK, WORLD_SIZE, SLOT_BYTES)
         if TWO_SHOTS:
-            for peer in tl.static_range(WORLD_SIZE):
-                if peer != RANK:
-                    send(targets[peer] + offsets, as_bits(s), mask)
+            send_to_peers(targets, offsets, as_bits(s), mask, RANK, WORLD_SIZE)
     r = (s.to(tl.float32) + before.to(tl.float32)).to(own.dtype)
     tl.store(total + offsets, r, mask)
     store_normed(r, w, row, columns, mask, scale, out, out_scale, width, EPS, FORM)
@@ -73,12 +75,13 @@ SUM_NORM = KernelSpec(
 
 
 def sum_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: Form, slots: Slots
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: Form, slots: Slots, sent: bool = False
 ) -> tuple[Operand, Tensor]:
     """add_rms_norm (norm.py) of the sum of x over the ranks, which is added up in rank order in float32 and rounded to
     x's dtype: the same bits on every rank.
 
-    x, residual: [num_tokens, hidden_size], the slots being at least as large
+    x, residual: [num_tokens, hidden_size], the slots being at least as large; sent: whether the kernels that made x
+    have sent it to the peers' slots, in one shot
     """
     num_tokens, width = x.shape
     total = torch.empty_like(residual)
@@ -93,10 +96,9 @@ def sum_norm(
         {
             "EPS": eps,
             "FORM": form_constant(form),
-            "RANK": slots.rank,
-            "WORLD_SIZE": slots.world_size,
-            "SLOT_BYTES": slots.bytes,
-            "TWO_SHOTS": slots.world_size > 2 and num_tokens >= max(slots.world_size, TWO_SHOT_ROWS),
+            "SENT": sent,
+            "TWO_SHOTS": not sent and slots.world_size > 2 and num_tokens >= max(slots.world_size, TWO_SHOT_ROWS),
+            **slots.constants,
             "BLOCK": block,
         },
         num_warps=min(max(block // 512, 1), 16),

@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baichuan.executors.cuda.comm import slots_of
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.products import fp8_product, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.exchange import quantise_over_ranks
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import BYTE_CHANNELS, NIBBLE_CHANNELS, gemv_int
 from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, Operand, Plain, StaticScale
+from baichuan.kernels.peers import Slots
 from baichuan.parallel.comm import Communicator, Solo
-from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
 
@@ -46,6 +44,8 @@ class LinearKernel:
     run: Callable[[Operand, torch.dtype], Tensor]  # (x, out_dtype) -> [num_tokens, out_features]
     # As run, with silu(first half) * second half of the product, [num_tokens, out_features / 2]; None = it cannot.
     run_gated: Callable[[Operand, torch.dtype], Tensor] | None = None
+    # As run; what it makes also goes to the peers' slots (kernels/peers.py).  None = it cannot.
+    run_sending: Callable[[Operand, torch.dtype, Slots], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def dense(weight: DenseWeight, choice: Choice) -> LinearKernel:
             Plain(),
             lambda x, out_dtype: gemv(x.values, w, out_dtype),
             lambda x, out_dtype: gemv(x.values, w, out_dtype, gated=True),
+            lambda x, out_dtype, slots: gemv(x.values, w, out_dtype, slots=slots),
         )
     if choice.own_kernels and choice.num_tokens <= DENSE_ROWS and choice.dtype != torch.float32:
         return LinearKernel(Plain(), lambda x, out_dtype: gemm(x, w, None, out_dtype))
@@ -115,18 +116,15 @@ def int4(weight: Int4Weight, choice: Choice) -> LinearKernel:
 
 def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
     q, scale = weight.weight, weight.scale
-    form: Form = Int8PerToken(weight.smoother)
+    # A weight with a smoother holds a rank's share of the input channels; a token's scale is by all of them.
+    form: Form = Int8PerToken(weight.smoother, weight.smoother is not None and choice.comm.world_size > 1)
     if weight.input_scale is not None:
         form = StaticScale(torch.int8, weight.input_scale, weight.smoother)
     if choice.gemv and weight.shape[1] % BYTE_CHANNELS == 0:
-        kernel = _integer_gemv(form, q, scale)
-    elif choice.own_kernels:
-        kernel = LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
-    else:
-        kernel = LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
-    if weight.input_scale is None and weight.smoother is not None and choice.comm.world_size > 1:
-        return _with_scales_over_ranks(weight, choice.comm, kernel)
-    return kernel
+        return _integer_gemv(form, q, scale)
+    if choice.own_kernels:
+        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    return LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
 
 
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
@@ -142,19 +140,8 @@ def _integer_gemv(form: Form, stored: Tensor, scale: Tensor, zero: Tensor | None
         form,
         lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, zero=zero),
         lambda x, out_dtype: gemv_int(x, stored, scale, out_dtype, gated=True, zero=zero),
+        lambda x, out_dtype, slots: gemv_int(x, stored, scale, out_dtype, zero=zero, slots=slots),
     )
-
-
-def _with_scales_over_ranks(weight: SmoothQuantWeight, comm: Communicator, kernel: LinearKernel) -> LinearKernel:
-    """The kernel for a rank's share of the input channels, where a token's scale is by the channels of all ranks."""
-
-    def run(x: Operand, out_dtype: torch.dtype) -> Tensor:
-        slots = slots_of(comm, x.values.shape[0] * torch.float32.itemsize)
-        if slots and weight.smoother is not None:
-            return kernel.run(quantise_over_ranks(x.values, weight.smoother, slots), out_dtype)
-        return kernel.run(Operand(kernel.form, *quantise_input(x.values, weight, comm)), out_dtype)
-
-    return LinearKernel(Plain(), run)
 
 
 def _dequantised_each_time(weight: Int8Weight | Int4Weight) -> LinearKernel:

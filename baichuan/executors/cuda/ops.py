@@ -26,16 +26,27 @@ from baichuan.executors.cuda.comm import slots_of
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.linear import Choice, LinearKernel, choose_kernel
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
+from baichuan.kernels.exchange import quantise_over_ranks
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.operand import PLAIN, Form, Operand, Plain, plain, smoother_of
+from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Operand, Plain, plain, smoother_of
+from baichuan.kernels.peers import Slots
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.sum_norm import sum_norm
 from baichuan.model import position
 from baichuan.parallel.comm import Communicator
+from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import AttentionSpec, LayerCache, Step, Weight
+
+
+@dataclass(frozen=True)
+class Sent:
+    """This rank's part of a sum over the ranks, which the product that made it has sent to the peers, too."""
+
+    values: Tensor  # [num_tokens, hidden_size]
+    slots: Slots
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,10 @@ class Switches:
 
 
 class CudaOps:
-    """ops.Ops for sequences of up to `capacity` tokens.  With own_attention the host never waits for the GPU."""
+    """ops.Ops for sequences of up to `capacity` tokens.  With own_attention the host never waits for the GPU.
+
+    An op that takes a residual takes x as a tensor or as Sent.
+    """
 
     def __init__(
         self,
@@ -73,10 +87,11 @@ class CudaOps:
         return gather_rows(weight, tokens)
 
     def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
-        return self._norm_linear(x, residual, norm, weight, eps, x.dtype)
+        return self._norm_linear(x, residual, norm, weight, eps, values_of(x).dtype)
 
-    def linear(self, x, weight: Weight):
-        return self._linear(x, weight, x.dtype)
+    def linear(self, x, weight: Weight) -> Tensor | Sent:
+        kernel = self.kernel(weight, x)
+        return self._part(kernel, self.operand(x, kernel.form), weight, x.dtype)
 
     def attention(self, qkv, cache: LayerCache, spec: AttentionSpec, step: Step) -> Tensor:
         if not self.switches.own_attention:
@@ -97,16 +112,18 @@ class CudaOps:
         return choose_splits(step.batch_size * spec.num_heads)
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
-        up = self.kernel(gate_up, x)
+        up, down, dtype = self.kernel(gate_up, values_of(x)), self.kernel(down_proj, values_of(x)), norm.dtype
         normed, residual = self._norm(x, residual, norm, eps, up.form)
         if up.run_gated:
-            return self._linear(up.run_gated(normed, x.dtype), down_proj, x.dtype), residual
-        gate_and_up = up.run(normed, x.dtype)
-        down = self.kernel(down_proj, x)
-        return down.run(silu_mul(gate_and_up, down.form), x.dtype), residual
+            activated = self.operand(up.run_gated(normed, dtype), down.form)
+        elif isinstance(down.form, Int8PerToken) and down.form.over_ranks:
+            activated = self.operand(silu_mul(up.run(normed, dtype)).values, down.form)
+        else:
+            activated = silu_mul(up.run(normed, dtype), down.form)
+        return self._part(down, activated, down_proj, dtype), residual
 
     def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
-        if x.shape[0] == rows.shape[0] == 1:  # the one row there is
+        if values_of(x).shape[0] == rows.shape[0] == 1:  # the one row there is
             logits, _ = self._norm_linear(x, residual, norm, weight, eps, torch.float32)
         else:
             normed, _ = self._norm(x, residual, norm, eps, PLAIN)
@@ -119,14 +136,34 @@ class CudaOps:
 
     def operand(self, x: Tensor, form: Form) -> Operand:
         """x in the given form."""
-        return plain(x) if isinstance(form, Plain) else quantise_rows(x, form)
+        match form:
+            case Plain():
+                return plain(x)
+            case Int8PerToken(Tensor() as smoother, over_ranks=True):
+                return self._quantise_over_ranks(x, form, smoother)
+        return quantise_rows(x, form)
+
+    def _quantise_over_ranks(self, x: Tensor, form: Int8PerToken, smoother: Tensor) -> Operand:
+        slots = slots_of(self.comm, x.shape[0] * torch.float32.itemsize)
+        if slots:
+            return quantise_over_ranks(x, smoother, slots)
+        x = x.float() / smoother
+        scale = scale_for(self.comm.all_reduce_max(x.abs().amax(-1, keepdim=True)), torch.int8)
+        return Operand(form, quantise(x, scale, torch.int8), scale)
+
+    def _part(self, kernel: LinearKernel, x: Operand, weight: Weight, dtype: torch.dtype) -> Tensor | Sent:
+        """The product of this rank's share of the input channels, sent to the peers where its kernel can."""
+        slots = slots_of(self.comm, weight.shape[0] * dtype.itemsize) if kernel.run_sending else None
+        if kernel.run_sending and slots:
+            return Sent(kernel.run_sending(x, dtype, slots), slots)
+        return kernel.run(x, dtype)
 
     def _linear(self, x: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
         kernel = self.kernel(weight, x)
         return kernel.run(self.operand(x, kernel.form), out_dtype)
 
     def _norm_linear(self, x, residual, norm, weight: Weight, eps: float, out_dtype: torch.dtype):
-        kernel = self.kernel(weight, x)
+        kernel = self.kernel(weight, values_of(x))
         normed, residual = self._norm(x, residual, norm, eps, kernel.form)
         return kernel.run(normed, out_dtype), residual
 
@@ -135,9 +172,16 @@ class CudaOps:
         if smoother_of(form) is not None:
             normed, residual = self._norm(x, residual, norm, eps, PLAIN)
             return self.operand(normed.values, form), residual
+        if isinstance(x, Sent):
+            return sum_norm(x.values, residual, norm, eps, form, x.slots, sent=True)
         if residual is not None:
             slots = slots_of(self.comm, x.nbytes)
             if slots:
                 return sum_norm(x, residual, norm, eps, form, slots)
             x = self.comm.all_reduce(x)
         return add_rms_norm(x, residual, norm, eps, form)
+
+
+def values_of(x: Tensor | Sent) -> Tensor:
+    """x, or this rank's part of it."""
+    return x.values if isinstance(x, Sent) else x
