@@ -1,6 +1,7 @@
 """Tensor parallelism over two and four GPUs, where a machine has them."""
 
 import csv
+import time
 
 import pytest
 import scripts
@@ -22,11 +23,39 @@ RANKS = [
 SIZES = {"n_layer": 4, "n_embd": 512, "n_head": 8, "inter_size": 1024, "vocab_size": 1001}
 
 
+def messages(ranks, *arguments):
+    """multi_gpu_program.py, run to its end, which mpirun sees to if need be."""
+    program = scripts.script("tests/support/multi_gpu_program.py", list(arguments))
+    return scripts.mpirun(ranks, program, scripts.ROOT, TIMEOUT_S)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
-def test_collectives(ranks):
-    done = scripts.mpirun(ranks, scripts.script("tests/support/multi_gpu_program.py", []), scripts.ROOT, TIMEOUT_S)
+def test_messages(ranks):
+    """Also 10,000 replays with random delays, in which no number is another replay's."""
+    done = messages(ranks)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
+    wrong = [line.split()[0] for line in done.stdout.splitlines() if "wrong numbers in 10000 replays" in line]
+    assert wrong == ranks * ["0"]
+
+
+@pytest.mark.parametrize("fault", ["wait", "empty"])
+@pytest.mark.parametrize("ranks", RANKS[:1])
+def test_the_replays_notice_a_kernel_that_does_not(ranks, fault):
+    """The control: kernels that do not wait for numbers, or do not empty the places that they have read."""
+    done = messages(ranks, "300", fault)
+    assert done.returncode == 0, done.stderr
+    wrong = [int(line.split()[0]) for line in done.stdout.splitlines() if "wrong numbers" in line]
+    assert len(wrong) == ranks and sum(wrong) > 0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_others_end_when_a_rank_is_killed_inside(ranks):
+    done = messages(ranks, "3000", "die")
+    ended = time.time()
+    killed = float(next(line for line in done.stdout.splitlines() if line.startswith("killed at ")).split()[2])
+    assert done.returncode != 0 and ended - killed < 20
+    assert "rank 1" in done.stderr and "signal 9" in done.stderr, "mpirun says which rank it was"
 
 
 @pytest.fixture(scope="module", params=["v1_7b", "v2_13b"], ids=["RoPE", "ALiBi"])

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import time
 
 import torch
 import triton
@@ -189,6 +190,7 @@ def replay(comm: Nccl, device: torch.device, replays: int, die: bool) -> int:
     delays = random.Random(comm.rank)
     for number in range(replays):
         if die and comm.rank == 1 and number == replays // 2:
+            print(f"killed at {time.time()}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         torch.cuda._sleep(delays.choice((0, 100, 10_000, 100_000)))  # cycles: up to 50 us
         graph.replay()
