@@ -41,10 +41,11 @@ def test_tokens_are_drawn_from_transformers_distribution(logits, top_k, top_p, t
     count = 4001
     draws = (torch.arange(count) + 0.5) / count  # evenly spread: frequencies are exact to one draw at each border
     for row in range(4):
-        tokens = draw(logits[row].expand(count, -1) / temperature, top_k, top_p, draws)
+        nucleus = top_p if 0 < top_p < 1 else 2.0
+        tokens = draw(logits[row].expand(count, -1) / temperature, top_k, nucleus, draws)
         frequencies = tokens.bincount(minlength=VOCAB) / count
         assert (frequencies - expected[row]).abs().max() <= 2 / count
-    wrong = draw(logits[0].expand(count, -1), 3, 0, draws).bincount(minlength=VOCAB) / count
+    wrong = draw(logits[0].expand(count, -1), 3, 2.0, draws).bincount(minlength=VOCAB) / count
     assert (wrong - expected[0]).abs().max() > 0.01
 
 
@@ -57,7 +58,7 @@ def test_the_extremes_of_a_draw_stay_inside(logits):
 def sample(config, prompts, logits, steps=30):
     """config: one for all, or one a prompt"""
     configs = config if isinstance(config, list) else numbered_seeds(config, len(prompts))
-    sampler = Sampler(configs, prompts, VOCAB, steps, "cpu")
+    sampler = Sampler.of(configs, prompts, VOCAB, steps, "cpu")
     return torch.stack([sampler(logits) for _ in range(steps)], 1)
 
 

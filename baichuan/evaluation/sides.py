@@ -131,7 +131,7 @@ class HfSide:
             choose: _Temperature | _Choice = _Temperature(sampling.temperature)
         else:
             configs = numbered_seeds(sampling, len(prompts))
-            choose = _Choice(Sampler(configs, prompts, self.model.config.vocab_size, max_new_tokens, device))
+            choose = _Choice(Sampler.of(configs, prompts, self.model.config.vocab_size, max_new_tokens, device))
         ends = [sampling.eos_id, *sampling.stop_ids]
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from baichuan.executors.base import Cache
+from baichuan.executors.base import RowCache
 from baichuan.records import Step
 
 
@@ -43,7 +43,7 @@ class Strategy(Protocol):
 
 
 def decode(
-    forward: Callable[[Step], Tensor], cache: Cache, strategy: Strategy, logits: Tensor, step: Step
+    forward: Callable[[Step], Tensor], cache: RowCache, strategy: Strategy, logits: Tensor, step: Step
 ) -> Iterator[None]:
     """Run decode steps until the strategy is finished; yields after each of them.
 

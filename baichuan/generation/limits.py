@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
+from baichuan.generation.requests import Request
 from baichuan.text.tokenizer import check_ids
 
 
@@ -53,3 +54,13 @@ def check_request(
             "shorten it, or build with a larger --max_input_len"
         )
     check_ids(prompt, model.vocab_size, name)
+
+
+def request_error(model: ModelConfig, build: BuildConfig, request: Request) -> str | None:
+    """Why the engine cannot hold a request, in one sentence; None if it can."""
+    new_tokens = request.max_new_tokens or int(request.prompt_logits)
+    try:
+        check_request(model, build, request.prompt, request.sampling, new_tokens)
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from baichuan.config import SamplingConfig
 from baichuan.generation.decoding import Choice, Generation
+from baichuan.generation.readback import Readback
 from baichuan.generation.sampling import Sampler
 
 OnTokens = Callable[[list[int | None]], None]  # each sequence's new token, None once it has ended
@@ -32,7 +33,7 @@ class Sampled:
             _Sequence({config.eos_id, *config.stop_ids}, limit) for config, limit in zip(configs, limits, strict=True)
         ]
         self._kept: list[Tensor] | None = [] if keep_logits else None  # each [sequences, vocab_size]
-        self._unread: _Readback | None = None  # the newest tokens, not yet read by the host
+        self._unread: Readback | None = None  # the newest tokens, not yet read by the host
         self._made = 0  # steps so far, each with one token per sequence
 
     def choose(self, logits: Tensor) -> Choice | None:
@@ -41,7 +42,7 @@ class Sampled:
         tokens = self._sampler(logits)
         self._made += 1
         last = self._made == self._longest
-        previous, self._unread = self._unread, _Readback(tokens)
+        previous, self._unread = self._unread, Readback(tokens)
         if previous:
             self._hear(previous)
         if last or tokens.device.type == "cpu":
@@ -52,25 +53,10 @@ class Sampled:
     def results(self) -> list[Generation]:
         return [each.generation(self._kept, number) for number, each in enumerate(self._sequences)]
 
-    def _hear(self, readback: _Readback) -> None:
+    def _hear(self, readback: Readback) -> None:
         news = [each.append(token) for each, token in zip(self._sequences, readback.tokens(), strict=True)]
         if self._on_tokens:
             self._on_tokens(news)
-
-
-class _Readback:
-    """An asynchronous copy of tokens to the host; tokens() waits for this copy alone, not for later work on the GPU."""
-
-    def __init__(self, tokens: Tensor):
-        self._host = tokens.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if tokens.is_cuda else None
-        if self._event:
-            self._event.record()
-
-    def tokens(self) -> list[int]:
-        if self._event:
-            self._event.synchronize()
-        return self._host.tolist()
 
 
 @dataclass

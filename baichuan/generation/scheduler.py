@@ -28,6 +28,7 @@ class Budget:
     rows: int  # of the block tables: one for each beam of the running requests
     tokens: int  # of a step, at least `rows`
     chunk: int | None = None  # tokens of prompts beside running requests; None = these wait until no prompt is left
+    scored: int = 1024  # tokens of a step after which all logits are wanted: each gives a row of the vocabulary's size
 
 
 @dataclass(eq=False)
@@ -110,11 +111,16 @@ class Scheduler:
         left = self.budget.tokens - rows
         if rows and self.budget.chunk is not None:
             left = min(left, self.budget.chunk)
+        scored = self.budget.scored
         for job in self.running:
             if not job.decoding and left > 0:
                 count = min(len(job.ids) - job.computed, left)
+                if job.request.prompt_logits:
+                    count = min(count, scored)
+                    scored -= count
                 chooses = job.computed + count == len(job.ids) and job.request.max_new_tokens > 0
-                pieces.append(Piece(job, job.computed, count, False, chooses))
+                if count:
+                    pieces.append(Piece(job, job.computed, count, False, chooses))
                 left -= count
         for piece in pieces:
             self._planned(piece)

@@ -76,7 +76,7 @@ class Session:
         if sampling.num_beams > 1:
             strategy = BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
         else:
-            sampler = Sampler(configs, prompts, self.model.vocab_size, max_new_tokens, logits.device)
+            sampler = Sampler.of(configs, prompts, self.model.vocab_size, max_new_tokens, logits.device)
             strategy = Sampled(sampler, configs, limits, on_tokens, keep_logits)
         for _ in decode(self._forward, self.executor.cache, strategy, logits, step):
             self.timing.decode_steps += 1

@@ -1,0 +1,236 @@
+"""requests.Serving over a paged KV cache: requests join and leave the running batch at every step.
+
+On a GPU the host is one step ahead: it plans and launches step n + 1 before it reads the tokens of step n, which step
+n + 1 takes from the GPU's memory.  A sequence that ended in step n is then in step n + 1 once more, for nothing.
+
+    host     plan 1, launch 1 | plan 2, launch 2, read 1 | plan 3, launch 3, read 2 | ...
+    GPU               step 1  |          step 2          |          step 3          | ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from baichuan.config import BuildConfig, ModelConfig
+from baichuan.executors.base import PagedExecutor
+from baichuan.generation.beam import BeamSearch
+from baichuan.generation.blocks import BlockPool
+from baichuan.generation.limits import request_error
+from baichuan.generation.readback import Readback
+from baichuan.generation.requests import Progress, Request, Timing
+from baichuan.generation.sampling import Sampler
+from baichuan.generation.scheduler import Budget, Job, Piece, Plan, Scheduler
+from baichuan.generation.steps import StepBuilder
+
+STEP_TOKENS = 16384  # of a step, where the engine has no max_num_tokens
+CHUNK_TOKENS = 512  # of prompts beside running requests: a step of so many takes a few times as long as one of decoding
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How requests share the engine."""
+
+    chunk_tokens: int | None = CHUNK_TOKENS  # of prompts beside running requests; None = these wait for all prompts
+    prefix_caching: bool = True  # equal beginnings of prompts share their blocks
+
+
+@dataclass
+class _Launched:
+    """A step whose tokens the host has not read."""
+
+    jobs: list[Job]  # of the tokens
+    tokens: Readback | None
+    prefills: bool  # it computes parts of prompts
+
+
+class InFlight:
+    """Any number of requests, of which as many run together as the engine has rows and blocks for."""
+
+    def __init__(self, executor: PagedExecutor, model: ModelConfig, build: BuildConfig, policy: Policy | None = None):
+        policy = policy or Policy()
+        self.model, self.build, self._executor = model, build, executor
+        executor.reset(build.max_rows, build.max_seq_len)
+        pool = BlockPool(executor.cache.blocks, executor.cache.tokens_per_block, policy.prefix_caching)
+        tokens = max(build.max_num_tokens or STEP_TOKENS, build.max_rows)
+        self.scheduler = Scheduler(pool, Budget(build.max_rows, tokens, policy.chunk_tokens))
+        self._sampler = Sampler(build.max_rows, model.vocab_size, build.max_output_len, executor.device)
+        self._steps = StepBuilder(executor)
+        self._searches: dict[Job, BeamSearch] = {}
+        self._kept: dict[Job, _KeptLogits] = {}
+        self._jobs: dict[Hashable, Job] = {}  # the unfinished, in order of arrival
+        self._news: dict[Hashable, Progress] = {}
+        self._unread: _Launched | None = None
+        self._marked_s = 0.0
+        self.timing = Timing()
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._jobs) + sum(each.finished for each in self._news.values())
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompts are still to be computed."""
+        return bool(self.scheduler.waiting) or any(not job.decoding for job in self.scheduler.running)
+
+    def add(self, request: Request) -> None:
+        assert request.key not in self._jobs and request.key not in self._news, f"{request.key} is still unfinished"
+        if not self.unfinished:
+            self.timing, self._marked_s = Timing(), time.perf_counter()
+        if error := self._error(request):
+            self._news[request.key] = Progress(request.key, error=error)
+            return
+        self.timing.prompt_tokens += len(request.prompt)
+        job = self._jobs[request.key] = self.scheduler.add(request)
+        if request.keep_logits or request.prompt_logits:
+            self._kept[job] = _KeptLogits()
+
+    def cancel(self, key: Hashable) -> None:
+        if job := self._jobs.get(key):
+            self._end(job, "cancelled")
+
+    @torch.inference_mode()
+    def step(self) -> list[Progress]:
+        plan = self.scheduler.plan()
+        launched = self._launch(plan) if plan else None
+        previous, self._unread = self._unread, launched
+        if previous:
+            self._hear(previous)
+        if launched and self._executor.device.type == "cpu":
+            self._hear(launched)
+            previous, self._unread = launched, None
+        self._account(previous or launched)
+        order = {key: number for number, key in enumerate(self._jobs)} if len(self._news) > 1 else {}
+        news = sorted(self._news.values(), key=lambda each: order.get(each.key, -1))
+        self._news = {}
+        return news
+
+    def _error(self, request: Request) -> str | None:
+        """Why the engine cannot hold the request, if so."""
+        pool, blocks = self.scheduler.pool, self.scheduler.blocks_of(request)
+        if (error := request_error(self.model, self.build, request)) or blocks <= pool.blocks:
+            return error
+        return (
+            f"the request needs up to {blocks} blocks of {pool.tokens_per_block} tokens and the KV cache has "
+            f"{pool.blocks}; ask for fewer tokens or beams, or leave more memory to the cache"
+        )
+
+    def _launch(self, plan: Plan) -> _Launched:
+        for job in plan.admitted:
+            request, history = job.request, job.ids
+            if request.sampling.num_beams > 1:
+                search = BeamSearch(request.sampling, [request.prompt], request.max_new_tokens, request.keep_logits)
+                self._searches[job] = search
+            else:
+                self._sampler.begin(job.slots[0], request.sampling, history, len(history) - len(request.prompt))
+        step, rows = self._steps.build(plan)
+        logits = self._executor.forward(step)
+        if self.build.logits_dtype == "float16":
+            logits = logits.half().float()
+        sampled: list[Piece] = []
+        places: list[int] = []  # the sampled pieces' rows of the logits
+        for piece, (first, count) in zip(plan.pieces, rows, strict=True):
+            own = logits[first : first + count]
+            if piece.job in self._kept:
+                self._kept[piece.job].see(piece, own)
+            if piece.job in self._searches:
+                if piece.chooses:
+                    self._search(piece.job, own[-len(piece.job.tables.rows) :])
+            elif piece.chooses:
+                sampled.append(piece)
+                places.append(first + count - 1)
+            elif piece.job.decoding:  # a prompt that is only scored
+                self._end(piece.job, "length")
+        jobs = [piece.job for piece in sampled]
+        self.timing.new_tokens += len(jobs)
+        tokens = None
+        if jobs:
+            chosen = logits if len(places) == len(logits) else logits[self._steps.on_device(places)]
+            slots = [job.slots[0] for job in jobs]
+            tokens = self._sampler(chosen, slots)
+            self._steps.chose(jobs, slots, tokens)
+        return _Launched(jobs, Readback(tokens) if tokens is not None else None, not plan.pieces[-1].decodes)
+
+    def _search(self, job: Job, logits: Tensor) -> None:
+        """Extend a job's beams at once: their next step depends on which of them go on."""
+        search = self._searches[job]
+        choice = search.choose(logits)
+        self.timing.new_tokens += job.request.sampling.num_beams
+        if choice is None:
+            [result] = search.results()
+            self._end(job, result.finish_reason, tuple(result.ids), result.logits)
+        else:
+            assert choice.parents is not None, "a search says which beams go on"
+            self.scheduler.fork(job, choice.parents.tolist())
+            self._steps.chose([job] * len(job.slots), job.slots, choice.tokens)
+
+    def _hear(self, launched: _Launched) -> None:
+        """The host learns the tokens of a step."""
+        tokens = launched.tokens.tokens() if launched.tokens else []
+        for job, token in zip(launched.jobs, tokens, strict=True):
+            if self._jobs.get(job.request.key) is not job:
+                continue  # it ended while the step ran
+            sampling = job.request.sampling
+            if token == sampling.eos_id or token in sampling.stop_ids:
+                self._end(job, "stop")
+                continue
+            self.scheduler.extend(job, token)
+            if len(job.ids) == len(job.request.prompt) + job.request.max_new_tokens:
+                self._end(job, "length", (token,))
+            else:
+                self._news[job.request.key] = Progress(job.request.key, (token,))
+
+    def _end(self, job: Job, reason: str, new_ids: tuple[int, ...] = (), logits: Tensor | None = None) -> None:
+        """The job's last progress."""
+        key = job.request.key
+        earlier = self._news.get(key, Progress(key))
+        self._searches.pop(job, None)
+        if kept := self._kept.pop(job, None):
+            chosen = len(job.ids) + (reason == "stop") - len(job.request.prompt)
+            logits = kept.rows(chosen, logits, job.request.keep_logits) if reason != "cancelled" else None
+        self._news[key] = replace(earlier, new_ids=earlier.new_ids + new_ids, finish_reason=reason, logits=logits)
+        del self._jobs[key]
+        self.scheduler.finish(job)
+
+    def _account(self, launched: _Launched | None) -> None:
+        """Add the time since the last call to what it was spent on."""
+        now = time.perf_counter()
+        passed, self._marked_s = now - self._marked_s, now
+        if launched is None:
+            return
+        if launched.prefills:
+            self.timing.prefill_s += passed
+        else:
+            self.timing.decode_s += passed
+            self.timing.decode_steps += 1
+
+
+class _KeptLogits:
+    """The logits of a request that wants them, on the CPU."""
+
+    def __init__(self):
+        self._prompt: list[Tensor] = []  # of tokens of the prompt, each [tokens, vocab_size]
+        self._chosen: list[Tensor] = []  # that new tokens were chosen from, each [vocab_size]
+        self._seen = 0  # tokens of the prompt
+
+    def see(self, piece: Piece, logits: Tensor) -> None:
+        """logits: of the piece's tokens, or of the last alone"""
+        request = piece.job.request
+        if request.prompt_logits and not piece.decodes:
+            end = min(piece.start + piece.count, len(request.prompt))
+            if end > self._seen:  # else it is computed again
+                self._prompt.append(logits[self._seen - piece.start : end - piece.start].cpu().clone())
+                self._seen = end
+        if request.keep_logits and piece.chooses and request.sampling.num_beams == 1:
+            self._chosen.append(logits[-1].cpu().clone())
+
+    def rows(self, chosen: int, searched: Tensor | None, keep: bool) -> Tensor | None:
+        """As Serving.step says.  chosen: new tokens, the end id included; searched: a beam search's own rows"""
+        made = searched if searched is not None else torch.stack(self._chosen[:chosen]) if self._chosen else None
+        if not self._prompt:
+            return made
+        return torch.cat([*self._prompt, *([made[1:]] if made is not None and keep else [])])

@@ -1,0 +1,99 @@
+"""From a scheduler's plan to the executor's Step: the tables, and each row's tokens from the host or the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baichuan.executors.base import PagedExecutor
+from baichuan.generation.sampling import to_device
+from baichuan.generation.scheduler import Job, Plan
+from baichuan.records import Step
+
+
+class StepBuilder:
+    """Builds the steps of one executor.  Tokens that are chosen on the device stay there."""
+
+    def __init__(self, executor: PagedExecutor):
+        self._executor = executor
+        self._last = torch.zeros(executor.cache.rows, dtype=torch.int64, device=executor.device)  # tokens by slot ...
+        self._newer: list[tuple[Sequence[int], Tensor]] = []  # ... as far as these are not newer
+        self._tables: list[tuple[int, ...]] = []  # as the cache has them
+        self._step: Step | None = None  # the one before, where the next may follow on it row by row ...
+        self._jobs: list[Job] = []  # ... with the tokens chosen for these jobs
+        self._chosen: Tensor | None = None
+
+    def build(self, plan: Plan) -> tuple[Step, list[tuple[int, int]]]:
+        """The plan's step, and each piece's (first, number) of rows of its logits.
+
+        Copies blocks and sets the cache's tables.  A piece has a row for each beam, or for each token of a prompt all
+        of whose logits are wanted.
+        """
+        cache = self._executor.cache
+        if plan.copies:
+            cache.copy_blocks(plan.copies)
+        tables = [tuple(row) for piece in plan.pieces for row in piece.job.tables.rows]
+        if tables != self._tables:
+            cache.set_tables(tables)
+            self._tables = tables
+        jobs = [piece.job for piece in plan.pieces if piece.decodes]
+        if self._step is None or self._chosen is None or jobs != self._jobs or len(jobs) < len(plan.pieces):
+            return self._build(plan)
+        self._step = self._step.next(self._chosen)
+        self._newer.clear()  # each of these slots gets its next token now
+        return self._step, [(row, 1) for row in range(len(jobs))]
+
+    def chose(self, jobs: Sequence[Job], slots: Sequence[int], tokens: Tensor) -> None:
+        """`tokens` were chosen on the last step, for a row of these jobs each."""
+        everything = self._step is not None and len(jobs) == self._step.batch_size
+        self._jobs, self._chosen = (list(jobs), tokens) if everything and len(set(jobs)) == len(jobs) else ([], None)
+        self._newer.append((slots, tokens))
+
+    def on_device(self, values: Sequence[int]) -> Tensor:
+        """int64"""
+        return to_device(values, torch.int64, self._executor.device)
+
+    def _build(self, plan: Plan) -> tuple[Step, list[tuple[int, int]]]:
+        for places, newer in self._newer:
+            self._last[self.on_device(places)] = newer
+        self._newer.clear()
+        slots: list[int] = []  # of the rows whose token is on the device
+        known: list[int] = []  # tokens after those
+        positions: list[int] = []
+        lengths: list[int] = []
+        contexts: list[int] = []
+        outputs: list[int] = []
+        rows: list[tuple[int, int]] = []
+        for piece in plan.pieces:
+            end, width = piece.start + piece.count, len(piece.job.tables.rows)
+            if piece.decodes:
+                slots += piece.job.slots[:width]
+            else:
+                known += piece.job.ids[piece.start : end]
+            for _ in range(width):
+                positions += range(piece.start, end)
+                lengths.append(piece.count)
+                contexts.append(end)
+            wanted = piece.count if piece.job.request.prompt_logits and not piece.decodes else width
+            rows.append((len(outputs), wanted))
+            outputs += range(len(positions) - wanted, len(positions))
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        parts = slots, known, positions, starts, contexts, outputs
+        packed = self.on_device([value for part in parts for value in part]).split([len(part) for part in parts])
+        tokens = torch.cat((self._last[packed[0]], packed[1]))
+        self._step = Step(
+            tokens=tokens,
+            positions=packed[2],
+            cu_seqlens=packed[3].int(),
+            context_lengths=packed[4].int(),
+            output_rows=packed[5],
+            max_new_tokens=max(lengths),
+            max_context_length=max(contexts),
+            mixed=1 in lengths and max(lengths) > 1,
+        )
+        self._jobs, self._chosen = [], None
+        return self._step, rows
