@@ -13,7 +13,9 @@ from baichuan.config import QuantConfig
 from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.executors.cpu.reference_linear import linear
+from baichuan.generation.blocks import BlockPool
 from baichuan.generation.session import Session
+from baichuan.generation.tables import BlockTables
 from baichuan.model import position
 from baichuan.parallel.comm import run_ranks
 from baichuan.records import DenseWeight, Step
@@ -111,27 +113,40 @@ def test_wrong_positions_are_noticed(monkeypatch):
     assert distance("v1_7b", score_with("v1_7b")) > 0.01
 
 
-def test_the_cache_can_be_reordered_grown_and_shrunk():
+def test_rows_share_blocks_and_part_where_they_differ():
+    """Two prompts fork into four rows, one of which is left alone: tables move, and a block with two writers."""
     version, golden = "v1_7b", goldens.golden("v1_7b")
-    session = golden_sessions.session(version)
-    executor = session.executor
+    executor = golden_sessions.session(version).executor
     executor.reset(4, 64)
-    step = Step.of([prompts(version)[1], prompts(version)[2]])
-    logits = executor.forward(step)
-    for parents in ([1, 0, 1, 0], [2, 1], [1]):  # prompt 2, prompt 1, ...
-        chosen = torch.tensor(parents)
-        executor.cache.reorder(chosen)
-        step = step.next(logits.argmax(-1)[chosen], chosen)
-        logits = executor.forward(step)
-    assert logits.argmax(-1).tolist() == [golden["gen_7"][3]]
+    cache, size = executor.cache, executor.cache.tokens_per_block
+    pool, lengths = BlockPool(cache.blocks, size), [7, 33]
+    rows = [BlockTables(pool) for _ in lengths]
+    for tables, length in zip(rows, lengths, strict=True):
+        tables.make_room(0, length)
+    cache.set_tables([tables.rows[0] for tables in rows])
+    logits = executor.forward(Step.of([prompts(version)[1], prompts(version)[2]]))
+    chosen = [golden["gen_7"].tolist(), golden["gen_33"].tolist()]
+    for tables in rows:
+        tables.fork([0, 0])
+    copies = [copy for tables, n in zip(rows, lengths, strict=True) for copy in tables.make_room(n, n + 1)]
+    assert len(copies) == 2, "neither prompt ends with a full block"
+    cache.copy_blocks(copies)
+    cache.set_tables([row for tables in rows for row in tables.rows])
+    tokens = [[chosen[0][0]], [9], [9], [chosen[1][0]]]  # 9: the row that parts from the golden one
+    logits = executor.forward(Step.of(tokens, [7, 7, 33, 33]))
+    assert logits.argmax(-1)[[0, 3]].tolist() == [chosen[0][1], chosen[1][1]]
+    rows[0].fork([0])
+    rows[1].fork([1])
+    cache.set_tables([tables.rows[0] for tables in rows])
+    logits = executor.forward(Step.of([[chosen[0][1]], [chosen[1][1]]], [8, 34]))
+    assert logits.argmax(-1).tolist() == [chosen[0][2], chosen[1][2]]
 
 
-def test_a_truncated_sequence_continues_as_if_the_rest_had_never_been():
+def test_a_shortened_sequence_continues_as_if_the_rest_had_never_been():
     version = "v2_13b"
     executor, prompt = golden_sessions.session(version).executor, prompts(version)[2]
     executor.reset(1, 64)
     executor.forward(Step.of([[*prompt, 9, 10, 11]]))
-    executor.cache.truncate(0, len(prompt))
     continued = executor.forward(Step.of([[12, 13]], [len(prompt)])).clone()
     executor.reset(1, 64)
     expected = executor.forward(Step.of([[*prompt, 12, 13]]))

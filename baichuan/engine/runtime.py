@@ -13,8 +13,8 @@ from baichuan.engine.folder import Engine, check_world, read_engine, verified_me
 from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.generation.requests import Serving
+from baichuan.generation.serve import serve
 from baichuan.generation.session import Session
-from baichuan.generation.static_batches import StaticBatches
 from baichuan.parallel.comm import Communicator
 from baichuan.util.manifest import Describer
 
@@ -54,7 +54,7 @@ def open_serving(
 ) -> tuple[Serving, torch.device]:
     """The engine as requests.Serving, and where it runs."""
     session = open_session(engine.folder, comm, None, keep_copies, device, digests)
-    return StaticBatches(session), session.executor.device
+    return serve(session.executor, engine.model, engine.build), session.executor.device
 
 
 def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:

@@ -51,6 +51,7 @@ class Executor(Protocol):
     """One rank of a model that is ready to run.  Every rank returns the same logits."""
 
     device: torch.device  # where Step's tensors must lie, and where the logits appear
+    paged: bool  # PagedExecutor, else RowExecutor
 
     def reset(self, rows: int, capacity: int) -> None:
         """Forget every sequence and make room in the cache for `rows` sequences of up to `capacity` tokens each.

@@ -33,7 +33,7 @@ class PoolSettings:
 
 @dataclass(frozen=True)
 class KVCache:
-    """executors.base.Cache"""
+    """executors.base.PagedCache"""
 
     layers: tuple[LayerCache, ...] = ()  # all of one shape, with the same tables; none before there is room for a row
 
@@ -102,17 +102,6 @@ class KVCache:
         """Give each row blocks of its own, as far as there are enough: whoever shares blocks calls set_tables."""
         tables = self.layers[0].tables
         tables.copy_((torch.arange(tables.numel()) % self.blocks).view_as(tables))
-
-    @torch.inference_mode()
-    def reorder(self, parents: Tensor) -> None:
-        """Row b becomes what row parents[b] was, where each row has blocks of its own."""
-        tables = self.layers[0].tables.long()
-        for layer in self.layers:
-            layer.k[tables[: len(parents)]] = layer.k[tables[parents]]
-            layer.v[tables[: len(parents)]] = layer.v[tables[parents]]
-
-    def truncate(self, row: int, length: int) -> None:
-        """Nothing moves: attention sees the positions below a step's context_lengths alone."""
 
     def set_tables(self, rows: Sequence[Sequence[int]]) -> None:
         """Row r has the blocks rows[r] from the next step on."""

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
+from baichuan.errors import UnsupportedError
 from baichuan.executors.base import Executor
-from baichuan.generation.beam import BeamSearch
-from baichuan.generation.decoding import Generation, Strategy, decode
+from baichuan.generation.decoding import Generation
+from baichuan.generation.in_flight import Policy
 from baichuan.generation.limits import check_requests
-from baichuan.generation.requests import Timing
-from baichuan.generation.sampled import OnTokens, Sampled
-from baichuan.generation.sampling import Sampler, numbered_seeds
-from baichuan.records import Step
+from baichuan.generation.requests import Progress, Request, Serving, Timing
+from baichuan.generation.sampled import OnTokens
+from baichuan.generation.sampling import numbered_seeds
+from baichuan.generation.serve import serve
 
 WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
+AS_A_BATCH = Policy(chunk_tokens=None, prefix_caching=False)  # all prompts first, and nothing of earlier calls
 
 
 @dataclass
 class Session:
-    """An executor with the limits of its engine."""
+    """An executor with the limits of its engine, which answers one batch of prompts at a time."""
 
     executor: Executor
     model: ModelConfig
     build: BuildConfig
-    timing: Timing = field(default_factory=Timing)  # the last generate()'s
+    _serving: Serving | None = field(default=None, init=False)
+
+    @property
+    def serving(self) -> Serving:
+        """Its KV cache is allocated when it is first needed."""
+        if self._serving is None:
+            self._serving = serve(self.executor, self.model, self.build, AS_A_BATCH)
+        return self._serving
+
+    @property
+    def timing(self) -> Timing:
+        """The last generate()'s."""
+        return self.serving.timing
 
     def generate(
         self,
@@ -44,91 +56,53 @@ class Session:
         on_tokens is called once per step (not with beam search, whose tokens are known only at the end).
         """
         self.check(prompts, sampling, max_new_tokens)
-        configs, limits = numbered_seeds(sampling, len(prompts)), [max_new_tokens] * len(prompts)
-        steps = self.steps(prompts, configs, limits, on_tokens, keep_logits)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
+        ids: list[list[int]] = [[] for _ in prompts]
 
-    def steps(
-        self,
-        prompts: Sequence[Sequence[int]],
-        configs: Sequence[SamplingConfig],
-        limits: Sequence[int],
-        on_tokens: OnTokens | None = None,
-        keep_logits: bool = False,
-    ) -> Generator[None, None, list[Generation]]:
-        """generate(), which yields after each decode step, with settings and most new tokens of each prompt.
+        def hear(news: dict[int, Progress]) -> None:
+            tokens = [list(news[row].new_ids) if row in news else [] for row in range(len(prompts))]
+            for own, new in zip(ids, tokens, strict=True):
+                own += new
+            if on_tokens:
+                on_tokens([new[0] if new else None for new in tokens])
 
-        Prompts that the engine cannot hold are the caller's fault.  With beam search all settings and limits are equal.
-        """
-        sampling, max_new_tokens = configs[0], max(limits)
-        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
-        self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
-        start = time.perf_counter()
-        logits, step = self._prefill(prompts)
-        self._wait()
-        self.timing.prefill_s = time.perf_counter() - start
-        start = time.perf_counter()
-        strategy: Strategy
-        if sampling.num_beams > 1:
-            strategy = BeamSearch(sampling, prompts, max_new_tokens, keep_logits)
-        else:
-            sampler = Sampler.of(configs, prompts, self.model.vocab_size, max_new_tokens, logits.device)
-            strategy = Sampled(sampler, configs, limits, on_tokens, keep_logits)
-        for _ in decode(self._forward, self.executor.cache, strategy, logits, step):
-            self.timing.decode_steps += 1
-            yield
-        self._wait()
-        self.timing.decode_s = time.perf_counter() - start
-        self.timing.new_tokens = len(prompts) * sampling.num_beams * (self.timing.decode_steps + 1)
-        return strategy.results()
+        configs = numbered_seeds(sampling, len(prompts))
+        ended = self._run(
+            [
+                Request(row, tuple(prompt), config, max_new_tokens, keep_logits)
+                for row, (prompt, config) in enumerate(zip(prompts, configs, strict=True))
+            ],
+            hear,
+        )
+        return [Generation(own, str(each.finish_reason), each.logits) for own, each in zip(ids, ended, strict=True)]
 
     def warm_up(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
         """On a GPU, do now what the first `generate` of such prompts would otherwise do once: allocate the KV cache,
         compile or load kernels, capture graphs."""
         if self.executor.device.type == "cuda":
-            self.executor.reset(len(prompts) * sampling.num_beams, max(map(len, prompts)) + max_new_tokens)
             self.generate(prompts, sampling, min(WARM_UP_TOKENS, max_new_tokens))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits after every token of each sequence, each [len(sequence), vocab_size] float32."""
-        self.check(sequences, SamplingConfig(top_k=1), 1)
-        self.executor.reset(len(sequences), max(map(len, sequences)))
-        logits = self._forward(Step.of(sequences, all_outputs=True, device=self.executor.device))
-        return list(logits.clone().split([len(sequence) for sequence in sequences]))
+        """Logits after every token of each sequence, each [len(sequence), vocab_size] float32 on the CPU."""
+        greedy = SamplingConfig(top_k=1)
+        self.check(sequences, greedy, 1)
+        requests = [Request(row, tuple(ids), greedy, 0, prompt_logits=True) for row, ids in enumerate(sequences)]
+        return [each.logits for each in self._run(requests) if each.logits is not None]
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
         """Raise ConfigError unless the engine can hold this request."""
         check_requests(self.model, self.build, prompts, sampling, max_new_tokens)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Step]:
-        """Run the prompts in chunks of at most max_num_tokens tokens.
-
-        Returns the logits of each prompt's last token, [prompts, vocab_size] float32, and the last chunk's step.
-        """
-        limit = self.build.max_num_tokens or sum(map(len, prompts))
-        chunks = 1
-        while max(_chunk_sizes(prompts, chunks)) > limit and chunks < max(map(len, prompts)):
-            chunks += 1
-        for chunk in range(chunks):
-            bounds = [(len(p) * chunk // chunks, len(p) * (chunk + 1) // chunks) for p in prompts]
-            tokens = [prompt[a:b] for prompt, (a, b) in zip(prompts, bounds, strict=True)]
-            step = Step.of(tokens, [a for a, _ in bounds], device=self.executor.device)
-            logits = self._forward(step)
-        return logits, step
-
-    def _forward(self, step: Step) -> Tensor:
-        logits = self.executor.forward(step)
-        return logits.half().float() if self.build.logits_dtype == "float16" else logits
-
-    def _wait(self) -> None:
-        if self.executor.device.type == "cuda":
-            torch.cuda.synchronize(self.executor.device)
-
-
-def _chunk_sizes(prompts: Sequence[Sequence[int]], chunks: int) -> list[int]:
-    """Tokens of each chunk when every prompt is cut into `chunks` nearly equal pieces, all ending in the last."""
-    return [sum(len(p) * (c + 1) // chunks - len(p) * c // chunks for p in prompts) for c in range(chunks)]
+    def _run(self, requests: Sequence[Request], hear: Callable[[dict], None] = lambda news: None) -> list[Progress]:
+        """Each request's last progress.  hear: called with each step's news, by key"""
+        ended: dict = {}
+        for request in requests:
+            self.serving.add(request)
+        while self.serving.unfinished:
+            news = {progress.key: progress for progress in self.serving.step()}
+            ended |= {key: progress for key, progress in news.items() if progress.finished}
+            if news:
+                hear(news)
+        for progress in ended.values():
+            if progress.error:
+                raise UnsupportedError(progress.error)
+        return [ended[request.key] for request in requests]

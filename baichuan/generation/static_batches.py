@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from baichuan.errors import ConfigError
 from baichuan.generation.decoding import Generation
-from baichuan.generation.limits import check_request
+from baichuan.generation.limits import request_error
 from baichuan.generation.requests import Progress, Request, Timing
-from baichuan.generation.session import Session
+from baichuan.generation.static_session import StaticSession
 
 
 class StaticBatches:
@@ -20,7 +19,7 @@ class StaticBatches:
     ended.  Of a batch's requests, those with beam search have equal settings and limits, and prompts are scored alone.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: StaticSession):
         self._session = session
         self._waiting: dict[Hashable, Request] = {}
         self._batch: _Batch | None = None
@@ -69,12 +68,7 @@ class StaticBatches:
         return batch
 
     def _error(self, request: Request) -> str | None:
-        new_tokens = request.max_new_tokens or int(request.prompt_logits)
-        try:
-            check_request(self._session.model, self._session.build, request.prompt, request.sampling, new_tokens)
-        except ConfigError as error:
-            return str(error)
-        return None
+        return request_error(self._session.model, self._session.build, request)
 
 
 def _kind(request: Request) -> tuple:
@@ -87,7 +81,7 @@ def _kind(request: Request) -> tuple:
 class _Batch:
     """Requests that run together.  `rows`: the rows of those that have not ended, by key."""
 
-    def __init__(self, session: Session, requests: Sequence[Request]):
+    def __init__(self, session: StaticSession, requests: Sequence[Request]):
         first, self._requests = requests[0], requests
         self.rows = {request.key: row for row, request in enumerate(requests)}
         self._made = [0] * len(requests)  # tokens so far

@@ -94,6 +94,7 @@ class ReferenceExecutor:
     """executors.base.Executor on the CPU."""
 
     device = torch.device("cpu")
+    paged = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class CudaExecutor:
     Caches and graphs outlive reset() as long as the next request fits into them.
     """
 
+    paged = True
     ops: CudaOps  # these two from reset() on
     graphs: StepGraphs
 

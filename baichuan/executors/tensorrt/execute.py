@@ -32,24 +32,26 @@ def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: S
 
 
 class TensorRtExecutor:
-    """executors.base.Executor over one rank's plan."""
+    """executors.base.RowExecutor over one rank's plan."""
+
+    paged = False
 
     def __init__(self, plan: Plan, contract: Contract):
         self.plan, self.contract, self.device = plan, contract, plan.device
         self.cache = self._no_cache()
 
-    def reset(self, batch_size: int, capacity: int) -> None:
+    def reset(self, rows: int, capacity: int) -> None:
         largest = self.contract.profiles[GENERATION].largest("batch")
-        if batch_size > largest or capacity > self.contract.capacity:
+        if rows > largest or capacity > self.contract.capacity:
             raise UnsupportedError(
-                f"{batch_size} sequences of {capacity} tokens do not fit a plan for {largest} of "
+                f"{rows} sequences of {capacity} tokens do not fit a plan for {largest} of "
                 f"{self.contract.capacity}; ask for less, or build with larger limits"
             )
         self.cache = self._no_cache()  # the old one makes room before memory is asked for
         if self.device.type == "cuda":
-            size = self.contract.cache_bytes(batch_size)
-            require_device_memory(size, f"a KV cache of {batch_size} x {self.contract.capacity} tokens", self.device)
-        self.cache = kv_buffers(self.contract, batch_size, self.device)
+            size = self.contract.cache_bytes(rows)
+            require_device_memory(size, f"a KV cache of {rows} x {self.contract.capacity} tokens", self.device)
+        self.cache = kv_buffers(self.contract, rows, self.device)
 
     def _no_cache(self) -> InPlaceBuffers | GrowingBuffers:
         return kv_buffers(self.contract, 0, torch.device("cpu"))

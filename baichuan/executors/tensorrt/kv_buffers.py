@@ -1,4 +1,4 @@
-"""executors.base.Cache of a TensorRT plan, in the two forms that a network can have."""
+"""executors.base.RowCache of a TensorRT plan, in the two forms that a network can have."""
 
 from __future__ import annotations
 
