@@ -13,6 +13,9 @@ from baichuan.errors import UnsupportedError
 from baichuan.executors.cuda.executor import CudaExecutor
 from baichuan.executors.cuda.graph import padded_batch_size, padded_prefill
 from baichuan.executors.cuda.ops import Switches
+from baichuan.executors.kv_cache import PoolSettings
+from baichuan.generation.in_flight import InFlight, Policy
+from baichuan.generation.requests import Request
 from baichuan.generation.session import Session
 from baichuan.records import Step
 from baichuan.weights.hub.config_json import read_model_config
@@ -148,13 +151,15 @@ def test_graphs_survive_a_smaller_request_and_a_larger_one_is_right():
     assert relative_error(following, again) < 5e-3  # 3000 keys in several splits, against one prefill
 
 
-def test_reordered_rows_continue_their_parents():
+def test_rows_that_share_blocks_continue_their_parents():
     cuda = executor()
     cuda.reset(4, 32)
+    cuda.cache.set_tables([[1], [2]])
     step = Step.of([[1, 2, 3], [4, 5]], device=DEVICE)
     cuda.forward(step)
     parents, tokens = torch.tensor([1, 1, 0], device=DEVICE), torch.tensor([9, 10, 11], device=DEVICE)
-    cuda.cache.reorder(parents)
+    cuda.cache.copy_blocks([(2, 3)])
+    cuda.cache.set_tables([[2], [3], [1]])
     logits = cuda.forward(step.next(tokens, parents))
     whole = executor()
     whole.reset(3, 32)
@@ -162,9 +167,62 @@ def test_reordered_rows_continue_their_parents():
     assert relative_error(logits, expected) < 5e-3
 
 
+def test_a_mixed_step_is_its_parts():
+    """Single tokens beside chunks of prompts, captured and not: the decode kernel beside the prefill kernel."""
+    captured, eager = executor(), executor()
+    eager.captures = False
+    for each in (captured, eager):
+        each.reset(4, 128)
+    prompts, tokens = [[5] * 40, [6] * 9, [7] * 30], [[8], [9] * 20, [10]]
+    past = [len(prompt) for prompt in prompts]
+    for _ in range(2):  # captured, then replayed
+        for each in (captured, eager):
+            each.forward(Step.of(prompts, device=DEVICE))
+        step = Step.of(tokens, past, device=DEVICE)
+        assert step.mixed
+        logits, alone = captured.forward(step).clone(), executor()
+        assert relative_error(logits, eager.forward(step)) < 5e-3
+    alone.reset(3, 128)
+    expected = alone.forward(Step.of([a + b for a, b in zip(prompts, tokens, strict=True)], device=DEVICE))
+    assert relative_error(logits, expected) < 5e-3
+
+
+def test_requests_in_flight_are_what_they_are_alone():
+    """In float32, with prompts that arrive while others decode, more requests than rows, and too few blocks."""
+    model = replace(SMALL, dtype="float32")
+    limits = BuildConfig(max_batch_size=5, max_input_len=200, max_output_len=60)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (12,), generator=generator).tolist()
+    drawn = SamplingConfig(top_k=20, top_p=0.9, temperature=1.0, eos_id=-1)
+    requests = [
+        Request(n, tuple(torch.randint(3, 400, (length,), generator=generator).tolist()), sampling, 60 - 3 * n)
+        for n, length in enumerate(lengths)
+        for sampling in [GREEDY if n % 2 else replace(drawn, random_seed=n)]
+    ]
+
+    def serve(arrivals, blocks=None, every=3):
+        pool = PoolSettings(tokens_per_block=32, most_blocks=blocks)
+        weights = RandomWeights(model, QuantConfig(), DEVICE, 0).rank()
+        engine = InFlight(CudaExecutor(model, QuantConfig(), weights, pool=pool), model, limits, Policy(32))
+        ids, arrivals, step = {}, list(arrivals), 0
+        while arrivals or engine.unfinished:
+            if arrivals and step % every == 0:
+                engine.add(arrivals.pop(0))
+            for progress in engine.step():
+                ids.setdefault(progress.key, []).extend(progress.new_ids)
+            step += 1
+        return ids, engine.scheduler.preemptions
+
+    alone = {each.key: serve([each])[0][each.key] for each in requests}
+    assert serve(requests)[0] == alone
+    ids, preemptions = serve(requests, blocks=10, every=1)
+    assert ids == alone and preemptions > 0
+    assert len({tuple(each) for each in ids.values()}) == len(ids)
+
+
 def test_too_large_a_cache_is_refused_with_its_size():
     with pytest.raises(UnsupportedError, match="GB of GPU memory"):
-        executor().reset(100_000, 1 << 20)
+        executor().reset(1, 1 << 27)
 
 
 def test_padded_batch_sizes():

@@ -9,6 +9,7 @@ import goldens
 import pytest
 import torch
 from golden_sessions import GREEDY
+from row_executor import static_session
 
 from baichuan.generation.requests import Request
 from baichuan.generation.static_batches import StaticBatches
@@ -18,7 +19,7 @@ VERSION = "v2_13b"
 
 @pytest.fixture
 def serving() -> StaticBatches:
-    return StaticBatches(golden_sessions.session(VERSION, max_batch_size=2, max_input_len=128, max_output_len=30))
+    return StaticBatches(static_session(VERSION, max_batch_size=2, max_input_len=128, max_output_len=30))
 
 
 def request(length: int, new: int = 24, **settings) -> Request:
