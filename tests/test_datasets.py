@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from baichuan.errors import ConfigError
-from baichuan.evaluation import datasets
 from baichuan.evaluation.datasets import Sample, load_samples
+from baichuan.text import rows
 
 ROWS = [
     {"id": "a1", "article": 'One, two.\nThree "four".', "highlights": "One.\nTwo."},
@@ -168,9 +168,9 @@ def test_no_such_path_and_no_data_in_a_folder(tmp_path):
 def test_limits_on_what_is_read_at_once(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", ROWS)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
-    monkeypatch.setattr(datasets, "MAX_ARRAY_BYTES", 20)
-    monkeypatch.setattr(datasets, "MAX_LINE_BYTES", 20)
-    with pytest.raises(ConfigError, match="more than 20 bytes; write one object per line"):
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 20)
+    monkeypatch.setattr(rows, "READ_CHARACTERS", 8)
+    with pytest.raises(ConfigError, match="row 0 has more than 20 bytes"):
         load_samples(tmp_path / "a.json", 1)
     with pytest.raises(ConfigError, match="line 1 has more than 20 bytes"):
         load_samples(tmp_path / "a.jsonl", 1)

@@ -26,6 +26,7 @@ from baichuan.engine import runtime
 from baichuan.engine.folder import CONFIG_NAME
 from baichuan.executors import torch_backend
 from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.generation import token_files
 from baichuan.util.publishing import staged_folder
 
 VERSION = "v1_7b"
@@ -413,14 +414,22 @@ def test_a_full_disk_leaves_the_old_engine(engine, prompts, tmp_path, capsys, mo
 def test_a_full_disk_leaves_the_old_results(engine, prompts, tmp_path, capsys, monkeypatch):
     (tmp_path / "logits.npy").write_bytes(b"old")
 
-    def full(file, _):
-        file.write(b"half")
+    def full(write, _):
+        write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(token_files, "write_array", full)
     refused(run.main, scripts.run_flags(engine, prompts, tmp_path), "No space left on device", capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.csv", "logits.npy", "prompts.csv"]
     assert (tmp_path / "logits.npy").read_bytes() == b"old"
+
+
+def test_ctrl_c_during_the_imports(capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("baichuan.parallel.comm.world_of_this_process", stopped)
+    refused(run.main, ["--max_output_len", "1"], "stopped by Ctrl-C", capsys)
 
 
 def interrupted(command: list[str], ready, by: signal.Signals = signal.SIGINT) -> tuple[int, str]:

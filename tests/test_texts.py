@@ -38,7 +38,7 @@ def test_every_kind_of_file(tmp_path, kind):
     [
         ("missing.json", None, "does not exist"),
         ("texts.docx", "text", "is no json, jsonl, csv, parquet or txt file"),
-        ("broken.json", "{{{", "cannot be read"),
+        ("broken.json", "{{{", "line 1 is not JSON"),
         ("broken.parquet", "text", "cannot be read"),
         ("numbers.csv", "a,b\n1,2\n", "no column of text, only a, b"),
         ("blank.txt", "\n\n", "holds no text"),

@@ -22,7 +22,7 @@ from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
 from baichuan.parallel.launcher import launch
-from baichuan.text.printable import one_line, printable
+from baichuan.text.printable import printable, sentence
 from baichuan.util.affinity import cores, leave_single_core
 from baichuan.util.signals import Terminated, sigterm_raises
 from baichuan.util.start import seconds_since_start
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
+STOPPED = "stopped by Ctrl-C; nothing unfinished was kept"
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 ENGINE_DIR = "engine_outputs"  # the engine folder without a flag: build.py writes it, the others read it
 DUMMY_VERSION = "v1_13b"  # the model version of dummy weights without --model_version
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -71,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
-        self.exit(USER_ERROR, f"{self.prog}: error: {one_line(message)}; {self.prog} --help lists every flag\n")
+        self.exit(USER_ERROR, f"{self.prog}: error: {sentence(message)}; {self.prog} --help lists every flag\n")
 
 
 def add_model_version(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
@@ -146,12 +149,16 @@ def run_script(
 
 def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
     """bound: whether the launcher had bound this process to one core, which it has left"""
-    import torch
+    try:
+        import torch
 
-    from baichuan.executors.cpu.threads import use_threads
-    from baichuan.parallel.comm import world_of_this_process
+        from baichuan.executors.cpu.threads import use_threads
+        from baichuan.parallel.comm import world_of_this_process
 
-    comm = world_of_this_process()
+        comm = world_of_this_process()
+    except KeyboardInterrupt:  # nothing has begun, and a traceback through the imports says nothing
+        print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
+        return USER_ERROR
     _configure_logging(args.log_level, comm)
     if bound:
         logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())
@@ -163,7 +170,7 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     except BaichuanError as error:
         message = str(error)
     except KeyboardInterrupt:
-        message = "stopped by Ctrl-C; nothing unfinished was kept"
+        message = STOPPED
     except Terminated:
         message = "stopped by SIGTERM; nothing unfinished was kept"
     except MemoryError:
@@ -174,15 +181,16 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
         message = "nobody reads the output any more, which is cut off"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+        if error.errno not in USERS_ERRORS + WRONG_PATH:
             _leave_unexpected(comm)
             raise
-        message = f"{error.filename or 'a file'}: {error.strerror}; free space or choose another folder"
+        remedy = "check the path" if error.errno in WRONG_PATH else "free space or choose another folder"
+        message = f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
     except Exception:
         _leave_unexpected(comm)
         raise
     rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
-    print(f"{parser.prog}: error{rank}: {one_line(message)}", file=sys.stderr, flush=True)
+    print(f"{parser.prog}: error{rank}: {sentence(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
 

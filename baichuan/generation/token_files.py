@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
-import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from baichuan.errors import ConfigError
-from baichuan.util.files import atomic_path
+from baichuan.util.files import atomic_path, open_regular
+from baichuan.util.npy import read_array, write_array
 
-MAX_BYTES = 1 << 30
+MAX_IDS = 1 << 23  # of a file; Python takes 40 bytes for each
+MAX_LINES = 1 << 20
+MAX_LINE_BYTES = 8 << 20  # of a CSV: a prompt of a million ids
 
 
 def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
@@ -24,20 +27,18 @@ def read_prompts(path: Path, pad_id: int) -> list[list[int]]:
     Raises ConfigError for a file that is neither.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"input_tokens {path} is not a regular file; give a .csv or a .npy file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"input_tokens {path} is larger than {MAX_BYTES} bytes; split it")
-        if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
-                prompts = [[int(cell) for cell in row if cell.strip()] for row in csv.reader(file)]
-        elif path.suffix == ".npy":
-            prompts = [_unpadded(row, pad_id) for row in np.atleast_2d(_integers(path))]
-        else:
-            raise ConfigError(f"input_tokens {path} ends in {path.suffix or 'nothing'}; give a .csv or a .npy file")
+        with open_regular(path) as file:
+            if path.suffix == ".csv":
+                prompts = list(_csv_rows(file))
+            elif path.suffix == ".npy":
+                prompts = [_unpadded(row, pad_id) for row in np.atleast_2d(_integers(file))]
+            else:
+                raise ConfigError(f"input_tokens {path} ends in {path.suffix or 'nothing'}; give a .csv or a .npy file")
     except OSError as error:
-        raise ConfigError(f"input_tokens {path} cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, EOFError, csv.Error) as error:
+        raise ConfigError(
+            f"input_tokens {path} cannot be read ({error.strerror}); give a .csv or a .npy file"
+        ) from None
+    except (ValueError, csv.Error) as error:
         raise ConfigError(f"input_tokens {path} does not hold token ids ({error}); give integers only") from None
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -79,14 +80,29 @@ def write_logits(path: Path, logits: Sequence[Tensor | None]) -> None:
 
 def _save(path: Path, array: np.ndarray) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+        write_array(file.write, array)
 
 
-def _integers(path: Path) -> np.ndarray:
-    array = np.load(path, allow_pickle=False, mmap_mode="r")
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise ValueError("it is a zip archive of arrays")
+def _csv_rows(file: BinaryIO) -> Iterator[list[int]]:
+    """Each line's ids; bounded in length, so that no file takes more memory than its ids."""
+    count, lines = 0, iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+    reader = csv.reader(_text(line) for line in lines)
+    for row in reader:
+        ids = [int(cell) for cell in row if cell.strip()]
+        count += len(ids)
+        if count > MAX_IDS or reader.line_num > MAX_LINES:
+            raise ValueError(f"it has more than {MAX_IDS} of them, or more than {MAX_LINES} lines")
+        yield ids
+
+
+def _text(line: bytes) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"a line has more than {MAX_LINE_BYTES} bytes")
+    return line.decode("utf-8-sig")
+
+
+def _integers(file: BinaryIO) -> np.ndarray:
+    array = read_array(file, MAX_IDS)
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise ValueError(f"it has type {array.dtype} and {array.ndim} dimensions")
     return array

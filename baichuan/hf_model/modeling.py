@@ -21,6 +21,7 @@ from baichuan.errors import UnsupportedError
 from baichuan.hf_model.config import BaichuanConfig
 from baichuan.hf_model.gpu_loading import read_on_gpu
 from baichuan.model.position import alibi_slopes, rope_at, rotate
+from baichuan.util.library_logs import through_our_log
 from baichuan.weights.hub.adapter import open_merged
 from baichuan.weights.hub.checkpoint import IGNORED, read_model_config
 from baichuan.weights.source import TensorSource
@@ -231,6 +232,7 @@ def load_hf_model(
     Its weights come through weights/, as an engine's do, and not through transformers' from_pretrained.
     Raises CheckpointError for an unreadable or incomplete checkpoint, ConfigError for another version's.
     """
+    through_our_log("transformers")
     model = read_model_config(Path(folder), model_version, dtype)
     checkpoint = open_merged(Path(folder), model, adapters)
     if torch.device(device).type != "cuda":

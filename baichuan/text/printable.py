@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-# Control characters but for newline and tab, those that reorder what stands around them on the screen, and halves of
-# characters, which no encoding writes.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_SENTENCE = 2000  # characters
+# Control characters but for newline and tab, Unicode's own ends of lines, those that reorder what stands around them on
+# the screen, and halves of characters, which no encoding writes.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -17,3 +18,10 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """printable(text) with its newlines and tabs spelled out as well: a sentence stays one, whatever it quotes."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def sentence(text: str) -> str:
+    """one_line(text), without its middle where it quotes something that is too long to be read."""
+    line = one_line(text)
+    half = MAX_SENTENCE // 2
+    return line if len(line) <= MAX_SENTENCE else f"{line[:half]} [...] {line[-half:]}"

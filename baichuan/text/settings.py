@@ -12,6 +12,7 @@ from pathlib import Path
 from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.tokenizer import MODEL_NAME
+from baichuan.util.files import read_at_most
 
 CONFIG_NAME = "generation_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -29,14 +30,13 @@ def read_settings(folder: Path) -> dict:
     """generation_config.json's values, none where there is no such file.  Raises CheckpointError."""
     file = folder / CONFIG_NAME
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_CONFIG_BYTES + 1)
+        content = read_at_most(file, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from None
     try:
-        values = json.loads(content) if len(content) <= MAX_CONFIG_BYTES else None
+        values = json.loads(content)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

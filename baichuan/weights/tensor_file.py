@@ -16,6 +16,7 @@ from torch import Tensor
 
 from baichuan.errors import EngineError
 from baichuan.weights.rank_tensors import TensorBlocks
+from baichuan.weights.safetensors_header import require_small_header
 
 WRITERS = 3  # threads; one alone fills the page cache more slowly than a disk or a GPU delivers
 
@@ -82,7 +83,8 @@ def write_tensors(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The file's tensors, memory-mapped: no bytes are read before they are used."""
     try:
+        require_small_header(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise EngineError(f"{path} is not a readable engine file ({error}); build the engine again") from None

@@ -19,7 +19,7 @@ def actions_of(main: Callable) -> list[argparse.Action]:
     """The script's flags, from the parser that its main makes."""
     caught: list[argparse.ArgumentParser] = []
 
-    def catch(parser, argv, body):
+    def catch(parser, *_, **__):
         caught.append(parser)
         return 0
 

@@ -12,17 +12,19 @@ from baichuan.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+MAX_THREADS = 1024
+
 
 def use_threads(threads: int | None, ranks: int) -> None:
     """Let PyTorch and the CPU kernels use `threads` threads in this process, one of `ranks` on this machine.
 
     None stands for OMP_NUM_THREADS where it is set, else for this rank's share of the physical cores that the process
-    may run on.  Raises ConfigError for less than one.
+    may run on.  Raises ConfigError for less than one or more than MAX_THREADS.
     """
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads {threads} is below 1; give at least 1, or leave it out for every physical core")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"threads {threads} is not in 1 to {MAX_THREADS}; leave it out for every physical core")
     torch.set_num_threads(threads or default_threads(ranks))
 
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from baichuan.errors import CheckpointError
+from baichuan.text.rows import reason
+from baichuan.util.files import open_regular
+from baichuan.util.npy import read_array
 
 MODULES = {  # the modules that one of shard.LINEARS merges, each an equal share of its rows
     "qkv": ("attention:qkv:q", "attention:qkv:k", "attention:qkv:v"),
@@ -25,6 +29,8 @@ MODULES = {  # the modules that one of shard.LINEARS merges, each an equal share
 }
 KV_MODULES = {"k_scale": "attention:qkv:k", "v_scale": "attention:qkv:v"}
 FILE_NAME = "fp8_scales.npz"  # its name in a binary folder
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ENCRYPTED = 0x1  # a flag of a member
 MAX_MEMBER_BYTES = 4096  # a scale with its header is smaller; the file may hold whole weights beside them
 
 
@@ -44,13 +50,17 @@ class LayerScales:
 def read_fp8_scales(path: Path, num_layers: int) -> list[LayerScales]:
     """The scales of every layer.  Raises CheckpointError for a missing one, or one that is not a positive number."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = _Members(path, archive)
             return [_read_layer(members, layer) for layer in range(num_layers)]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); name an .npz of FP8 scales") from None
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable .npz file ({error}); make the FP8 scales again") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises many types for damage
+        raise CheckpointError(
+            f"{path} is not a readable .npz file ({reason(error)}); make the FP8 scales again"
+        ) from None
 
 
 def write_fp8_scales(path: Path, layers: list[LayerScales]) -> None:
@@ -79,10 +89,15 @@ class _Members:
             if default is not None:
                 return default
             raise CheckpointError(f"{self.path} has no {key}; the FP8 scales belong to another model, make them again")
-        if self.archive.getinfo(name).file_size > MAX_MEMBER_BYTES:
+        entry = self.archive.getinfo(name)
+        if entry.file_size > MAX_MEMBER_BYTES:
             raise CheckpointError(f"{self.path} holds more than one number as {key}; make the FP8 scales again")
+        if entry.flag_bits & ENCRYPTED or entry.compress_type not in METHODS:
+            raise CheckpointError(
+                f"{self.path} is encrypted or compressed otherwise than by NumPy; save it with np.savez"
+            )
         with self.archive.open(name) as file:
-            values = np.lib.format.read_array(file, allow_pickle=False)
+            values = read_array(BytesIO(file.read(MAX_MEMBER_BYTES + 1)), 1)
         if values.size != 1 or values.dtype.kind != "f" or not 0 < values.item() < np.inf:
             raise CheckpointError(f"{self.path} holds a {key} that is not a positive number; make the FP8 scales again")
         return float(values.item())

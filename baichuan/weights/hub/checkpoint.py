@@ -12,6 +12,7 @@ import torch
 
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError
+from baichuan.util.library_logs import through_our_log
 from baichuan.weights.hub.bin_reader import open_bin
 from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_format, read_json_object, read_model_config
 from baichuan.weights.hub.safetensors_reader import open_safetensors
@@ -44,6 +45,7 @@ FORMATS = (  # the first that a folder holds is read
 )
 DOWNLOADED = ("config.json", "generation_config.json", "tokenizer.model")  # besides the weights; never code
 
+MAX_NAME = 200  # characters of a shard's name
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # computed; v1_7b checkpoints may carry it
 QUANTISED = {  # parts of a tensor's name, and the tools that write such names
@@ -128,6 +130,7 @@ def download(name: str, patterns: tuple[str, ...] = ()) -> Path:
     """The hub's files of this model: DOWNLOADED, and those that match the patterns.  Raises CheckpointError."""
     from huggingface_hub import snapshot_download  # takes half a second, and folders do without
 
+    through_our_log("huggingface_hub")
     try:
         return Path(snapshot_download(name, allow_patterns=[*DOWNLOADED, *patterns]))
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
@@ -146,7 +149,7 @@ def _open_shards(folder: Path, form: Format) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     homes: dict[str, str] = {}  # the shard of each tensor
     for shard in sorted(set(where.values())):
-        if shard != Path(shard).name or shard in ("", "..") or "\\" in shard or "\0" in shard:
+        if shard != Path(shard).name or shard in ("", "..") or "\\" in shard or "\0" in shard or len(shard) > MAX_NAME:
             raise CheckpointError(f"{path} points at {shard!r}; a shard is a file of the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{path} points at {shard}, which is missing; download it again")

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from baichuan.errors import CheckpointError
+from baichuan.weights.safetensors_header import require_small_header
 from baichuan.weights.source import TensorSource
 
 # https://github.com/huggingface/safetensors#format; no weight has a type that is not listed here
@@ -30,9 +31,10 @@ _DTYPES = {
 def open_safetensors(path: Path) -> dict[str, TensorSource]:
     """Every tensor of the file.  Raises CheckpointError for a file that is damaged or no safetensors file."""
     try:
+        require_small_header(path)
         file = safe_open(path, framework="pt")
         return {name: _source(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}); download it again") from None
 
 
