@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError
-from baichuan.generation.decoding import Generation
 from baichuan.generation.token_files import read_prompts, write_logits
 from baichuan.text.printable import sentence
 from baichuan.text.rows import READERS, file_rows
@@ -179,7 +178,7 @@ def test_a_disk_that_is_full_while_logits_are_written_says_why(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
         with pytest.raises(OSError) as caught:
-            write_logits(tmp_path / "x.npy", [Generation([1], "stop", torch.zeros(1, 5000))])
+            write_logits(tmp_path / "x.npy", [torch.zeros(1, 5000)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG and caught.value.filename and not list(tmp_path.iterdir())

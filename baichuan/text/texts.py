@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def read_texts(dataset: str, count: int, flag: str) -> list[str]:
     dataset: a json, jsonl, csv, parquet or txt file (one text a line), or a hub id.  Raises ConfigError.
     """
     path = Path(dataset)
+    rows: Iterator[dict]
     if path.suffix in READERS:
         rows = (row for _, row in file_rows(path, flag))
     elif path.exists():
