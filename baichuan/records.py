@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -191,14 +192,22 @@ class Step:
         lengths = [len(tokens) for tokens in new_tokens]
         past = list(past_lengths) if past_lengths is not None else [0] * len(lengths)
         contexts = [p + n for p, n in zip(past, lengths, strict=True)]
-        ends = torch.tensor(lengths).cumsum(0)
-        outputs = torch.arange(sum(lengths)) if all_outputs else (ends - 1).clamp_min(0)
+        starts = torch.tensor([0, *accumulate(lengths)])
+        parts = (
+            torch.tensor([token for tokens in new_tokens for token in tokens], dtype=torch.int64),
+            torch.cat([torch.arange(p, c) for p, c in zip(past, contexts, strict=True)]),
+            torch.arange(sum(lengths)) if all_outputs else (starts[1:] - 1).clamp_min(0),
+            starts,
+            torch.tensor(contexts),
+        )
+        there = torch.cat(parts).to(device)  # in one copy: each waits for the GPU
+        tokens, positions, outputs, starts, context_lengths = there.split([part.shape[0] for part in parts])
         return Step(
-            tokens=torch.tensor([t for tokens in new_tokens for t in tokens], dtype=torch.int64).to(device),
-            positions=torch.cat([torch.arange(p, c) for p, c in zip(past, contexts, strict=True)]).to(device),
-            cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32).to(device),
-            context_lengths=torch.tensor(contexts, dtype=torch.int32).to(device),
-            output_rows=outputs.to(device),
+            tokens=tokens,
+            positions=positions,
+            cu_seqlens=starts.int(),
+            context_lengths=context_lengths.int(),
+            output_rows=outputs.clone(),  # at an address of its own: for an odd one Triton would compile kernels anew
             max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # not decode if one is empty
             max_context_length=max(contexts),
             mixed=1 in lengths and max(lengths) > 1,
