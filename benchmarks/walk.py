@@ -11,7 +11,6 @@ have been used.  What is done is remembered in the folder: the same command line
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import shutil
@@ -28,6 +27,7 @@ import torch
 from baichuan.cli.common import Parser, add_model_version, run_script
 from baichuan.errors import ConfigError
 from baichuan.parallel.comm import Communicator
+from baichuan.util.affinity import cores
 from benchmarks import measured_process
 from benchmarks.random_checkpoint import model_of
 from benchmarks.walk_tables import STATE, Line, read_lines, row, tables, write_lines
@@ -241,7 +241,7 @@ def machine(version: str, small: bool) -> str:
     gpus = torch.cuda.device_count()
     name = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
     size = f"{version}, {model_of(version, small).num_layers} layers" + (" (small)" if small else "")
-    return f"{size}; {name}; torch {torch.__version__}; {os.cpu_count()} cores"
+    return f"{size}; {name}; torch {torch.__version__}; {cores()} cores"
 
 
 if __name__ == "__main__":
