@@ -45,7 +45,9 @@ class PeerMemory:
             import torch.distributed._symmetric_memory as symmetric_memory
 
             slot_bytes = INBOX_BYTES // host.world_size // 16 * 16
-            memory = symmetric_memory.empty(INBOXES * host.world_size * slot_bytes, dtype=torch.uint8, device=device)
+            # symmetric_memory.empty does no more than this, and imports SymPy, which takes a second.
+            make = symmetric_memory._SymmetricMemory.empty_strided_p2p
+            memory = make((INBOXES * host.world_size * slot_bytes,), (1,), torch.uint8, device)
             memory.fill_(255)  # kernels.peers.EMPTY
             handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)  # type: ignore[arg-type]  # joined by now
             torch.cuda.synchronize(device)
