@@ -62,8 +62,12 @@ def test_machines_of_one_name_are_told_apart_by_places_that_occur_twice():
 
 @pytest.mark.parametrize(
     ("size", "on"),
-    [(1, (2,)), (2, (4,)), (1, (3,)), (2, (2, 2))],
-    ids=["2 x 1", "2 x 2", "3 x 1", "2 x 2, two machines"],
+    [
+        pytest.param(1, (2,), id="2 x 1", marks=pytest.mark.slow),
+        pytest.param(2, (4,), id="2 x 2", marks=pytest.mark.slow),
+        pytest.param(1, (3,), id="3 x 1"),
+        pytest.param(2, (2, 2), id="2 x 2, two machines"),
+    ],
 )
 def test_replicas_make_what_one_rank_makes(engines, tmp_path, size, on):
     rows = golden_rows(6)
@@ -126,17 +130,19 @@ def made_by_rank_1(out: str) -> int:
     return sum(int(line.split()[-1]) for line in out.splitlines() if line.startswith("rank 1 made"))
 
 
-def test_uneven_work_balances(engines, tmp_path):
+@pytest.mark.parametrize(
+    ("sleep_s", "low", "high"),
+    [pytest.param(0.01, 0.3, 0.7, id="even", marks=pytest.mark.slow), pytest.param(0.1, 0.0, 0.3, id="slow")],
+)
+def test_uneven_work_balances(engines, tmp_path, sleep_s, low, high):
     """A replica that takes much longer for each step gets fewer prompts, and as many as the other if it does not."""
-    rows, shares = golden_rows(16), {}
-    for name, sleep in (("even", 0.01), ("slow", 0.1)):
-        prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / f"{name}.jsonl"
-        program = SLOW.replace("SLEEP if rank == 1 else 0", f"{sleep} if rank == 1 else 0.01")
-        done = run_on([sys.executable, "-c", program, *flags(engines[1], prompts, out, *GREEDY)], scripts.ROOT, 2)
-        assert done.returncode == 0, done.stderr
-        check_goldens(results(out), rows)
-        shares[name] = made_by_rank_1(done.stdout) / len(rows)
-    assert 0.3 < shares["even"] < 0.7 and 0 < shares["slow"] < 0.3
+    rows = golden_rows(16)
+    prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    program = SLOW.replace("SLEEP if rank == 1 else 0", f"{sleep_s} if rank == 1 else 0.01")
+    done = run_on([sys.executable, "-c", program, *flags(engines[1], prompts, out, *GREEDY)], scripts.ROOT, 2)
+    assert done.returncode == 0, done.stderr
+    check_goldens(results(out), rows)
+    assert low < made_by_rank_1(done.stdout) / len(rows) < high
 
 
 def test_a_replica_that_dies_ends_the_run_and_resume_finishes_it(engines, tmp_path):
