@@ -190,15 +190,13 @@ def test_two_runs_do_not_write_one_file(engine, tmp_path, capsys):
 
 
 def test_a_request_that_fails_is_a_line_and_is_tried_again(engine, tmp_path, capsys, monkeypatch):
-    from baichuan.generation.static_batches import StaticBatches
+    from baichuan.generation.in_flight import InFlight
 
     rows = golden_rows(1)
     prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        whole = StaticBatches._error
-        patch.setattr(
-            StaticBatches, "_error", lambda self, r: "no room; wait" if len(r.prompt) == 7 else whole(self, r)
-        )
+        whole = InFlight._error
+        patch.setattr(InFlight, "_error", lambda self, r: "no room; wait" if len(r.prompt) == 7 else whole(self, r))
         assert run.main(flags(engine, prompts, out, *GREEDY)) == 2
     assert [each["key"] for each in results(out) if each.get("error") == "no room; wait"] == ["0-7"]
     assert "1 of them failed" in capsys.readouterr().err

@@ -109,13 +109,13 @@ def test_a_machine_with_half_a_replica_is_refused(engines, tmp_path):
 
 SLOW = """import sys, time
 import run
-from baichuan.generation.static_batches import StaticBatches
+from baichuan.generation.in_flight import InFlight
 from baichuan.parallel.comm import world_of_this_process
-rank, step = world_of_this_process().rank, StaticBatches.step
+rank, step = world_of_this_process().rank, InFlight.step
 def slow(self):
     time.sleep(SLEEP if rank == 1 else 0)
     return step(self)
-StaticBatches.step = slow
+InFlight.step = slow
 from baichuan.parallel.replicas import Asker
 tell = Asker.tell
 def counted(self, news):

@@ -1,0 +1,306 @@
+"""Traffic of a chat on one GPU, with dummy weights drawn there, nothing on disk: python benchmarks/bench_traffic.py
+
+    python benchmarks/bench_traffic.py --model_version v2_13b --precision int8 --kv_cache int8 --rows 256
+
+Requests have lognormal lengths from a seed.  They come (a) all at once and (b) one by one, as a Poisson process at
+shares of the rate that (a) served.  Prints tokens and requests per second, the time to the first token and between
+tokens at their 50th, 90th and 99th percentile, how full the KV cache became, how often a request had to give up its
+blocks, and the share of the time that the scheduler's decisions took.  Tokens per second are over those of a static
+batch of the same rows with every length at the mean, in the same run, and over static batches of --static_requests
+requests, each of which lasts as long as its longest.  At the end, a prompt of 1000 tokens and another that
+begins with them: the second's time to its first token over the first's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baichuan.cli.common import Parser, add_weight_copies, run_script
+from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.executors.cuda.comm import gpu_of_rank
+from baichuan.executors.cuda.executor import CudaExecutor
+from baichuan.executors.cuda.ops import Switches
+from baichuan.generation.in_flight import InFlight
+from baichuan.generation.requests import Request
+from baichuan.parallel.comm import Communicator, Solo
+from baichuan.util.files import atomic_path
+from benchmarks.gpu_timing import require_gpu
+from benchmarks.random_weights import PRECISIONS, RandomWeights
+
+GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
+SIGMA = 1.0  # of the lengths' logarithms: half of them between 0.5 and 2 times the median
+LONGEST = 1024
+SHARED_TOKENS = 1000
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Clock:
+    """When what happened, in seconds of time.perf_counter()."""
+
+    came: float
+    heard: list[float] = field(default_factory=list)  # each new token
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of traffic."""
+
+    name: str
+    requests: int
+    tokens_per_s: float
+    requests_per_s: float
+    first_token_ms: list[float]  # at PERCENTILES
+    between_tokens_ms: list[float]
+    cache_share: float  # of the blocks, at the fullest
+    preemptions: int
+    planning_share: float  # of the time
+
+    @property
+    def line(self) -> str:
+        first, between = (
+            "/".join(f"{ms:.0f}" for ms in each) for each in (self.first_token_ms, self.between_tokens_ms)
+        )
+        return (
+            f"{self.name:22s} {self.requests:5d} | {self.tokens_per_s:8.0f} {self.requests_per_s:7.2f} | {first:>18s} "
+            f"{between:>14s} | {self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%}"
+        )
+
+
+TITLES = (
+    "traffic                 reqs |    tok/s  reqs/s | first p50/90/99 ms   between, ms | cache preempt   plan | "
+    "to uniform"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="whose shapes")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float16", help="of the weights")
+    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
+    parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
+    parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
+    parser.add_argument("--arrivals", type=int, default=300, help="of each traffic one by one; 0 = none")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="of the rate all at once")
+    parser.add_argument("--static_requests", type=int, default=0, help="of static batches; 0 = none")
+    parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
+    parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
+    parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
+    parser.add_argument("--max_num_tokens", type=int, default=16384, help="tokens of a step at most")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
+    add_weight_copies(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    return run_script(parser, argv, bench)
+
+
+def bench(args: argparse.Namespace, host: Communicator) -> int:
+    require_gpu("bench_traffic.py", "bench_cpu.py measures the CPU")
+    if host.world_size > 1:
+        raise ConfigError(f"{host.world_size} ranks are running and this measures one GPU; leave mpirun out")
+    device = gpu_of_rank(host)
+    torch.cuda.set_device(device)
+    model, serving = open_serving(args, device)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {args.model_version} {args.precision}, ", end="")
+    print(f"KV cache {args.kv_cache}, {args.rows} rows")
+    generator = np.random.default_rng(args.seed)
+    requests = drawn(args, model, generator, args.requests)
+    lengths = [(len(each.prompt), each.max_new_tokens) for each in requests]
+    print(f"lengths: mean {np.mean(lengths, axis=0).round(1)}, longest {np.max(lengths, axis=0)}")
+    warm_up(serving, model, args, generator)
+    uniform = static_rate(serving, [alike(args, model, generator) for _ in range(args.rows)])
+    print(f"a static batch of {args.rows} x {args.mean_input} + {args.mean_output} tokens: {uniform:.0f} tokens/s")
+    print(TITLES, flush=True)
+    results = [run(serving, "all at once", requests, [0.0] * len(requests))]
+    print(f"{results[0].line} | {results[0].tokens_per_s / uniform:.2f}", flush=True)
+    for share in args.shares if args.arrivals else ():
+        rate = share * results[0].requests_per_s
+        came = generator.exponential(1 / rate, args.arrivals).cumsum().tolist()
+        name = f"{share:.0%}, {rate:.2f} a second"
+        results.append(run(serving, name, drawn(args, model, generator, args.arrivals), came))
+        print(f"{results[-1].line} | {results[-1].tokens_per_s / uniform:.2f}", flush=True)
+    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "uniform": uniform}
+    if args.static_requests:
+        requests = drawn(args, model, generator, args.static_requests)
+        facts["static"] = static_batches(serving, requests, args.rows)
+        ratio = results[0].tokens_per_s / facts["static"]
+        print(f"static batches of {args.static_requests} requests: {facts['static']:.0f} tokens/s, {ratio:.2f} x")
+    facts["shared"] = shared_prefix(serving, model, generator, min(SHARED_TOKENS, args.longest - 1))
+    first, second = facts["shared"]
+    print(
+        f"a shared prefix: first token after {1e3 * first:.1f} ms, then {1e3 * second:.1f} ms: {second / first:.2f} x"
+    )
+    if args.json:
+        settings = {name: str(value) for name, value in vars(args).items()}
+        with atomic_path(args.json) as part:
+            results_json = [asdict(each) for each in results]
+            part.write_text(json.dumps(facts | {"settings": settings, "results": results_json}, indent=1) + "\n")
+    return 0
+
+
+def open_serving(args: argparse.Namespace, device: torch.device) -> tuple[ModelConfig, InFlight]:
+    dtype = args.precision if args.precision == "bfloat16" else "float16"
+    model = PRESETS[args.model_version]
+    model = replace(model, dtype=dtype, num_layers=args.num_layers or model.num_layers)
+    quant = replace(PRECISIONS[args.precision], kv_cache=args.kv_cache)
+    weights = RandomWeights(model, quant, device).rank()
+    executor = CudaExecutor(model, quant, weights, Solo(), Switches(keep_copies=not args.no_weight_copies))
+    build = BuildConfig(
+        max_batch_size=args.rows,
+        max_input_len=args.longest,
+        max_output_len=args.longest,
+        max_num_tokens=args.max_num_tokens,
+    )
+    return model, InFlight(executor, model, build)
+
+
+def drawn(args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator, count: int) -> list[Request]:
+    """New requests, whose prompts no cache holds: lognormal lengths, with these means once cut at the longest."""
+    inputs = lognormal(generator, count, args.mean_input, args.longest)
+    outputs = lognormal(generator, count, args.mean_output, args.longest)
+    ids = generator.integers(3, model.vocab_size, int(sum(inputs))).tolist()
+    requests, start = [], 0
+    for number, (length, new) in enumerate(zip(inputs, outputs, strict=True)):
+        prompt = tuple(ids[start : start + length])
+        requests.append(Request(number, prompt, GREEDY, new))
+        start += length
+    return requests
+
+
+def lognormal(generator: np.random.Generator, count: int, mean: float, longest: int) -> list[int]:
+    """Lengths from 1 to `longest` with this mean: the scale is found by bisection, after the cut."""
+    draws, low, high = np.exp(SIGMA * generator.standard_normal(count)), 0.0, float(longest)
+    for _ in range(50):
+        scale = (low + high) / 2
+        lengths = np.clip(np.round(scale * draws), 1, longest)
+        low, high = (scale, high) if lengths.mean() < mean else (low, scale)
+    return lengths.astype(int).tolist()
+
+
+def alike(args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator) -> Request:
+    """A request with both lengths at their means."""
+    prompt = generator.integers(3, model.vocab_size, args.mean_input).tolist()
+    return Request(tuple(prompt), tuple(prompt), GREEDY, args.mean_output)
+
+
+def warm_up(serving: InFlight, model: ModelConfig, args: argparse.Namespace, generator: np.random.Generator) -> None:
+    """Compile kernels and capture the graphs of steps of all sizes that traffic has."""
+    short = [replace(each, max_new_tokens=2) for each in (alike(args, model, generator) for _ in range(args.rows))]
+    static_rate(serving, short)
+    traffic = drawn(args, model, generator, 2 * args.rows)
+    static_rate(serving, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
+    for request in traffic[: args.rows // 4]:  # fewer rows, joined one by one
+        serving.add(replace(request, key=("late", request.key), max_new_tokens=8))
+        serving.step()
+        serving.step()
+    drain(serving)
+
+
+def drain(serving: InFlight) -> None:
+    while serving.unfinished:
+        serving.step()
+    torch.cuda.synchronize()
+
+
+def static_rate(serving: InFlight, requests: Sequence[Request]) -> float:
+    """New tokens per second of requests that all start at once."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for request in requests:
+        serving.add(request)
+    drain(serving)
+    return sum(request.max_new_tokens for request in requests) / (time.perf_counter() - start)
+
+
+def static_batches(serving: InFlight, requests: Sequence[Request], rows: int) -> float:
+    """New tokens per second where a batch begins when the one before has ended: as many requests as the cache has room
+    for, `rows` at most, each of which computes until the batch's longest has ended."""
+    pool = serving.scheduler.pool
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    rows = max(1, min(rows, pool.blocks * pool.tokens_per_block // longest))
+    start, made = time.perf_counter(), sum(request.max_new_tokens for request in requests)
+    for first in range(0, len(requests), rows):
+        batch = requests[first : first + rows]
+        new = max(request.max_new_tokens for request in batch)
+        static_rate(serving, [replace(request, max_new_tokens=new) for request in batch])
+    return made / (time.perf_counter() - start)
+
+
+def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequence[float]) -> Result:
+    """came: when each request arrives, in seconds from the start, in order."""
+    scheduler, pool = serving.scheduler, serving.scheduler.pool
+    preemptions, fullest, planning, planned = scheduler.preemptions, 0, [0.0], scheduler.plan
+
+    def plan():
+        begun = time.perf_counter()
+        value = planned()
+        planning[0] += time.perf_counter() - begun
+        return value
+
+    scheduler.plan = plan  # type: ignore[method-assign]
+    start = time.perf_counter()
+    clocks = {request.key: Clock(start + at) for request, at in zip(requests, came, strict=True)}
+    waiting = list(zip(requests, came, strict=True))[::-1]
+    while waiting or serving.unfinished:
+        now = time.perf_counter() - start
+        while waiting and waiting[-1][1] <= now:
+            serving.add(waiting.pop()[0])
+        if not serving.unfinished:
+            time.sleep(max(waiting[-1][1] - (time.perf_counter() - start), 0))
+            continue
+        for progress in serving.step():
+            assert progress.error is None, progress.error
+            clocks[progress.key].heard += [time.perf_counter()] * len(progress.new_ids)
+        fullest = max(fullest, pool.blocks - pool.free)
+    seconds = time.perf_counter() - start
+    scheduler.plan = planned  # type: ignore[method-assign]
+    between = np.concatenate([np.diff(clock.heard) for clock in clocks.values()])
+    return Result(
+        name=name,
+        requests=len(requests),
+        tokens_per_s=sum(len(clock.heard) for clock in clocks.values()) / seconds,
+        requests_per_s=len(requests) / seconds,
+        first_token_ms=percentiles([clock.heard[0] - clock.came for clock in clocks.values()]),
+        between_tokens_ms=percentiles(between),
+        cache_share=fullest / pool.blocks,
+        preemptions=scheduler.preemptions - preemptions,
+        planning_share=planning[0] / seconds,
+    )
+
+
+def percentiles(seconds: Sequence[float] | np.ndarray) -> list[float]:
+    """In milliseconds."""
+    return [1e3 * float(each) for each in np.percentile(seconds, PERCENTILES)] if len(seconds) else []
+
+
+def shared_prefix(
+    serving: InFlight, model: ModelConfig, generator: np.random.Generator, tokens: int
+) -> tuple[float, float]:
+    """Seconds to the first token of a prompt, and of one that begins with the same tokens and has one more."""
+    times = []
+    for _ in range(2):  # the first pair warms up
+        prompt = generator.integers(3, model.vocab_size, tokens).tolist()
+        for more in (1, 2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            serving.add(Request(more, tuple([*prompt, more][: tokens + 1]), GREEDY, 1))
+            drain(serving)
+            times.append(time.perf_counter() - start)
+    return times[2], times[3]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
