@@ -139,6 +139,62 @@ def test_every_kind_is_here():
     assert (bits_of(zeros, 4, 1) == 15).any()  # a zero of 0 borrows from its neighbour in the first version
 
 
+def with_lists(tensors):
+    """bitsandbytes' tensors as Baichuan2-*-Chat-4bits pickles them, by its quantizer.py and bitsandbytes 0.41."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(".quant_state.bitsandbytes__nf4"):
+            found |= {} if ".weight." in name else {name: tensor}
+            continue
+        state, weight_name = json.loads(bytes(tensor.tolist())), name.removesuffix(".quant_state.bitsandbytes__nf4")
+        part = {end: tensors[f"{weight_name}.{end}"] for end in ("absmax", "quant_map", *NESTED)}
+        nested = [part[NESTED[0]], part[NESTED[1]], state["nested_blocksize"], False, torch.float32, None, None]
+        found[f"{weight_name}.quant_state"] = [
+            *(part["absmax"], torch.Size(state["shape"]), torch.float16, state["blocksize"]),
+            *([torch.tensor(state["nested_offset"]), nested], "nf4", part["quant_map"]),
+        ]
+        found[f"{weight_name}.data"] = tensors[weight_name]
+        del found[weight_name]
+    return found
+
+
+NESTED = ("nested_absmax", "nested_quant_map")
+SETTINGS_OF_BAICHUAN = {"bnb_4bit_quant_type": "nf4", "load_in_4bit": True, "load_in_8bit": False}
+
+
+def listed(folder, change=lambda values: values):
+    """bitsandbytes_nf4 as Baichuan2-*-Chat-4bits is stored; its values as change(by name) makes them."""
+    values = json.loads((FOLDER / "bitsandbytes_nf4/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": SETTINGS_OF_BAICHUAN}))
+    torch.save(
+        change(with_lists(load_file(FOLDER / "bitsandbytes_nf4/model.safetensors"))), folder / "pytorch_model.bin"
+    )
+    return folder
+
+
+def test_baichuans_own_form_of_four_bits_is_read(tmp_path):
+    expected = dense(FOLDER / "bitsandbytes_nf4")
+    for module, found in dense(listed(tmp_path)).items():
+        assert found.equal(expected[module])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state[:6],
+        lambda state: [*state[:5], "int8", state[6]],
+        lambda state: [3.0, *state[1:]],
+        lambda state: [*state[:4], [torch.zeros(3), state[4][1]], *state[5:]],
+        lambda state: [*state[:4], [state[4][0], 7], *state[5:]],
+        lambda state: [state[0], (64, 10**12), *state[2:]],
+    ],
+)
+def test_a_damaged_list_is_refused(change, tmp_path):
+    name = f"{LAYER}self_attn.o_proj.weight.quant_state"
+    with pytest.raises(CheckpointError, match="damaged|quant_state says shape"):
+        dense(listed(tmp_path, lambda values: values | {name: change(values[name])}))
+
+
 # ---------------------------------------------------------------- engines
 
 INT4 = {"gptq_v1_sym": 32, "gptq_v1_zeros": 64, "gptq_v2_zeros": 32, "awq": 64, "compressed_sym": 32}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from baichuan.errors import CheckpointError
+from baichuan.weights.hub.quant_state import STATE_END, state_sources, todays_name
 from baichuan.weights.hub.tensor_pickle import ForeignContent, StoredTensor, read_tensor_pickle
 from baichuan.weights.source import TensorSource
 
@@ -20,7 +21,8 @@ LOCAL_HEADER = struct.Struct("<26x2H")  # a zip record's header: the lengths of 
 def open_bin(path: Path) -> dict[str, TensorSource]:
     """Every tensor of the file.
 
-    Raises CheckpointError for a file that is damaged, holds anything but tensors, or was written by PyTorch before 1.6.
+    Raises CheckpointError for a file that is damaged, holds anything but tensors and bitsandbytes' lists of them, or
+    was written by PyTorch before 1.6.
     """
     _require_archive(path)
     try:
@@ -66,14 +68,21 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, TensorSourc
         raise CheckpointError(f"{path} holds a {type(values).__name__}, not tensors by name; it is not a checkpoint")
     file_size = path.stat().st_size
     mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=file_size)
-    sources = {}
+    sources: dict[str, TensorSource] = {}
+
+    def source(stored: StoredTensor) -> TensorSource:
+        return _source(mapped, file_size, archive, entries[f"data/{stored.key}"], stored)
+
     for name, value in values.items():
+        if isinstance(value, list) and isinstance(name, str) and name.endswith(STATE_END):
+            sources |= state_sources(name, value, source)
+            continue
         if not isinstance(value, StoredTensor) or not isinstance(name, str):
             kind = "Tensor" if isinstance(value, StoredTensor) else type(value).__name__
             raise CheckpointError(
                 f"{path} holds {repr(name)[:MAX_SHOWN]}, a {kind} that is not a plain tensor with a name"
             )
-        sources[name] = _source(mapped, file_size, archive, entries[f"data/{value.key}"], value)
+        sources[todays_name(name)] = source(value)
     return sources
 
 

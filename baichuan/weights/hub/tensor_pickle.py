@@ -167,6 +167,9 @@ def _called(function: Any, arguments: Any) -> Any:
     match function:
         case _Global("collections", "OrderedDict") if arguments == ():
             return {}
+        case _Global("torch", "Size"):
+            (sizes,) = arguments
+            return _sizes(sizes)
         case _Global("torch._utils", "_rebuild_parameter") if type(arguments[0]) is StoredTensor:
             return arguments[0]
         case _Global("torch._utils", "_rebuild_tensor_v2"):
