@@ -23,7 +23,6 @@ from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import (
     PLAIN,
-    SUM_CHANNELS,
     Deinterleaved,
     Int8PerToken,
     Int16,
@@ -143,13 +142,16 @@ def test_even_columns_before_odd_ones(form, in_order):
         assert made.scale is expected.scale is None or torch.equal(made.scale, expected.scale)
 
 
-def test_sums_of_int16_tokens():
-    without, with_sums = (made_by_each_kernel(Int16(deinterleaved=True, sums=sums)) for sums in (False, True))
-    for made, expected in zip(with_sums, without, strict=True):
+@pytest.mark.parametrize("channels", [32, None])
+def test_sums_of_int16_tokens(channels):
+    without = made_by_each_kernel(Int16(deinterleaved=True))
+    for number, expected in enumerate(without):
+        width = expected.values.shape[1]
+        made = made_by_each_kernel(Int16(deinterleaved=True, sums=channels or width))[number]
         assert torch.equal(made.values, expected.values) and torch.equal(made.scale[:3], expected.scale)
-        digits = interleaved(expected).values.to(torch.int32)  # [2 * num_tokens, width]
-        sums = digits.unflatten(1, (-1, SUM_CHANNELS)).sum(-1)
-        assert torch.equal(made.scale[3:].view(torch.int32).view(sums.shape), sums.int())
+        high, low = interleaved(expected).values.to(torch.int64).unflatten(0, (-1, 2)).unbind(1)
+        sums = (256 * high + low).unflatten(1, (-1, channels or width)).sum(-1)
+        assert torch.equal(made.scale[3:].view(sums.shape), 16.0 * sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -236,7 +238,7 @@ def test_gemv_int4(gate, group_size, zeros):
     weight = normal(48 if gate else 24, 384, seed=1, dtype=torch.float32).cpu()
     packed, scale = (each.to(DEVICE) for each in quantise_int4(weight, group_size, x.dtype))
     zero = zeros_of(scale) if zeros else None
-    int16 = quantise_rows(x, Int16(deinterleaved=True, sums=zeros))
+    int16 = quantise_rows(x, Int16(deinterleaved=True, sums=(group_size or 384) if zeros else None))
     y = gemv_int(int16, packed, scale, torch.float32, gate, GemvBlock(2, 32, 1), zero)
     expected = value(interleaved(int16)) @ dequantise(Int4Weight(packed, scale, zero)).double().T
     assert relative_error(y, gated(expected) if gate else expected) < FLOAT32

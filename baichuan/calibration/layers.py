@@ -1,7 +1,7 @@
 """All calibration tokens through one layer after another: one layer's weights are in memory at a time.
 
-Between layers the hidden states wait in a file.  Everything is computed in float32 and in a fixed order, so that the
-same texts give the same numbers.
+Between layers the hidden states wait in the memory of the GPU or in a file.  Everything is computed in float32 and in a
+fixed order, so that the same texts give the same numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from baichuan.weights.source import Checkpoint, TensorSource
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}  # bounds the activations' memory
+GPU_SHARE = 0.25  # of the free GPU memory that hidden states may take
 READ_BYTES = 64 << 20  # how much of a weight is read at a time, in float32
 
 
@@ -76,7 +77,7 @@ class LayerPasses:
             except Reached:
                 continue
             if keep:
-                self.hidden[rows] = (x + residual).to("cpu")
+                self.hidden[rows] = (x + residual).to(self.hidden.device)
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def layer_passes(
     """
     longest, tokens = max(map(len, samples)), sum(map(len, samples))
     logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
-    with torch.inference_mode(), _HiddenStates(scratch / "hidden", tokens, model.hidden_size) as hidden:
+    with torch.inference_mode(), _hidden_states(scratch / "hidden", tokens, model.hidden_size, device) as hidden:
         _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
         steps = list(_steps(samples, TOKENS_PER_STEP[device], device))
         spec = attention_spec(model, 0, 1)
@@ -116,7 +117,7 @@ def _embed(source: TensorSource, tokens: Tensor, hidden: Tensor) -> None:
         if len(wanted):
             rows = source.read(start, stop)
             for some in wanted.split(stop - start):
-                hidden[some] = rows[tokens[some] - start].float()
+                hidden[some] = rows[tokens[some] - start].float().to(hidden.device)
 
 
 class _Buffers:
@@ -148,20 +149,18 @@ class _Buffers:
         return buffer
 
 
-@dataclass
-class _HiddenStates:
-    """[tokens, hidden_size] float32 in a file that is deleted afterwards, so that memory stays free."""
-
-    path: Path
-    tokens: int
-    hidden_size: int
-
-    def __enter__(self) -> Tensor:
-        size = self.tokens * self.hidden_size
-        with open(self.path, "wb") as file:
+@contextmanager
+def _hidden_states(path: Path, tokens: int, hidden_size: int, device: str) -> Iterator[Tensor]:
+    """[tokens, hidden_size] float32: on the GPU where that leaves most of its memory free, else in a file that is
+    deleted afterwards, so that host memory stays free."""
+    size = tokens * hidden_size
+    if device == "cuda" and 4 * size < torch.cuda.mem_get_info()[0] * GPU_SHARE:
+        yield torch.empty(tokens, hidden_size, device=device)
+        return
+    try:
+        with open(path, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, 4 * size)  # a full disk is an error now, not a crash later
-        mapped = torch.from_file(str(self.path), shared=True, size=size, dtype=torch.float32, device="cpu")
-        return mapped.view(self.tokens, self.hidden_size)
-
-    def __exit__(self, *_) -> None:
-        self.path.unlink(missing_ok=True)
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32, device="cpu")
+        yield mapped.view(tokens, hidden_size)
+    finally:
+        path.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ PARTS equal parts of a block's channels, each of which lies in one group.  For B
     GROUP 128:  | scale 0 | scale 0 | scale 0 | scale 0 |      4 parts as well: fewer would cost time, see below
 
 Where the whole row is one group (GROUP = 0), y is scaled instead.  Where groups have a zero (ZERO), it is subtracted
-from the floats, small whole numbers, before they are scaled; one group is then a group like others.
+from the floats, with what the conversion leaves to subtract, before they are scaled; one group is then a group like
+others.
 """
 
 from __future__ import annotations
@@ -54,16 +55,17 @@ def _mantissas(prefix: str) -> tl.constexpr:
 
 FLOAT16_MANTISSAS = _mantissas("0x64646464")  # 1024 + 8 + nibble: from 1024 to 2048 float16's mantissa counts by ones
 BFLOAT16_MANTISSAS = _mantissas("0x43434343")  # 128 + 8 + nibble: from 128 to 256 bfloat16's does
+FLOAT16_BIAS, BFLOAT16_BIAS = tl.constexpr(1024.0 + 8.0), tl.constexpr(128.0 + 8.0)
 
 
 @triton.jit
-def _int4_to_dtype(packed, dtype: tl.constexpr):
-    """(low, high) nibbles of bytes, signed, as floats: the even and the odd input channels, exactly."""
+def _biased_int4(packed, dtype: tl.constexpr):
+    """(low, high) nibbles of bytes, signed, plus the dtype's bias, as floats: the even and the odd input channels."""
     if INTERPRETED or dtype == tl.float32:
         byte = packed.to(tl.int8, bitcast=True).to(tl.int32)
         return ((byte << 28) >> 28).to(dtype), (byte >> 4).to(dtype)
     else:
-        even, odd = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             FLOAT16_MANTISSAS if dtype == tl.float16 else BFLOAT16_MANTISSAS,
             "=r,=r,=r,=r,r",
             [packed],
@@ -71,8 +73,6 @@ def _int4_to_dtype(packed, dtype: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-        BIAS: tl.constexpr = (1024.0 if dtype == tl.float16 else 128.0) + 8.0
-        return even - BIAS, odd - BIAS
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _times_part_scales(values, scales, zeros, BLOCK_N: tl.constexpr, HALF: tl.co
     """
     parts = tl.reshape(values, (BLOCK_N, PARTS, HALF // PARTS))
     if ZERO:
-        parts -= zeros.to(values.dtype)[:, :, None]
+        parts -= zeros[:, :, None]
     return tl.reshape(parts * scales.to(values.dtype)[:, :, None], (BLOCK_N, HALF))
 
 
@@ -113,6 +113,9 @@ def _gemm_int4(
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     HALF: tl.constexpr = BLOCK_K // 2
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    FLOAT_BIAS: tl.constexpr = FLOAT16_BIAS if tl.float16 == DTYPE else BFLOAT16_BIAS
+    BIAS: tl.constexpr = 0.0 if INTERPRETED or tl.float32 == DTYPE else FLOAT_BIAS
     width = in_features // 2
     x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
     row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
@@ -135,11 +138,14 @@ def _gemm_int4(
         packed = tl.load(w_rows + byte, byte < width, other=0)
         x_even = tl.load(x_rows + byte, byte < width, other=0.0)
         x_odd = tl.load(x_rows + width + byte, byte < width, other=0.0)
-        even, odd = _int4_to_dtype(packed, x_even.dtype)
+        even, odd = _biased_int4(packed, x_even.dtype)
+        if not ZERO:
+            even, odd = even - BIAS, odd - BIAS
         if GROUP > 0:
             scales, zeros = next_scales, next_zeros  # loaded one block ahead, so that the loop does not wait for memory
             next_scales = _part_scales(scale_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
             if ZERO:
+                zeros = (zeros.to(tl.float32) + BIAS).to(x_even.dtype)  # a whole number of at most the mantissa's bits
                 next_zeros = _part_scales(zero_rows, start + BLOCK_K, in_features, GROUP, PARTS, WIDTH)
             even = _times_part_scales(even, scales, zeros, BLOCK_N, HALF, PARTS, ZERO)
             odd = _times_part_scales(odd, scales, zeros, BLOCK_N, HALF, PARTS, ZERO)

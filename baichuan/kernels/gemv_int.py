@@ -14,7 +14,8 @@ its signed value; the factor 1 / 16 is applied at the end.  A word then meets tw
     (word << 4) & F0..   w6 .  | w4 .  | w2 .  | w0 .       dp4a with the word  x6 x4 x2 x0  of even channels
      word       & F0..   w7 .  | w5 .  | w3 .  | w1 .       dp4a with the word  x7 x5 x3 x1  of odd channels
 
-Where a group has a zero (ZERO), sum((w - zero) * x) = sum(w * x) - zero * sum(x): the token's own sums come with it.
+Where groups have a zero, y = x_scale * sum_groups scale * (sum(w * x) - zero * sum(x)): what the zeros take off is a
+small product of its own with the token's sums, which come with it and are summed before the weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from baichuan.kernels.operand import Operand
 from baichuan.kernels.peers import Slots, as_bits, constants_of, send_to_peers, slots_at_peers
 from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import gated
-from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
+from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv, next_power_of_2
 
 # A thread reads 16 bytes of a row at a time: in_features is a multiple of BYTE_CHANNELS, and a group of 4-bit weights
 # one of NIBBLE_CHANNELS.
@@ -84,25 +85,29 @@ def _as_float(digits, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _group_sums(sums, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                DIGITS: tl.constexpr):  # fmt: skip
     """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
 
-    A group is a multiple of four words.  scales, zeros: pointers [BLOCK_N, 1] to each row's first one;
-    x_sums: with ZERO the token's sums of the same words for each digit, [BLOCK_K / 4] int32
+    A group is a multiple of four words.  scales: pointers [BLOCK_N, 1] to each row's first scale
     """
-    first = k + tl.arange(0, BLOCK_K // 4) * 4
-    group, inside = (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :]
-    if ZERO:
-        zero = tl.load(zeros + group, inside, other=0).to(tl.int32) << 4  # weights count 16 times their value
     fours = ()
     for digit in tl.static_range(DIGITS):
-        four = tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2)
-        if ZERO:
-            four -= zero * x_sums[digit][None, :]
-        fours = fours + (four,)
-    scale = tl.load(scales + group, inside, other=0.0)
+        fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
+    first = k + tl.arange(0, BLOCK_K // 4) * 4
+    scale = tl.load(scales + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0.0)
     return _as_float(fours, DIGITS) * scale.to(tl.float32)
+
+
+@triton.jit
+def _scaled_zeros(scales, zeros, groups, ZERO: tl.constexpr):
+    """zero * scale of each row's groups: [BLOCK_N, ZERO] float32, 0 beyond the last group.
+
+    scales, zeros: pointers [BLOCK_N, 1] to each row's first one
+    """
+    group = tl.arange(0, ZERO)[None, :]
+    scale = tl.load(scales + group, group < groups, other=0.0).to(tl.float32)
+    return scale * tl.load(zeros + group, group < groups, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -115,13 +120,12 @@ def _row_sums(sums, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(sums, total, w, x_words, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr,
-               INT4: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               DIGITS: tl.constexpr):  # fmt: skip
+def _add_block(sums, total, w, x_words, scales, k, words, WORDS_PER_GROUP: tl.constexpr, INT4: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
     """(sums, total) with the block of words from word k on: in total, scaled, where there are groups, else in sums."""
     if WORDS_PER_GROUP > 0:
         part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), w, x_words, DIGITS, INT4)
-        total += _group_sums(part, scales, zeros, x_sums, k, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS)
+        total += _group_sums(part, scales, k, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
     else:
         sums = _add_words(sums, w, x_words, DIGITS, INT4)
     return sums, total
@@ -146,10 +150,9 @@ def _gemv_int(
     rows = (weight + row * words)[:, None]
     # Beyond the row's end w may be anything, because x is 0 there.
     w = tl.load(rows + columns[None, :], (columns < words)[None, :])
-    scales, zeros, total, row_scale = scale, zero, 0.0, 1.0
+    scales, total, row_scale = scale, 0.0, 1.0
     if GROUPED:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
-        zeros = zero + row[:, None] * (words // WORDS_PER_GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
     else:
         row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
@@ -157,47 +160,55 @@ def _gemv_int(
     if GATED:
         up_rows = rows + out_features.to(tl.int64) * words
         w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
-        up_scales, up_zeros, up_total, up_scale = scale, zero, 0.0, 1.0
+        up_scales, up_total, up_scale = scale, 0.0, 1.0
         if GROUPED:
             up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
-            up_zeros = zeros + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
             up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
         else:
             up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
         up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+    if ZERO > 0:
+        groups = words // WORDS_PER_GROUP if GROUPED else 1
+        first_group = row[:, None] * groups
+        scaled_zeros = _scaled_zeros(scale + first_group, zero + first_group, groups, ZERO)
+        if GATED:
+            first_group += out_features.to(tl.int64) * groups
+            up_scaled_zeros = _scaled_zeros(scale + first_group, zero + first_group, groups, ZERO)
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     if WORLD_SIZE > 1:
         targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, y.dtype.element_ty)
     wait_for_inputs(OVERLAP)
-    token_sums = (x_scale + 1).to(tl.pointer_type(tl.int32))  # of four words each, as many as chunks
+    by_zeros, up_by_zeros = 0.0, 0.0
+    if ZERO > 0:
+        group = tl.arange(0, ZERO)
+        x_sums = tl.load(x_scale + 1 + group, group < groups, other=0.0)[None, :]
+        by_zeros = tl.sum(scaled_zeros * x_sums, 1)
+        if GATED:
+            up_by_zeros = tl.sum(up_scaled_zeros * x_sums, 1)
     for start in range(0, words, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < words)[None, :]
         x_words = ()
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
-        x_sums = ()
-        if ZERO:
-            four = start // 4 + tl.arange(0, BLOCK_K // 4)
-            for digit in tl.static_range(DIGITS):
-                x_sums = x_sums + (tl.load(token_sums + digit * chunks + four, four < chunks, other=0),)
         current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
-        sums, total = _add_block(sums, total, current, x_words, scales, zeros, x_sums, start, words, WORDS_PER_GROUP,
-                                 INT4, ZERO, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+        sums, total = _add_block(sums, total, current, x_words, scales, start, words, WORDS_PER_GROUP, INT4,
+                                 BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
             current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
-            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, up_zeros, x_sums, start,
-                                           words, WORDS_PER_GROUP, INT4, ZERO, BLOCK_N, BLOCK_K,
-                                           DIGITS)  # fmt: skip
+            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, start, words,
+                                           WORDS_PER_GROUP, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
     factor = tl.load(x_scale)
     if INT4:
         factor *= 0.0625
     result = tl.sum(total, 1) if GROUPED else _row_sums(sums, DIGITS) * row_scale
+    result -= by_zeros
     if GATED:
         up = tl.sum(up_total, 1) if GROUPED else _row_sums(up_sums, DIGITS) * up_scale
+        up -= up_by_zeros
         result = gated(result * factor, up * factor, y.dtype.element_ty)
     else:
         result *= factor
@@ -245,7 +256,7 @@ def gemv_int(
 ) -> Tensor:
     """y = x @ W(weight, scale, zero)ᵀ for one token x and records.Int8Weight, Int4Weight or SmoothQuantWeight.
 
-    x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved, with a zero also with sums;
+    x: [1, in_features] as int8 or Int16, for uint8 weights deinterleaved, with a zero also with its groups' sums;
     gated: silu(first half of y) * second half; weight: [out_features, in_features] int8, in_features a multiple of 16,
     or [out_features, in_features / 2] uint8, each group a multiple of 32 channels; scale: [out_features], or
     [out_features, groups] for uint8; block: None = the table's; zero: None, or as scale for uint8;
@@ -275,8 +286,8 @@ def gemv_int(
         {
             "DIGITS": digits,
             "INT4": int4,
-            "WORDS_PER_GROUP": 0 if groups == 1 and zero is None else words // groups,
-            "ZERO": zero is not None,
+            "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
+            "ZERO": 0 if zero is None else next_power_of_2(groups),
             "GATED": gated,
             "BLOCK_N": block.block_n,
             "BLOCK_K": block.block_k,

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUM_CHANNELS = 32  # channels of one sum of an Int16 token
-
 
 @dataclass(frozen=True)
 class Plain:
@@ -31,12 +29,12 @@ class Int16:
     [2 * num_tokens, in_features] int8, each token's high bytes before its low ones, both signed.  Products with
     integer weights are exact sums, and 16 bits say more than the 11 significant ones of float16.
     deinterleaved: each row's even columns before its odd ones; in_features is then a multiple of 8
-    sums: for weights with zeros: behind the scales lie the sums of every SUM_CHANNELS high bytes of a row, then of its
-    low ones, as int32; deinterleaved, and in_features is a multiple of SUM_CHANNELS
+    sums: for weights with zeros, whose groups have this many channels, a power of two or all of them: 16 times the sums
+    of x / scale over each group, float32, lie behind the scales; None = there are none
     """
 
     deinterleaved: bool = False
-    sums: bool = False
+    sums: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Operand:
                 return Operand(form, x.new_empty(num_tokens, width))
             case Int16(sums=sums):
                 values = x.new_empty(2 * num_tokens, width, dtype=torch.int8)
-                numbers = num_tokens * (1 + 2 * width // SUM_CHANNELS) if sums else num_tokens
+                numbers = num_tokens * (1 + width // sums) if sums else num_tokens
                 return Operand(form, values, x.new_empty(numbers, dtype=torch.float32))
             case Int8PerToken():
                 values = x.new_empty(num_tokens, width, dtype=torch.int8)

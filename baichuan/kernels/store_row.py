@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from baichuan.kernels.operand import SUM_CHANNELS, Deinterleaved, Form, Int8PerToken, Int16, Plain, StaticScale
+from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, Plain, StaticScale
 from baichuan.kernels.primitives import INTERPRETED
 
 # What the kernels' constant FORM can be: operand.py's forms as numbers.
@@ -15,8 +15,7 @@ STATIC_SCALE = tl.constexpr(2)
 INT8_PER_TOKEN = tl.constexpr(3)
 INT16 = tl.constexpr(4)
 INT16_DEINTERLEAVED = tl.constexpr(5)
-INT16_WITH_SUMS = tl.constexpr(6)  # deinterleaved
-SUMMED = tl.constexpr(SUM_CHANNELS)
+INT16_WITH_SUMS = tl.constexpr(1 << 20)  # deinterleaved; plus the channels of a sum, where that is a power of two
 INT16_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127: the largest number whose two bytes are both at most 127
 
 
@@ -33,7 +32,9 @@ def form_constant(form: Form) -> tl.constexpr:
             return INT8_PER_TOKEN
         case Int16(deinterleaved, sums):
             assert deinterleaved or not sums
-            return INT16_WITH_SUMS if sums else INT16_DEINTERLEAVED if deinterleaved else INT16
+            if sums:
+                return tl.constexpr(INT16_WITH_SUMS.value + (sums if sums & (sums - 1) == 0 else 0))
+            return INT16_DEINTERLEAVED if deinterleaved else INT16
 
 
 @triton.jit
@@ -107,18 +108,14 @@ def _store_deinterleaved_bytes(out_row, x, width):
 
 
 @triton.jit
-def _signed_byte(number):
-    """The low byte of each int32 as a signed number."""
-    return (number << 24) >> 24
-
-
-@triton.jit
-def _store_sums(sums, digits, row, width):
-    """Write the sums of every SUMMED numbers of a whole row, 0 beyond its width: int32, behind the rows before it."""
-    COUNT: tl.constexpr = digits.shape[0] // SUMMED
+def _store_sums(sums, number, row, width, CHANNELS: tl.constexpr):
+    """Write 16 times the sums of every CHANNELS integers of a whole row, 0 beyond its width; 0 channels: of all."""
+    SUMMED: tl.constexpr = CHANNELS if CHANNELS > 0 else number.shape[0]
+    COUNT: tl.constexpr = number.shape[0] // SUMMED
     group = tl.arange(0, COUNT)
-    total = tl.sum(tl.reshape(digits, (COUNT, SUMMED)), 1)
-    tl.store(sums + row * (width // SUMMED) + group, total, group < width // SUMMED)
+    total = tl.sum(tl.reshape((number << 10) >> 10, (COUNT, SUMMED)), 1)  # the low 22 bits are the integer
+    groups = width // SUMMED if CHANNELS > 0 else 1
+    tl.store(sums + row * groups + group, 16.0 * total.to(tl.float32), group < groups)
 
 
 @triton.jit
@@ -136,7 +133,7 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
         INT16            64  -127   32   127  (high)    out_scale 1 / 32639
                         -64  -127  -32   127  (low)     0.5 is 16320 = 256 * 64 - 64
     """
-    TWO_ROWS: tl.constexpr = (FORM == INT16) | (FORM == INT16_DEINTERLEAVED) | (FORM == INT16_WITH_SUMS)
+    TWO_ROWS: tl.constexpr = (FORM == INT16) | (FORM == INT16_DEINTERLEAVED) | (FORM >= INT16_WITH_SUMS)
     out_row = out + row.to(tl.int64) * width * (2 if TWO_ROWS else 1)
     if FORM == PLAIN:
         tl.store(out_row + columns, x.to(out.dtype.element_ty), mask)
@@ -154,10 +151,8 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
         else:
             _store_deinterleaved_bytes(out_row, high, width)
             _store_deinterleaved_bytes(out_row + width, number, width)
-        if FORM == INT16_WITH_SUMS:
-            sums = (out_scale + tl.num_programs(0)).to(tl.pointer_type(tl.int32))
-            _store_sums(sums, _signed_byte(high), 2 * row, width)
-            _store_sums(sums, _signed_byte(number), 2 * row + 1, width)
+        if FORM >= INT16_WITH_SUMS:
+            _store_sums(out_scale + tl.num_programs(0), number, row, width, FORM - INT16_WITH_SUMS)
     else:
         if FORM == INT8_PER_TOKEN:
             largest = tl.max(tl.abs(x), 0)

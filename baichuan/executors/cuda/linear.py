@@ -105,7 +105,8 @@ def int8(weight: Int8Weight, choice: Choice) -> LinearKernel:
 def int4(weight: Int4Weight, choice: Choice) -> LinearKernel:
     packed, scale, zero = weight.packed, weight.scale, weight.zero
     if choice.gemv and choice.int16 and weight.group_size % NIBBLE_CHANNELS == 0:
-        return _integer_gemv(Int16(deinterleaved=True, sums=zero is not None), packed, scale, zero)
+        sums = None if zero is None else weight.group_size
+        return _integer_gemv(Int16(deinterleaved=True, sums=sums), packed, scale, zero)
     copy = choice.copies.get(weight, choice.dtype, choice.num_tokens)
     if copy is not None:
         return dense(copy, choice)
