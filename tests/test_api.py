@@ -17,6 +17,7 @@ from demo_checkpoint import demo_checkpoint
 import build
 from baichuan import LLM, SamplingConfig
 from baichuan.api.ranks import Ranks
+from baichuan.api.traffic import Traffic
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.parallel.comm import run_ranks
 from baichuan.text.chat import build_chat_prompt
@@ -41,9 +42,9 @@ def continuations() -> list[list[int]]:
 
 
 def test_the_goldens_more_prompts_than_rows(llm):
-    results = llm.generate(prompts() * 3, GREEDY, 24, keep_logits=True)
-    assert len(results) == 12 > llm.engine.build.max_batch_size
-    for result, length, expected in zip(results, goldens.LENGTHS * 3, continuations() * 3, strict=True):
+    results = llm.generate(prompts() * 5, GREEDY, 24, keep_logits=True)
+    assert len(results) == 20 > 4 * llm.engine.build.max_batch_size
+    for result, length, expected in zip(results, goldens.LENGTHS * 5, continuations() * 5, strict=True):
         assert (result.ids, result.finish_reason) == (expected, "length")
         wanted = goldens.golden(VERSION)[f"gen_logits_{length}"]
         torch.testing.assert_close(result.logits, wanted, rtol=0, atol=goldens.FLOAT32_TOLERANCE)
@@ -87,6 +88,15 @@ def test_a_stream_stops_between_two_steps(llm):
         heard.extend(piece.ids)
     assert piece.finish_reason == "cancelled" and 3 <= len(heard) < 6
     assert heard == continuations()[1][: len(heard)]
+
+
+def test_what_waits_is_cancelled_too(llm):
+    traffic, steps = Traffic(llm.load()[0], room=2), []
+    requests = llm.requests(prompts(), GREEDY, 24)
+    heard = list(traffic.progress(requests, stopped=lambda: bool(steps.append(None)) or len(steps) > 3))
+    ended = {progress.key: progress.finish_reason for progress in heard if progress.finished}
+    assert ended == {request.key: "cancelled" for request in requests} and llm.load()[0].unfinished == 0
+    assert {progress.key for progress in heard if progress.new_ids} == {request.key for request in requests[:2]}
 
 
 @pytest.mark.parametrize("length", goldens.LENGTHS[1:])

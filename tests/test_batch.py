@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import scripts
 
 import run
 from baichuan.cli import batch
+from baichuan.util.progress import Progress
 
 VERSION = "v1_7b"
 LIMITS = ["--max_output_len", "24"]
@@ -57,6 +59,16 @@ def test_more_prompts_than_rows_in_order(engine, tmp_path, capsys):
     assert run.main(flags(engine, prompts, out, *GREEDY)) == 0
     check_goldens(results(out), rows)
     assert "12 prompts, 288 new tokens in " in capsys.readouterr().err
+
+
+def test_progress_says_how_fast_and_how_long(engine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (0.0,))
+    prompts = write_rows(tmp_path / "p.jsonl", golden_rows(2))
+    assert run.main(flags(engine, prompts, tmp_path / "out.jsonl", *GREEDY)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generating: ")]
+    assert len(lines) == 7 and all(
+        re.fullmatch(r"generating: \d+ %, [\d,]+ tokens/s, \d+ s left", line) for line in lines
+    )
 
 
 def test_a_line_s_own_settings_chat_and_text(engine, tmp_path):

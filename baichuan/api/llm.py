@@ -35,6 +35,7 @@ Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: i
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
 T = TypeVar("T")
 
+GIVEN_AHEAD = 4  # requests that the engine knows of, for each that it runs at once
 SCORED_AT_ONCE = 2048  # tokens whose logits are held at once: 1 GB for a vocabulary of 125696
 
 
@@ -88,7 +89,7 @@ class LLM:
             settings = (self._keep_copies, self._device, self._digests)
             serving, device = open_serving(self.engine, self.ranks.comm, *settings)
             self._opened = self.ranks.join(serving), device
-            self._traffic = Traffic(self._opened[0])
+            self._traffic = Traffic(self._opened[0], GIVEN_AHEAD * self.engine.build.max_batch_size)
         return self._opened
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 
 from baichuan.generation.requests import Progress, Request, Serving
 
@@ -11,8 +11,9 @@ from baichuan.generation.requests import Progress, Request, Serving
 class Traffic:
     """The requests of all calls that are under way."""
 
-    def __init__(self, serving: Serving):
-        self._serving = serving
+    def __init__(self, serving: Serving, room: int):
+        """room: how many unfinished requests the engine is given by one call; the others wait here."""
+        self._serving, self._room = serving, room
         self._news: dict[Hashable, deque[Progress]] = {}  # where a request's progress goes, by key
 
     def progress(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -21,24 +22,30 @@ class Traffic:
         They are cancelled where `stopped` says so between two steps, and where the iterator is closed.
         """
         news: deque[Progress] = deque()
-        unfinished = [request.key for request in requests]
-        self._news |= dict.fromkeys(unfinished, news)
+        waiting = deque(requests)
+        running: set[Hashable] = set()
         try:
-            for request in requests:
-                self._serving.add(request)
-            while unfinished:
+            while waiting or running:
+                while waiting and len(running) < self._room:
+                    request = waiting.popleft()
+                    running.add(request.key)
+                    self._news[request.key] = news
+                    self._serving.add(request)
                 while not news:
                     if stopped():
-                        self._cancel(unfinished)
+                        self._cancel(running)
+                        news += (Progress(request.key, finish_reason="cancelled") for request in waiting)
+                        waiting.clear()
                     self._step()
                 progress = news.popleft()
                 if progress.finished:
-                    unfinished.remove(progress.key)
+                    running.discard(progress.key)
+                    self._news.pop(progress.key, None)
                 yield progress
         finally:
-            self._cancel(unfinished)
-            for request in requests:
-                del self._news[request.key]
+            self._cancel(running)
+            for key in running:
+                del self._news[key]
 
     def cancel(self, key: Hashable) -> None:
         """End one request of a call that is under way; its last progress says so."""
@@ -49,6 +56,6 @@ class Traffic:
             if progress.key in self._news:  # else its call was closed
                 self._news[progress.key].append(progress)
 
-    def _cancel(self, keys: Sequence[Hashable]) -> None:
-        for key in keys:
+    def _cancel(self, keys: Set[Hashable]) -> None:
+        for key in sorted(keys, key=str):  # in one order, whatever the hashes are
             self._serving.cancel(key)
