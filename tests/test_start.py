@@ -12,6 +12,7 @@ from baichuan.engine import folder as engine_folder
 from baichuan.errors import EngineError
 from baichuan.parallel import launcher
 from baichuan.parallel.comm import Solo
+from baichuan.parallel.launcher import Launch
 from baichuan.util import affinity, manifest
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
@@ -83,20 +84,20 @@ def test_digests_that_began_ahead_are_those_that_count(engine):
 
 def test_what_is_done_ahead_is_this_ranks(engine, tmp_path):
     (tmp_path / "other").mkdir()
-    with Ahead([str(engine.folder), str(tmp_path / "other"), str(tmp_path / "missing")], rank=0) as ahead:
+    with Ahead([str(engine.folder), str(tmp_path / "other"), str(tmp_path / "missing")], Launch()) as ahead:
         assert list(ahead.digests) == [engine.rank_file(0)]
         assert ahead.digests[engine.rank_file(0)].entry() == engine.files[engine.rank_file(0).name]
     second = engine.folder / engine.rank_file(0).name.replace("rank0", "rank1")
     second.write_bytes(b"a second rank")
     for rank, path in ((0, engine.rank_file(0)), (1, second), (2, engine.rank_file(0)), (3, second)):
-        with Ahead([str(engine.folder)], rank) as ahead:
+        with Ahead([str(engine.folder)], Launch(4, rank)) as ahead:
             assert list(ahead.digests) == [path]
 
 
 def test_what_is_done_ahead_imports_no_torch():
     """It would wait for the import that it runs beside."""
     program = (
-        "import sys; from baichuan.cli.ahead import LIBRARIES, ON_GPUS, _import; _import([*LIBRARIES, *ON_GPUS]);"
+        "import sys; from baichuan.cli import ahead; ahead.LIBRARIES += ahead.ON_GPUS; ahead._prepare(None);"
         "print('numpy' in sys.modules, 'sentencepiece' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
@@ -129,19 +130,26 @@ def test_a_rank_leaves_the_one_core_that_it_was_bound_to(monkeypatch, every, per
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, (1, 0, 1)),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (4, 3, 2)),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (2, 1, 2)),
+        ({}, Launch(1, 0, 1, 0)),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            },
+            Launch(4, 3, 2, 1),
+        ),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch(2, 1, 2, None)),
     ],
     ids=["alone", "Open MPI", "MPICH"],
 )
 def test_a_launcher_is_known_by_its_environment(monkeypatch, environment, expected):
-    for name in (name for names in launcher.NAMES for name in names):
+    for name in (name for launchers in launcher.LAUNCHERS for names in launchers for name in names):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = launcher.launch()
-    assert (found.world_size, found.rank, found.local_size) == expected
+    assert launcher.launch() == expected
 
 
 def test_a_good_file_is_used_and_another_error_stays_itself(engine, tmp_path):

@@ -1,4 +1,4 @@
-"""What takes time and does without PyTorch, begun while PyTorch is imported, which takes seconds."""
+"""What takes time and does without PyTorch, begun while PyTorch is imported, which takes seconds; and then the GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from baichuan.parallel.launcher import Launch
 from baichuan.util.manifest import Describer
 
 LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch
 ON_GPUS = ("triton",)
+KERNELS = "baichuan.executors.cuda.executor"
 GPU_CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
 
 
@@ -22,28 +24,41 @@ class Ahead:
     world, it is taken to be there several times.
     """
 
-    def __init__(self, engine_folders: Iterable[str], rank: int):
+    def __init__(self, engine_folders: Iterable[str], launched: Launch, device: str = "auto"):
+        """device: one of config.DEVICES"""
         paths: list[Path] = []
         for folder in engine_folders:
             ranks = sorted(Path(folder).glob("*_rank*.engine"), key=lambda path: (len(path.name), path.name))
-            paths += ranks[rank % len(ranks) :][:1] if ranks else []
+            paths += ranks[launched.rank % len(ranks) :][:1] if ranks else []
         self.digests = {path: Describer(path) for path in paths if path.is_file()}
-        libraries = [*LIBRARIES, *(ON_GPUS if paths and GPU_CONTROL.exists() else ())]
-        self._importing = threading.Thread(target=_import, args=(libraries,), daemon=True)
+        gpu = launched.local_rank if paths and device != "cpu" and GPU_CONTROL.exists() else None
+        self._preparing = threading.Thread(target=_prepare, args=(gpu,), daemon=True)
 
     def __enter__(self) -> Ahead:
         for describer in self.digests.values():
             describer.begin()
-        self._importing.start()
+        self._preparing.start()
         return self
 
     def __exit__(self, *_) -> None:
         for describer in self.digests.values():
             describer.close()
-        self._importing.join()
+        self._preparing.join()
 
 
-def _import(libraries: Iterable[str]) -> None:
-    for name in libraries:
-        with suppress(Exception):  # who needs it imports it again and says what is wrong
+def _prepare(gpu: int | None) -> None:
+    """What fails here fails again where it is needed, which says why.  gpu: its index, to be started too"""
+    for name in LIBRARIES if gpu is None else LIBRARIES + ON_GPUS:
+        with suppress(Exception):
             importlib.import_module(name)
+    if gpu is not None:
+        with suppress(Exception):
+            _start_gpu(gpu)
+
+
+def _start_gpu(index: int) -> None:
+    import torch  # waits for the main thread, which imports it
+
+    if index < torch.cuda.device_count():
+        torch.zeros(1, device=f"cuda:{index}")
+        importlib.import_module(KERNELS)

@@ -143,7 +143,7 @@ def run_script(
     bound = leave_single_core(launched.local_size)
     if engines is None:
         return _run(parser, args, body, bound)
-    with Ahead(engines(args), launched.rank) as args.ahead:
+    with Ahead(engines(args), launched, args.device) as args.ahead:
         return _run(parser, args, body, bound)
 
 
