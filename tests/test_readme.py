@@ -64,7 +64,8 @@ def here(words: list[str], folder: Path, checkpoints: dict[str, Path]) -> list[s
     def word_here(word: str) -> str:
         return str(checkpoints[word]) if word in checkpoints else word.replace("./tmp/", f"{folder}/")
 
-    return [*map(word_here, words), *SHORTER.get(script_of(words), [])]
+    shorter = SHORTER.get(script_of(words), [])
+    return [*map(word_here, words), *(shorter[:2] if "--eval_ppl" in words else shorter)]
 
 
 def execute(words: list[str], capsys) -> tuple[int, str, str]:
@@ -161,6 +162,8 @@ def test_every_command_runs(workflow, monkeypatch, capsys, number):
         assert [json.loads(line)["key"] for line in lines] == ["peak", "poem", "chat"], err
     elif script == "run.py":
         assert out.count('Output: "') == 1 and out.rstrip().endswith('"'), out
+    elif script == "summarize.py" and "--eval_ppl" in words:
+        assert re.search(r"engine, float16, INT4 weight-only, groups of 32 +\d+\.\d+ +\d\.\d+e", out), out
     elif script == "summarize.py":
         assert out.count("Summary (engine, float16") == 1 and "ROUGE-1" in out, out
     else:

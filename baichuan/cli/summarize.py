@@ -15,12 +15,13 @@ import torch
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
 from baichuan.cli.common import check_device, only_rank_zero
-from baichuan.cli.summarize_flags import DTYPES, check_flags, request_of
+from baichuan.cli.summarize_flags import DTYPES, check_flags, is_text, request_of
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError
+from baichuan.evaluation import perplexity
 from baichuan.evaluation.datasets import load_samples
 from baichuan.evaluation.journal import run_all
 from baichuan.evaluation.request import Request
@@ -33,7 +34,7 @@ from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import require_host_memory
 from baichuan.generation.limits import check_request
 from baichuan.parallel.comm import Communicator
-from baichuan.text.printable import one_line
+from baichuan.text.printable import one_line, printable
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.hub.adapter import resolve_adapter
 from baichuan.weights.hub.checkpoint import resolve_folder, resolve_tokenizer
@@ -54,15 +55,19 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     llms = open_engines(args, ranks) if args.test_trt_llm else []
     engines = [llm.engine for llm in llms]
     request = request_of(args, min((engine.build.max_batch_size for engine in engines), default=1))
-    check_limits(args, request, engines)
+    if not is_text(args):
+        check_limits(args, request, engines)
     hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))
-    loaded = only_rank_zero(comm, lambda: load_tasks(args, request, tokenizer, engines))
+    load = load_windows if is_text(args) else load_tasks
+    loaded = only_rank_zero(comm, lambda: load(args, request, tokenizer, engines))
     for llm in llms:
         llm.load()
 
     def measure() -> int:
+        if is_text(args):
+            return measure_text(args, open_sides(args, llms, hf), loaded, output_dir)
         tasks, settings = loaded
         evaluation = Evaluation(
             open_sides(args, llms, hf),
@@ -149,6 +154,28 @@ def load_tasks(
         logger.info("%d of %d prompts are cut to their last %d tokens", cut, len(tasks), request.max_input_length)
     check_tasks(tasks, request, [engine.spec for engine in engines], is_scoring(args))
     return tasks, {"dataset": dataset.source, "rows_left_out": dataset.left_out, "scored_tokens_limit": limit}
+
+
+def load_windows(
+    args: argparse.Namespace, request: Request, tokenizer: Tokenizer, engines: Sequence[Engine]
+) -> perplexity.Windows:
+    """A text file in windows that every side accepts."""
+    limits = [request.max_input_length, *(engine.build.max_input_len for engine in engines)]
+    return perplexity.read_windows(Path(args.dataset_path), tokenizer, min(limits), args.max_ite)
+
+
+def measure_text(
+    args: argparse.Namespace, sides: Sequence[Side], windows: perplexity.Windows, output_dir: Path | None
+) -> int:
+    """Print, and save where there is a folder, the sides' perplexity of a text file."""
+    reference = next((side for side in sides if side.key == HfSide.key and len(sides) > 1), None)
+    totals = perplexity.score_windows(sides, reference, windows)
+    settings = {"window_tokens": max(map(len, windows.ids)), "max_ite": args.max_ite, "lora_dir": args.lora_dir}
+    values = perplexity.results(sides, reference, windows, totals, settings)
+    print(printable(perplexity.text_of(values)))
+    if output_dir:
+        logger.info("the figures are in %s", perplexity.save(values, output_dir))
+    return 0
 
 
 def open_sides(args: argparse.Namespace, llms: Sequence[LLM], hf: HfFiles | None) -> list[Side]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baichuan.cli.common import ENGINE_DIR, add_adapters, add_device, add_model_version, add_weight_copies
@@ -13,6 +14,8 @@ from baichuan.evaluation.request import Request
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
 
+TEXT_SUFFIX = ".txt"
+DECODING = ("num_beams", "top_k", "top_p", "temperature", "repetition_penalty", "length_penalty", "random_seed")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
 
@@ -46,20 +49,25 @@ def _add_side_flags(parser: argparse.ArgumentParser) -> None:
 def _add_article_flags(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("articles")
     work.add_argument(
-        "--dataset_path", help="json, jsonl, csv or parquet file or folder (default: cnn_dailymail from the hub)"
+        "--dataset_path",
+        help="json, jsonl, csv or parquet file or folder (default: cnn_dailymail from the hub), or a txt file whose "
+        "perplexity is measured",
     )
     work.add_argument(
         "--batch_size", type=int, help="articles that run at once (default: as many as the engines were built for)"
     )
     work.add_argument(
-        "--max_ite", type=int, default=DEFAULTS.max_iterations, help="most articles, or with --batch_size most batches"
+        "--max_ite",
+        type=int,
+        default=DEFAULTS.max_iterations,
+        help="most articles, or with --batch_size most batches; of a txt file most windows",
     )
     work.add_argument("--output_len", type=int, default=DEFAULTS.output_len, help="most tokens per summary")
     work.add_argument(
         "--max_input_length",
         type=int,
         default=DEFAULTS.max_input_length,
-        help="tokens per prompt that are kept, its last ones",
+        help="tokens per prompt that are kept, its last ones; tokens per window of a txt file",
     )
 
 
@@ -78,7 +86,9 @@ def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
     judging = parser.add_argument_group("judging")
     judging.add_argument(
-        "--eval_ppl", action="store_true", help="measure the perplexity of the articles with their highlights"
+        "--eval_ppl",
+        action="store_true",
+        help="measure the perplexity of the articles with their highlights, or of a txt file",
     )
     judging.add_argument(
         "--check_accuracy", action="store_true", help="end with exit code 1 if ROUGE-1 of the engine is too low"
@@ -86,7 +96,9 @@ def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
     judging.add_argument(
         "--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="lowest ROUGE-1 that --check_accuracy accepts"
     )
-    judging.add_argument("--output_dir", help="folder for results.json, summaries.jsonl and the report")
+    judging.add_argument(
+        "--output_dir", help="folder for results.json, summaries.jsonl and the report, or perplexity.json"
+    )
 
 
 def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
@@ -101,6 +113,25 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
     if comm.world_size > 1 and not args.test_trt_llm:
         raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
+
+    if is_text(args):
+        _check_text_flags(args)
+
+
+def is_text(args: argparse.Namespace) -> bool:
+    """Whether the data set is a text file, of which only the perplexity is measured."""
+    return Path(args.dataset_path or "").suffix == TEXT_SUFFIX
+
+
+def _check_text_flags(args: argparse.Namespace) -> None:
+    if not args.eval_ppl:
+        raise ConfigError(
+            f"{args.dataset_path} has no highlights to compare summaries with; add --eval_ppl to measure its perplexity"
+        )
+    unused = {"output_len": DEFAULTS.output_len, "batch_size": None, "check_accuracy": False}
+    unused |= {name: getattr(DEFAULTS.sampling, name) for name in DECODING}
+    if given := [name for name, default in unused.items() if getattr(args, name) != default]:
+        raise ConfigError(f"nothing is generated from {args.dataset_path}; leave --{given[0]} out")
 
 
 def request_of(args: argparse.Namespace, rows: int) -> Request:

@@ -106,6 +106,23 @@ def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[Engin
             raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
 
 
+def scores_of(sides: Sequence[Side], reference: Side | None, ids: Sequence[int]) -> dict[str, Score]:
+    """Every side's score of one text, by Side.key; the logits of two sides at most are held at once."""
+    expected = reference.score(ids)[:-1] if reference else None
+    scores = {}
+    for side in sides:
+        if side is reference and expected is not None:
+            scores[side.key] = Score(negative_log_likelihood(expected, ids[1:]))
+            continue
+        logits = side.score(ids)[:-1]
+        nll, kl, same = negative_log_likelihood(logits, ids[1:]), 0.0, 0.0
+        if expected is not None:
+            agreement = agreement_of(reference=expected, other=logits)
+            kl, same = len(logits) * agreement.kl, len(logits) * agreement.top1
+        scores[side.key] = Score(nll, kl, same)
+    return scores
+
+
 @dataclass
 class Evaluation:
     """Runs batches; after an interruption the complete batches remain.
@@ -142,7 +159,7 @@ class Evaluation:
             prompts = [task.prompt for task in tasks]
             generated[side.key] = side.generate(prompts, self.request.sampling, self.request.output_len)
             latency_s[side.key] = time.perf_counter() - start
-        scores = [self._score(task) for task in tasks] if self.scoring else []
+        scores = [scores_of(self.sides, self._reference(), task.scored) for task in tasks] if self.scoring else []
         work = {
             key: SideWork(latency_s[key], _count(each), sum((score[key] for score in scores), Score()))
             for key, each in generated.items()
@@ -185,23 +202,6 @@ class Evaluation:
 
     def _reference(self) -> Side | None:
         return next((side for side in self.sides if side.key == self.reference), None)
-
-    def _score(self, task: Task) -> dict[str, Score]:
-        """Every side's score of one text; the logits of two sides at most are held at once."""
-        reference, positions = self._reference(), len(task.scored) - 1
-        expected = reference.score(task.scored)[:-1] if reference else None
-        scores = {}
-        for side in self.sides:
-            if side is reference and expected is not None:
-                scores[side.key] = Score(negative_log_likelihood(expected, task.scored[1:]))
-                continue
-            logits = side.score(task.scored)[:-1]
-            nll, kl, same = negative_log_likelihood(logits, task.scored[1:]), 0.0, 0.0
-            if expected is not None:
-                agreement = agreement_of(reference=expected, other=logits)
-                kl, same = positions * agreement.kl, positions * agreement.top1
-            scores[side.key] = Score(nll, kl, same)
-        return scores
 
     def _judge(self, tasks: Sequence[Task], generated: dict[str, list[Generation]]) -> list[SampleResult]:
         highlights = [task.sample.highlights for task in tasks]
