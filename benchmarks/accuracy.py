@@ -1,6 +1,9 @@
 """What each precision costs in accuracy: every checkpoint x precision against the same checkpoint in float32.
 
 python benchmarks/accuracy.py --model v2_7b=FOLDER --calib_dataset FILE --eval_dataset FILE --output docs/accuracy.md
+python benchmarks/accuracy.py --real_model --output docs/accuracy.md
+
+--output replaces the tables between two marks and leaves what people wrote around them.
 
 Runs on the CPU's reference executor, which defines every precision.  No text is used for both
 calibration and evaluation: from a file given for both, the evaluation takes the texts after the calibration's.
@@ -10,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weight
 from baichuan.calibration.convert import convert
 from baichuan.calibration.request import ConvertRequest
-from baichuan.config import DTYPES, ModelConfig, QuantConfig
+from baichuan.config import DTYPES, ModelConfig, QuantConfig, WeightOnly
 from baichuan.engine.self_check import all_logits
 from baichuan.errors import ConfigError
 from baichuan.evaluation.scoring import agreement_of, negative_log_likelihood
@@ -30,12 +34,15 @@ from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.quant.weight_only import fitting_group_sizes
 from baichuan.text.texts import encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.util.progress import Progress
 from baichuan.weights.hub.checkpoint import open_checkpoint
 from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.rank_tensors import total_bytes
+from benchmarks import real_model
 
 ALPHAS = (0.5, 0.8)
+BEGIN = "<!-- {} made by benchmarks/accuracy.py -->\n"
+END = "<!-- end of the tables -->\n"
+REAL = "real"  # the marks of the real model's tables
 HEADER = "| precision | mean KL (nats) | top-1 | perplexity | engine |\n| --- | ---: | ---: | ---: | ---: |\n"
 
 
@@ -50,6 +57,14 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What a binary folder is converted for."""
+
+    alpha: float | None = None  # SmoothQuant's
+    form: WeightOnly | None = None  # of GPTQ's integers
+
+
+@dataclass(frozen=True)
 class Figures:
     kl: float  # mean KL(float32 || this) in nats per position
     top1: float  # share of positions with the same likeliest token
@@ -59,55 +74,77 @@ class Figures:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="VERSION=FOLDER", help="repeat for several")
-    parser.add_argument("--calib_dataset", required=True, help="texts to calibrate on")
+    parser.add_argument("--model", action="append", metavar="VERSION=FOLDER", help="repeat for several")
+    parser.add_argument("--real_model", action="store_true", help="real_model.py's model and texts instead")
+    parser.add_argument("--calib_dataset", help="texts to calibrate on")
     parser.add_argument("--calib_size", type=int, default=128)
-    parser.add_argument("--eval_dataset", action="append", required=True, help="texts to judge by; repeat for several")
+    parser.add_argument("--eval_dataset", action="append", help="texts to judge by; repeat for several")
     parser.add_argument("--eval_size", type=int, default=32)
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name has one of these in it")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables; they are printed in any case")
     args = parser.parse_args(argv)
-    command = "python benchmarks/accuracy.py " + " ".join(argv if argv is not None else sys.argv[1:])
-    report = f"# Accuracy by precision\n\nMeasured with\n\n```bash\n{command}\n```\n\n{NOTES}\n"
+    if not args.real_model and not (args.model and args.calib_dataset and args.eval_dataset):
+        parser.error("give --real_model, or --model, --calib_dataset and --eval_dataset")
+    command = shlex.join(["python", "benchmarks/accuracy.py", *(argv if argv is not None else sys.argv[1:])])
+    report = f"Measured with\n\n```bash\n{command}\n```\n"
     with tempfile.TemporaryDirectory() as scratch:
-        for index, entry in enumerate(args.model):
+        if args.real_model:
+            report += measure_real_model(args, Path(scratch))
+        for index, entry in enumerate(args.model or ()):
             version, _, folder = entry.partition("=")
-            report += measure_model(version, Path(folder), args, Path(scratch) / str(index))
+            report += measure_checkpoint(version, Path(folder), args, Path(scratch) / str(index))
     print(report)
     if args.output:
-        args.output.write_text(report)
+        text = args.output.read_text("utf-8") if args.output.exists() else ""
+        args.output.write_text(with_tables(text, REAL if args.real_model else "demo", report), "utf-8")
     return 0
 
 
-NOTES = (
-    "KL and top-1 compare the next-token distributions with those of the same checkpoint in float32, after every\n"
-    "token of the texts. Activations and the parts that are not quantised are in float16 where nothing else is said.\n"
-    "SmoothQuant's number is its strength α; pt = one activation scale per token, pc = one weight scale per output\n"
-    "channel, neither = one per tensor."
-)
+def with_tables(text: str, name: str, tables: str) -> str:
+    """The text with the tables between the marks of this name replaced, or added at its end."""
+    before, mark, rest = text.partition(BEGIN.format(name))
+    after = rest.partition(END)[2] if mark else ""
+    return before + BEGIN.format(name) + tables + END + after
 
 
-def measure_model(version: str, folder: Path, args: argparse.Namespace, scratch: Path) -> str:
-    """One checkpoint's tables, one per evaluation data set."""
+def measure_real_model(args: argparse.Namespace, scratch: Path) -> str:
+    """The real model's table."""
+    tokenizer = real_model.BpeTokenizer()
+    real_model.make_checkpoint(scratch / "checkpoint")
+    model = read_model_config(scratch / "checkpoint", "v1_7b", "float32")
+    calibration = real_model.windows(real_model.calibration_text(), tokenizer, args.calib_size, args.max_length)
+    judged = real_model.windows(real_model.evaluation_text(), tokenizer, args.eval_size, args.max_length)
+    evaluations = {"docstrings of Python's standard library": judged}
+    return measure_model(scratch / "checkpoint", model, calibration, evaluations, args.only, scratch)
+
+
+def measure_checkpoint(version: str, folder: Path, args: argparse.Namespace, scratch: Path) -> str:
+    """A checkpoint's tables, one per evaluation data set."""
     model = read_model_config(folder, version, "float32")
-    calibration, evaluations = read_samples(folder, model, args)
-    cases = list(cases_of(folder, model, calibration, scratch))
+    return measure_model(folder, model, *read_samples(folder, model, args), args.only, scratch)
+
+
+def measure_model(
+    folder: Path, model: ModelConfig, calibration: list, evaluations: Mapping[str, list], only, scratch: Path
+) -> str:
     exact = executor_of(Case("", QuantConfig(), weight.WeightSource(folder), "float32"), model)
     report = (
-        f"\n## {version}: {model.num_layers} layers, hidden {model.hidden_size}, intermediate "
+        f"\n## {model.model_version}: {model.num_layers} layers, hidden {model.hidden_size}, intermediate "
         f"{model.intermediate_size}, vocabulary {model.vocab_size}\n"
     )
     for name, evaluation in evaluations.items():
         reference = [all_logits(exact, ids) for ids in evaluation]
-        tokens = sum(map(len, evaluation))
+        counts = [sum(map(len, texts)) for texts in (evaluation, calibration)]
         report += (
-            f"\n{name}: {len(evaluation)} texts, {tokens} tokens; calibrated on {len(calibration)} other texts.\n\n"
+            f"\n{name}: {len(evaluation)} texts, {counts[0]} tokens; "
+            f"calibrated on {len(calibration)} other texts, {counts[1]} tokens.\n\n"
         )
         report += HEADER
-        with Progress(f"accuracy of {version} on {name}", len(cases), "row") as progress:
-            for case in cases:
-                report += row_of(case.label, measure(case, model, evaluation, reference))
-                progress.advance()
+        for case in cases_of(folder, model, calibration, scratch, only):
+            row = row_of(case.label, measure(case, model, evaluation, reference))
+            print(row, end="", file=sys.stderr, flush=True)  # the report comes when all are measured
+            report += row
     return report
 
 
@@ -125,25 +162,36 @@ def read_samples(folder: Path, model: ModelConfig, args: argparse.Namespace) -> 
     return encode(calibration), evaluations
 
 
-def cases_of(folder: Path, model: ModelConfig, calibration: list, scratch: Path) -> Iterator[Case]:
-    hub = weight.WeightSource(folder)
+def wanted_row(label: str, only: list[str] | None) -> bool:
+    return not only or any(each in label for each in only)
+
+
+def cases_of(folder: Path, model: ModelConfig, calibration: list, scratch: Path, only=None) -> Iterator[Case]:
+    """The rows that are wanted, in their order; folders are converted when a row needs them."""
+    for label, quant, how, dtype in rows_of(model):
+        if wanted_row(label, only):
+            yield Case(label, quant, source_of(how, folder, model, calibration, scratch), dtype)
+
+
+def rows_of(model: ModelConfig) -> Iterator[tuple[str, QuantConfig, Conversion | None, str]]:
+    """(label, quantisation, conversion that it is built from, None = the checkpoint itself, dtype)"""
+    half, groups = "float16", list(reversed(fitting_group_sizes(model, 1)))
     for dtype in reversed(DTYPES):
-        yield Case(dtype, QuantConfig(), hub, dtype)
-    yield Case("INT8 weight-only", QuantConfig("int8"), hub)
-    yield Case("INT8 weight-only, lm_head too", QuantConfig("int8", quantize_lm_head=True), hub)
-    yield Case("INT4 weight-only, per channel", QuantConfig("int4"), hub)
-    for size in reversed(fitting_group_sizes(model, 1)):
-        yield Case(f"INT4 weight-only, groups of {size}", QuantConfig("int4", group_size=size), hub)
-
-    def converted(alpha: float | None) -> weight.WeightSource:
-        request = ConvertRequest(scratch / str(alpha), model, partial(open_checkpoint, folder, model), 1, 1, alpha)
-        return weight.WeightSource(binary_folder=convert(request, calibration, {}))
-
-    plain = converted(None)
-    yield Case("INT8 KV cache", QuantConfig(kv_cache="int8"), plain)
-    yield Case("INT8 weight-only, INT8 KV cache", QuantConfig("int8", kv_cache="int8"), plain)
+        yield dtype, QuantConfig(), None, dtype
+    yield "INT8 weight-only", QuantConfig("int8"), None, half
+    yield "INT8 weight-only, lm_head too", QuantConfig("int8", quantize_lm_head=True), None, half
+    yield "INT8 by GPTQ", QuantConfig("int8"), Conversion(form=WeightOnly("int8")), half
+    yield "INT4 weight-only, per channel", QuantConfig("int4"), None, half
+    for size in groups:
+        yield f"INT4 weight-only, groups of {size}", QuantConfig("int4", group_size=size), None, half
+    for size in groups:
+        form = WeightOnly("int4", size)
+        quant = QuantConfig("int4", group_size=size, zero_points=form.zero_points)
+        yield f"INT4 by GPTQ, groups of {size}", quant, Conversion(form=form), half
+    plain = Conversion()
+    yield "INT8 KV cache", QuantConfig(kv_cache="int8"), plain, half
+    yield "INT8 weight-only, INT8 KV cache", QuantConfig("int8", kv_cache="int8"), plain, half
     for alpha in ALPHAS:
-        smoothed = converted(alpha)
         for per_token, per_channel, mode in (
             (False, False, "per tensor"),
             (True, False, "pt"),
@@ -151,11 +199,22 @@ def cases_of(folder: Path, model: ModelConfig, calibration: list, scratch: Path)
             (True, True, "pt + pc"),
         ):
             quant = QuantConfig("smooth_quant", per_token=per_token, per_channel=per_channel)
-            yield Case(f"SmoothQuant {alpha}, {mode}", quant, smoothed)
-        yield Case(f"SmoothQuant {alpha}, pt + pc, INT8 KV cache", replace(quant, kv_cache="int8"), smoothed)
-    yield Case("FP8", QuantConfig("fp8"), plain)
-    yield Case("FP8 KV cache", QuantConfig(kv_cache="fp8"), plain)
-    yield Case("FP8, FP8 KV cache", QuantConfig("fp8", kv_cache="fp8"), plain)
+            yield f"SmoothQuant {alpha}, {mode}", quant, Conversion(alpha), half
+        cached = replace(quant, kv_cache="int8")
+        yield f"SmoothQuant {alpha}, pt + pc, INT8 KV cache", cached, Conversion(alpha), half
+    yield "FP8", QuantConfig("fp8"), plain, half
+    yield "FP8 KV cache", QuantConfig(kv_cache="fp8"), plain, half
+    yield "FP8, FP8 KV cache", QuantConfig("fp8", kv_cache="fp8"), plain, half
+
+
+def source_of(how: Conversion | None, folder: Path, model: ModelConfig, calibration: list, scratch: Path):
+    if how is None:
+        return weight.WeightSource(folder)
+    out = scratch / str(how.alpha) / (str(vars(how.form)) if how.form else "ranges")
+    request = ConvertRequest(
+        out, model, partial(open_checkpoint, folder, model), processes=1, alpha=how.alpha, weight_only=how.form
+    )
+    return weight.WeightSource(binary_folder=request.folder if out.exists() else convert(request, calibration, {}))
 
 
 def executor_of(case: Case, model: ModelConfig) -> ReferenceExecutor:
