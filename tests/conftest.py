@@ -18,7 +18,8 @@ from named_skips import (  # noqa: F401
     pytest_terminal_summary,
 )
 
-os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 collect_ignore = [] if find_spec("datasets") and find_spec("rouge_score") else ["test_rouge.py"]
 collect_ignore += [] if find_spec("peft") else ["test_lora.py"]
 collect_ignore += [] if find_spec("pexpect") and find_spec("pyte") else ["test_chat_terminal.py"]
