@@ -181,6 +181,7 @@ class BuildConfig:
     gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
     gemm_plugin: bool = True  # our GEMM kernels where they are faster, else the library's own
     multi_block_mode: bool = True  # decode attention splits long caches over several blocks
+    tokens_per_block: int = 64  # of a block of the paged KV cache; not used by backends without one
 
     def __post_init__(self):
         require_range("world_size", self.world_size, 1, 1024)
@@ -191,6 +192,7 @@ class BuildConfig:
         require_range("max_num_tokens", self.max_num_tokens, 0, 1 << 26)
         require_choice("logits_dtype", self.logits_dtype, ("float16", "float32"))
         require_choice("backend", self.backend, BACKEND_NAMES)
+        require_choice("tokens_per_block", self.tokens_per_block, (16, 32, 64, 128))
         if 0 < self.max_num_tokens < self.max_rows:
             raise ConfigError(
                 f"max_num_tokens {self.max_num_tokens} is below the {self.max_rows} rows of max_batch_size and "

@@ -181,6 +181,9 @@ def test_the_engine_folder(workflow):
     [
         (["--backend", "tensorrt_rtx", "--compute_capability", "9.0"], "does not build for compute capability 9.0"),
         (["--backend", "tensorrt_rtx", "--remove_input_padding"], "TensorRT networks take padded batches"),
+        (["--backend", "tensorrt_rtx", "--paged_kv_cache"], "a KV cache with a row for each sequence"),
+        (["--backend", "tensorrt_rtx", "--use_inflight_batching"], "a KV cache with a row for each sequence"),
+        (["--backend", "tensorrt_rtx", "--tokens_per_block", "64"], "a KV cache with a row for each sequence"),
         (["--backend", "tensorrt"], "tensorrt cannot be imported"),
         (["--backend", "torch", "--visualize"], "--visualize belongs to TensorRT"),
     ],

@@ -16,7 +16,7 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
-from baichuan.config import SamplingConfig
+from baichuan.config import SamplingConfig, require_range
 from baichuan.engine.folder import check_world, read_engine
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
@@ -46,6 +46,9 @@ class LLM:
     tokenizer_dir: a checkpoint's folder or hub id, only needed where the engine has no tokenizer.
     device: auto, cpu or cuda.
     keep_copies: whether spare GPU memory may hold dequantised copies of INT8 and INT4 weights.
+    kv_cache_free_gpu_mem_fraction: most of the memory free at the first request that the KV cache takes, above 0 and
+        up to 1; less where the engine's limits need less.  On a CPU, of the host's memory.
+    prefix_caching: whether prompts that begin alike share what is cached of their beginnings.
     ranks: the processes that serve together; default: all that mpirun started.
     digests: of the engine's files, those that are being computed already, by path.
     Raises EngineError for a folder that is no engine or is damaged.
@@ -58,10 +61,14 @@ class LLM:
         *,
         device: str = "auto",
         keep_copies: bool = True,
+        kv_cache_free_gpu_mem_fraction: float = 0.9,
+        prefix_caching: bool = True,
         model_version: str | None = None,
         ranks: Ranks | None = None,
         digests: Mapping[Path, Describer] = MappingProxyType({}),
     ):
+        require_range("kv_cache_free_gpu_mem_fraction", kv_cache_free_gpu_mem_fraction, 0.01, 1.0)
+        self._cache = kv_cache_free_gpu_mem_fraction, prefix_caching
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_engine(Path(engine_dir))
         check_world(self.engine, self.ranks.comm, model_version)
@@ -86,7 +93,7 @@ class LLM:
         Under mpirun every rank calls it.
         """
         if self._opened is None:
-            settings = (self._keep_copies, self._device, self._digests)
+            settings = (self._keep_copies, self._device, self._digests, *self._cache)
             serving, device = open_serving(self.engine, self.ranks.comm, *settings)
             self._opened = self.ranks.join(serving), device
             self._traffic = Traffic(self._opened[0], GIVEN_AHEAD * self.engine.build.max_batch_size)

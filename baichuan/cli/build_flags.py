@@ -26,11 +26,10 @@ ALWAYS_ON = {
     "enable_context_fmha_fp32_acc": "attention always accumulates in float32",
     "strongly_typed": "every network is strongly typed",
 }
-# Flags for what no engine has: they are refused.
-NOT_BUILT = {
-    "paged_kv_cache": "the KV cache is contiguous and sized to each request; leave --paged_kv_cache out",
-    "use_inflight_batching": "requests of one call form one batch; leave --use_inflight_batching out",
-    "tokens_per_block": "the KV cache is contiguous and has no blocks; leave --tokens_per_block out",
+# What engines with a paged KV cache always do, and others never.
+PAGED = {
+    "paged_kv_cache": "the KV cache of the backend torch is paged",
+    "use_inflight_batching": "the backend torch takes and finishes requests at every step",
 }
 
 
@@ -123,9 +122,11 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, text in ALWAYS_ON.items():
         group.add_argument(f"--{name}", action="store_true", help=text)
-    for name in ("paged_kv_cache", "use_inflight_batching"):
-        group.add_argument(f"--{name}", action="store_true", help="refused: " + NOT_BUILT[name].split(";")[0])
-    group.add_argument("--tokens_per_block", type=int, help="refused: " + NOT_BUILT["tokens_per_block"].split(";")[0])
+    for name, text in PAGED.items():
+        group.add_argument(f"--{name}", action="store_true", help=f"{text}; TensorRT has none of it")
+    group.add_argument(
+        "--tokens_per_block", type=int, help="torch: tokens of a block of the KV cache: 16, 32, 64 or 128 (default: 64)"
+    )
     group.add_argument("--visualize", action="store_true", help="TensorRT: draw the network into a file")
     group.add_argument(
         "--enable_debug_output",

@@ -7,7 +7,7 @@ import logging
 from dataclasses import fields, replace
 from typing import Any
 
-from baichuan.cli.build_flags import ALWAYS_ON, NOT_BUILT, SIZE_FLAGS
+from baichuan.cli.build_flags import ALWAYS_ON, PAGED, SIZE_FLAGS
 from baichuan.cli.common import DUMMY_VERSION
 from baichuan.config import DTYPES, PRESETS, BuildConfig, ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import ConfigError, UnsupportedError
@@ -22,11 +22,14 @@ AUTO = "torch"  # the backend that runs everywhere
 
 def check_flags(args: argparse.Namespace, backend: Backend) -> None:
     """Raise a BaichuanError for a flag that cannot do what it says; log once which flags change nothing."""
-    for name, text in NOT_BUILT.items():
+    for name in (*PAGED, "tokens_per_block"):
         value = getattr(args, name)
-        if value is not None and value is not False:  # 0 is a given value: 0 == False, but it is not False
-            raise UnsupportedError(f"--{name} is not available: {text}")
-    for name, text in ALWAYS_ON.items():
+        if not backend.paged and value is not None and value is not False:  # 0 is given, and 0 == False
+            raise UnsupportedError(
+                f"--{name} is not available: {backend.title} engines have a KV cache with a row for each sequence of a "
+                f"batch; leave it out, or add --backend torch"
+            )
+    for name, text in (ALWAYS_ON | (PAGED if backend.paged else {})).items():
         if getattr(args, name):
             logger.info("--%s changes nothing: %s", name, text)
     owners = {flag: other for other in reversed(BACKENDS.values()) for flag in other.flags}
@@ -136,5 +139,6 @@ def build_config(args: argparse.Namespace, backend: Backend) -> BuildConfig:
         "gemm_plugin": args.use_gemm_plugin != "off",
         "multi_block_mode": args.multi_block_mode != "off",
     }
+    given = {name: value for name, value in vars(args).items() if value is not None}
     names = [field.name for field in fields(BuildConfig) if field.name not in (*switches, "backend")]
-    return BuildConfig(backend=backend.name, **switches, **{name: getattr(args, name) for name in names})
+    return BuildConfig(backend=backend.name, **switches, **{name: given[name] for name in names if name in given})

@@ -102,6 +102,27 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         )
 
 
+def add_cache_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv_cache_free_gpu_mem_fraction",
+        type=float,
+        default=0.9,
+        help="share of the free memory that the KV cache takes, unless the engine's limits need less; engines with a "
+        "paged KV cache",
+    )
+    parser.add_argument(
+        "--no_prefix_caching",
+        action="store_true",
+        help="compute every prompt anew, even where its beginning is in the KV cache; engines with a paged KV cache",
+    )
+
+
+def cache_settings(args: argparse.Namespace, sides: int = 1) -> dict[str, Any]:
+    """api.llm.LLM's settings, for one of several models that share the memory."""
+    fraction = args.kv_cache_free_gpu_mem_fraction / sides
+    return {"kv_cache_free_gpu_mem_fraction": fraction, "prefix_caching": not args.no_prefix_caching}
+
+
 def add_weight_copies(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--no_weight_copies",

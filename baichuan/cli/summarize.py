@@ -14,7 +14,7 @@ import torch
 
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
-from baichuan.cli.common import check_device, only_rank_zero
+from baichuan.cli.common import cache_settings, check_device, only_rank_zero
 from baichuan.cli.summarize_flags import DTYPES, check_flags, is_text, request_of
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine
@@ -92,6 +92,7 @@ def is_scoring(args: argparse.Namespace) -> bool:
 def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
     """Every engine, without its weights.  Raises ConfigError unless one tokenizer and one checkpoint fit all."""
     settings = {"device": args.device, "keep_copies": not args.no_weight_copies, "model_version": args.model_version}
+    settings |= cache_settings(args, len(args.engine_dir) + bool(args.test_hf))
     llms = [LLM(folder, ranks=ranks, digests=args.ahead.digests, **settings) for folder in args.engine_dir]
     engines = [llm.engine for llm in llms]
     for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from baichuan.cli.common import ENGINE_DIR, add_adapters, add_device, add_model_version, add_weight_copies
+from baichuan.cli.common import (
+    ENGINE_DIR,
+    add_adapters,
+    add_cache_flags,
+    add_device,
+    add_model_version,
+    add_weight_copies,
+)
 from baichuan.config import DEVICES, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.evaluation.request import Request
@@ -41,6 +48,7 @@ def _add_side_flags(parser: argparse.ArgumentParser) -> None:
     sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="data type of the transformers model")
     add_device(sides, "runs the engine and the transformers model")
     add_weight_copies(sides)
+    add_cache_flags(sides)
     sides.add_argument(
         "--hf_device", choices=DEVICES, help="device of the transformers model (default: that of --device)"
     )

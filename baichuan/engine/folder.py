@@ -256,7 +256,7 @@ def _plugin_config(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -
         "smooth_quant_gemm_plugin": model.dtype if quant.weights == "smooth_quant" else False,
         "nccl_plugin": model.dtype if build.world_size > 1 else False,
         "remove_input_padding": BACKENDS[build.backend].packed,
-        "paged_kv_cache": False,
-        "tokens_per_block": 0,
+        "paged_kv_cache": BACKENDS[build.backend].paged,
+        "tokens_per_block": build.tokens_per_block if BACKENDS[build.backend].paged else 0,
         "multi_block_mode": build.multi_block_mode,
     }

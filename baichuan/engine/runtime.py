@@ -12,6 +12,7 @@ import torch
 from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
 from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
+from baichuan.generation.in_flight import Policy
 from baichuan.generation.requests import Serving
 from baichuan.generation.serve import serve
 from baichuan.generation.session import Session
@@ -28,12 +29,14 @@ def open_session(
     keep_copies: bool = True,
     device: str = "auto",
     digests: Mapping[Path, Describer] = MappingProxyType({}),
+    cache_fraction: float = 0.9,
 ) -> Session:
     """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
     device: one of device.DEVICES.
     digests: of the engine's files, those that are being computed already, by path.
     keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py).
+    cache_fraction: most of the free memory that the KV cache takes, at the first request.
     Raises EngineError for a damaged engine or another number of ranks than it was built for, on every rank alike.
     """
     engine = read_engine(folder)
@@ -41,7 +44,7 @@ def open_session(
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
     with verified_meanwhile(engine, comm, digests):
-        executor = open_executor(engine, comm, keep_copies, device)
+        executor = open_executor(engine, comm, keep_copies, device, cache_fraction)
     return Session(executor, engine.model, engine.build)
 
 
@@ -51,15 +54,20 @@ def open_serving(
     keep_copies: bool = True,
     device: str = "auto",
     digests: Mapping[Path, Describer] = MappingProxyType({}),
+    cache_fraction: float = 0.9,
+    prefix_caching: bool = True,
 ) -> tuple[Serving, torch.device]:
     """The engine as requests.Serving, and where it runs."""
-    session = open_session(engine.folder, comm, None, keep_copies, device, digests)
-    return serve(session.executor, engine.model, engine.build), session.executor.device
+    session = open_session(engine.folder, comm, None, keep_copies, device, digests, cache_fraction)
+    policy = Policy(prefix_caching=prefix_caching)
+    return serve(session.executor, engine.model, engine.build, policy), session.executor.device
 
 
-def open_executor(engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto") -> Executor:
+def open_executor(
+    engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto", cache_fraction: float = 0.9
+) -> Executor:
     """The executor that the engine was built for, over this rank's file, which the caller verifies."""
     path = engine.rank_file(comm.rank)
     digests = engine.files[path.name]["sha256"]
-    job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies)
+    job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies, cache_fraction)
     return engine.backend.open_rank(job)

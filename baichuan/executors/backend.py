@@ -37,12 +37,14 @@ class RankToOpen:
     comm: Communicator
     device: str  # one of device.DEVICES
     keep_copies: bool  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
+    cache_fraction: float = 0.9  # most of the free memory that a paged KV cache takes
 
 
 class Backend(Protocol):
     name: str
     title: str  # as messages call it
     packed: bool  # steps are packed tokens without padding; else padded batches
+    paged: bool  # its executors have a paged KV cache
     flags: tuple[str, ...]  # flags of build.py that only some backends have
 
     def require_installed(self) -> None:

@@ -16,6 +16,7 @@ from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.executors.cuda.capability import require_numbers
 from baichuan.executors.cuda.load import load_on_gpu
 from baichuan.executors.device import gpu_of_rank, resolve_device
+from baichuan.executors.kv_cache import PoolSettings
 from baichuan.records import ModelWeights
 from baichuan.weights.assemble import assemble
 from baichuan.weights.tensor_file import read_tensors, write_tensors
@@ -27,7 +28,7 @@ class TorchBackend:
     """Implements executors.backend.Backend."""
 
     name, title = "torch", "PyTorch"
-    packed = True
+    packed = paged = True
     flags: tuple[str, ...] = ()
 
     def require_installed(self) -> None:
@@ -53,8 +54,12 @@ class TorchBackend:
         """On this rank's GPU or on the CPU."""
         if resolve_device(job.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
-            return CpuExecutor(job.spec.model, job.spec.quant, _read(job), job.comm)
+            return CpuExecutor(job.spec.model, job.spec.quant, _read(job), job.comm, _pool(job))
         return _open_on_gpu(job)
+
+
+def _pool(job: RankToOpen) -> PoolSettings:
+    return PoolSettings(job.spec.build.tokens_per_block, job.cache_fraction)
 
 
 def _read(job: RankToOpen) -> ModelWeights:
@@ -78,4 +83,4 @@ def _open_on_gpu(job: RankToOpen) -> Executor:
         gather_rows(first, torch.zeros(1, dtype=torch.int64, device=device))  # the first launch takes half a second
         weights = loading.result()
     switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.keep_copies)
-    return CudaExecutor(spec.model, spec.quant, weights, comm, switches)
+    return CudaExecutor(spec.model, spec.quant, weights, comm, switches, _pool(job))

@@ -51,15 +51,13 @@ class _Launched:
 class InFlight:
     """Any number of requests, of which as many run together as the engine has rows and blocks for."""
 
+    scheduler: Scheduler  # these three from the first request on
+    _sampler: Sampler
+    _steps: StepBuilder
+
     def __init__(self, executor: PagedExecutor, model: ModelConfig, build: BuildConfig, policy: Policy | None = None):
-        policy = policy or Policy()
-        self.model, self.build, self._executor = model, build, executor
-        executor.reset(build.max_rows, build.max_seq_len)
-        pool = BlockPool(executor.cache.blocks, executor.cache.tokens_per_block, policy.prefix_caching)
-        tokens = max(build.max_num_tokens or STEP_TOKENS, build.max_rows)
-        self.scheduler = Scheduler(pool, Budget(build.max_rows, tokens, policy.chunk_tokens))
-        self._sampler = Sampler(build.max_rows, model.vocab_size, build.max_output_len, executor.device)
-        self._steps = StepBuilder(executor)
+        self.model, self.build, self.policy, self._executor = model, build, policy or Policy(), executor
+        self._ready = False
         self._searches: dict[Job, BeamSearch] = {}
         self._kept: dict[Job, _KeptLogits] = {}
         self._jobs: dict[Hashable, Job] = {}  # the unfinished, in order of arrival
@@ -72,12 +70,20 @@ class InFlight:
     def unfinished(self) -> int:
         return len(self._jobs) + sum(each.finished for each in self._news.values())
 
-    @property
-    def prefilling(self) -> bool:
-        """Whether prompts are still to be computed."""
-        return bool(self.scheduler.waiting) or any(not job.decoding for job in self.scheduler.running)
+    def _make_room(self) -> None:
+        """Allocate the KV cache: at the first request, when the weights of all who share the GPU have been loaded."""
+        executor, build = self._executor, self.build
+        executor.reset(build.max_rows, build.max_seq_len)
+        pool = BlockPool(executor.cache.blocks, executor.cache.tokens_per_block, self.policy.prefix_caching)
+        tokens = max(build.max_num_tokens or STEP_TOKENS, build.max_rows)
+        self.scheduler = Scheduler(pool, Budget(build.max_rows, tokens, self.policy.chunk_tokens))
+        self._sampler = Sampler(build.max_rows, self.model.vocab_size, build.max_output_len, executor.device)
+        self._steps = StepBuilder(executor)
+        self._ready = True
 
     def add(self, request: Request) -> None:
+        if not self._ready:
+            self._make_room()
         assert request.key not in self._jobs and request.key not in self._news, f"{request.key} is still unfinished"
         if not self.unfinished:
             self.timing, self._marked_s = Timing(), time.perf_counter()
@@ -95,7 +101,7 @@ class InFlight:
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan() if self._ready else None
         launched = self._launch(plan) if plan else None
         previous, self._unread = self._unread, launched
         if previous:

@@ -21,7 +21,7 @@ class TensorRtBackend:
     """Implements executors.backend.Backend."""
 
     title = "TensorRT"
-    packed = False
+    packed = paged = False
     flags: tuple[str, ...] = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
 
     def __init__(self, name: str):
