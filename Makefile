@@ -77,6 +77,7 @@ bench: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))
 	$(BENCH) benchmarks/bench_generate.py --model_version v1_7b v2_13b --batch_size 1 64
 	$(BENCH) benchmarks/bench_kernels.py
 	$(BENCH) benchmarks/bench_load.py
+	$(BENCH) benchmarks/bench_traffic.py
 
 # The README's workflow, every kind of command: WALK="--model_version v2_13b", WALK=--small on a machine without a GPU.
 walk: $(if $(filter $(BIN)/%,$(BENCH)),$(READY))

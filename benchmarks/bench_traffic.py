@@ -3,12 +3,13 @@
     python benchmarks/bench_traffic.py --model_version v2_13b --precision int8 --kv_cache int8 --rows 256
 
 Requests have lognormal lengths from a seed.  They come (a) all at once and (b) one by one, as a Poisson process at
-shares of the rate that (a) served.  Prints tokens and requests per second, the time to the first token and between
-tokens at their 50th, 90th and 99th percentile, how full the KV cache became, how often a request had to give up its
-blocks, and the share of the time that the scheduler's decisions took.  Tokens per second are over those of a static
-batch of the same rows with every length at the mean, in the same run, and over static batches of --static_requests
-requests, each of which lasts as long as its longest.  At the end, a prompt of 1000 tokens and another that
-begins with them: the second's time to its first token over the first's.
+shares of the rate that (a) served while all rows ran.  Prints tokens and requests per second, the time to the first
+token and between tokens at their 50th, 90th and 99th percentile, how full the KV cache became, how often a request had
+to give up its blocks, and the share of the time that the scheduler's decisions took.  At the end of (a) fewer and fewer
+rows run, as long as the longest continuations last: "full" is the rate until then.  Both rates are over those of a
+static batch of the same rows with every length at the mean, in the same run, and over static batches of
+--static_requests requests, each of which lasts as long as its longest.  Before, a prompt of 1000 tokens and another
+that begins with them: the second's time to its first token over the first's.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Result:
     name: str
     requests: int
     tokens_per_s: float
+    full_tokens_per_s: float  # while as many requests are unfinished as there are rows
     requests_per_s: float
     first_token_ms: list[float]  # at PERCENTILES
     between_tokens_ms: list[float]
@@ -75,14 +77,15 @@ class Result:
             "/".join(f"{ms:.0f}" for ms in each) for each in (self.first_token_ms, self.between_tokens_ms)
         )
         return (
-            f"{self.name:22s} {self.requests:5d} | {self.tokens_per_s:8.0f} {self.requests_per_s:7.2f} | {first:>18s} "
+            f"{self.name:22s} {self.requests:5d} | {self.tokens_per_s:8.0f} {self.full_tokens_per_s:6.0f} "
+            f"{self.requests_per_s:7.2f} | {first:>18s} "
             f"{between:>14s} | {self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%}"
         )
 
 
 TITLES = (
-    "traffic                 reqs |    tok/s  reqs/s | first p50/90/99 ms   between, ms | cache preempt   plan | "
-    "to uniform"
+    "traffic                 reqs |    tok/s   full  reqs/s | first p50/90/99 ms   between, ms | cache preempt   plan "
+    "| to uniform, full"
 )
 
 
@@ -123,32 +126,35 @@ def bench(args: argparse.Namespace, host: Communicator) -> int:
     warm_up(serving, model, args, generator)
     uniform = static_rate(serving, [alike(args, model, generator) for _ in range(args.rows)])
     print(f"a static batch of {args.rows} x {args.mean_input} + {args.mean_output} tokens: {uniform:.0f} tokens/s")
+    first, second = shared_prefix(serving, model, generator, min(SHARED_TOKENS, args.longest - 1))
+    print(f"a shared prefix: first token after {1e3 * first:.1f} ms, then {1e3 * second:.1f}: {second / first:.2f} x")
+    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "uniform": uniform}
+    facts["shared_s"] = first, second
     print(TITLES, flush=True)
     results = [run(serving, "all at once", requests, [0.0] * len(requests))]
-    print(f"{results[0].line} | {results[0].tokens_per_s / uniform:.2f}", flush=True)
+    show(results[0], uniform)
     for share in args.shares if args.arrivals else ():
-        rate = share * results[0].requests_per_s
+        rate = share * (results[0].full_tokens_per_s or results[0].tokens_per_s) / args.mean_output
         came = generator.exponential(1 / rate, args.arrivals).cumsum().tolist()
         name = f"{share:.0%}, {rate:.2f} a second"
         results.append(run(serving, name, drawn(args, model, generator, args.arrivals), came))
-        print(f"{results[-1].line} | {results[-1].tokens_per_s / uniform:.2f}", flush=True)
-    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "uniform": uniform}
+        show(results[-1], uniform)
     if args.static_requests:
         requests = drawn(args, model, generator, args.static_requests)
         facts["static"] = static_batches(serving, requests, args.rows)
         ratio = results[0].tokens_per_s / facts["static"]
         print(f"static batches of {args.static_requests} requests: {facts['static']:.0f} tokens/s, {ratio:.2f} x")
-    facts["shared"] = shared_prefix(serving, model, generator, min(SHARED_TOKENS, args.longest - 1))
-    first, second = facts["shared"]
-    print(
-        f"a shared prefix: first token after {1e3 * first:.1f} ms, then {1e3 * second:.1f} ms: {second / first:.2f} x"
-    )
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
         with atomic_path(args.json) as part:
             results_json = [asdict(each) for each in results]
             part.write_text(json.dumps(facts | {"settings": settings, "results": results_json}, indent=1) + "\n")
     return 0
+
+
+def show(result: Result, uniform: float) -> None:
+    ratios = [each / uniform for each in (result.tokens_per_s, result.full_tokens_per_s)]
+    print(f"{result.line} | {ratios[0]:.2f}, {ratios[1]:.2f}", flush=True)
 
 
 def open_serving(args: argparse.Namespace, device: torch.device) -> tuple[ModelConfig, InFlight]:
@@ -254,6 +260,7 @@ def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequenc
     start = time.perf_counter()
     clocks = {request.key: Clock(start + at) for request, at in zip(requests, came, strict=True)}
     waiting = list(zip(requests, came, strict=True))[::-1]
+    rows, made, full = serving.build.max_rows, 0, (0, 0.0)  # full: (tokens, seconds) until rows run empty
     while waiting or serving.unfinished:
         now = time.perf_counter() - start
         while waiting and waiting[-1][1] <= now:
@@ -264,6 +271,9 @@ def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequenc
         for progress in serving.step():
             assert progress.error is None, progress.error
             clocks[progress.key].heard += [time.perf_counter()] * len(progress.new_ids)
+            made += len(progress.new_ids)
+        if serving.unfinished >= rows:
+            full = made, time.perf_counter() - start
         fullest = max(fullest, pool.blocks - pool.free)
     seconds = time.perf_counter() - start
     scheduler.plan = planned  # type: ignore[method-assign]
@@ -272,6 +282,7 @@ def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequenc
         name=name,
         requests=len(requests),
         tokens_per_s=sum(len(clock.heard) for clock in clocks.values()) / seconds,
+        full_tokens_per_s=full[0] / max(full[1], 1e-9),
         requests_per_s=len(requests) / seconds,
         first_token_ms=percentiles([clock.heard[0] - clock.came for clock in clocks.values()]),
         between_tokens_ms=percentiles(between),

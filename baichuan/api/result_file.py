@@ -12,7 +12,7 @@ from typing import Any
 from baichuan.errors import ConfigError
 from baichuan.util.files import atomic_path
 
-MAX_LINE_BYTES = 256 << 20
+MAX_LINE_BYTES = 64 << 20
 
 
 class ResultFile:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import realpath
 from pathlib import Path
 
 from baichuan.api.llm import LLM, Prompt
@@ -95,7 +96,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, path in files.items():
         if name.startswith("output_") and name != "output_jsonl":  # which is opened on rank 0, before anything runs
             token_files.require_writable(name, path)
-        if other := next((o for o in files if o != name and files[o].resolve() == path.resolve()), None):
+        if other := next((o for o in files if o != name and realpath(files[o]) == realpath(path)), None):
             raise ConfigError(f"--{name} and --{other} are both {path}; name two files")
     _check_file_flags(args)
     if args.input_text is not None and args.input_tokens:

@@ -16,6 +16,7 @@ import numpy as np
 
 import build
 import hf_baichuan_convert
+import run
 import summarize
 from baichuan.config import ModelConfig
 
@@ -61,6 +62,22 @@ def prompts(folder: Path) -> None:
         csv.writer(file).writerows([[1, 5, 9], [7, 8]])
     np.save(folder / "p.npy", np.array([[1, 5, 9], [7, 8, 0]], np.int32))
     (folder / "chat.txt").write_text("你好\n/help\n/reset\n/system Be brief.\nHello\n/exit\n")
+
+
+def prompt_files(folder: Path) -> None:
+    """An engine, the same prompts in every format, and what run.py made of them."""
+    import pandas
+
+    engine(folder)
+    rows = [{"id": "a", "prompt": "Rain fell", "top_k": 2}, {"id": "b", "prompt": "珠峰", "top_k": 1}]
+    table = pandas.DataFrame(rows)
+    others = [{"prompt_ids": [1, 5, 9], "temperature": 0.5}, {"messages": [{"role": "user", "content": "hi"}]}]
+    (folder / "f.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*rows, *others]))
+    (folder / "f.txt").write_text("".join(each["prompt"] + "\n" for each in rows))
+    table.to_csv(folder / "f.csv", index=False)
+    table.to_parquet(folder / "f.parquet")
+    files = ("--prompt_file", str(folder / "f.jsonl"), "--output_jsonl", str(folder / "results.jsonl"))
+    quietly(run.main, "--engine_dir", str(folder / "engine"), "--max_output_len", "2", *files)
 
 
 def binary(folder: Path, *flags: str) -> None:

@@ -30,6 +30,7 @@ CALIBRATED = "-i {in}/source -o {out} -kv -p 1 --calib_size 2 --calib_max_length
 NPZ = "--model_dir {in}/source --enable_fp8 --fp8_kv_cache --quantized_fp8_model_path {in}/1-gpu/fp8_scales.npz"
 RUN = "--engine_dir {in}/engine --max_output_len 2"
 BY_IDS = f"{RUN} --input_tokens {{in}}/p.csv"
+BY_FILE = f"{RUN} --prompt_file"
 SUMMARY = "--test_trt_llm --engine_dir {in}/engine --output_len 2 --max_ite 1 --batch_size 2 --dataset_path {in}"
 HF = "--test_hf --hf_model_dir {in} --output_len 2 --max_ite 1 --dataset_path {in}/a.jsonl"
 
@@ -118,6 +119,10 @@ _ALL = [
     Target("run with .npy", 9, run.main, f"{RUN} --input_tokens {{in}}/p.npy", good.engine, "p.npy"),
     Target("run with a tokenizer", 4, run.main, f"{RUN} --tokenizer_dir {{in}}/source", good.bare_engine, TEXTS),
     Target("chat", 3, run.main, f"{RUN} --chat", good.v2_engine, "chat.txt", stdin="chat.txt"),
+    *(Target(f"run with prompts{kind}", 2, run.main, f"{BY_FILE} {{in}}/f{kind} --output_jsonl {{out}}/r.jsonl",
+             good.prompt_files, f"f{kind}") for kind in (".txt", ".jsonl", ".csv", ".parquet")),
+    Target("run resumed", 3, run.main, f"{BY_FILE} {{in}}/f.jsonl --output_jsonl {{in}}/results.jsonl --resume",
+           good.prompt_files, "results.jsonl"),
     Target("run's flags", 5, run.main, BY_IDS, good.engine),
     *(Target(f"summarize {kind}", 2, summarize.main, f"{SUMMARY}/a{kind}", good.engine, f"a{kind}")
       for kind in DATA_SETS),
