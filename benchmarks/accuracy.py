@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,7 +40,7 @@ from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.rank_tensors import total_bytes
 from benchmarks import real_model
 
-ALPHAS = (0.5, 0.8)
+ALPHAS = (0.5, 0.8, "auto")
 BEGIN = "<!-- {} made by benchmarks/accuracy.py -->\n"
 END = "<!-- end of the tables -->\n"
 REAL = "real"  # the marks of the real model's tables
@@ -60,7 +61,7 @@ class Case:
 class Conversion:
     """What a binary folder is converted for."""
 
-    alpha: float | None = None  # SmoothQuant's
+    alpha: float | Literal["auto"] | None = None  # SmoothQuant's
     form: WeightOnly | None = None  # of GPTQ's integers
 
 

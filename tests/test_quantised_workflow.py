@@ -118,6 +118,18 @@ def test_from_a_folder_with_kv_scales(workflow, kv_folder, capsys, flags, bound)
     assert workflow.run()[:5] == [5, 17, 300, 42, 9]
 
 
+def test_each_linear_s_own_strength(workflow, capsys):
+    workflow.convert("-sq", "auto", "-t", "fp16")
+    saved = workflow.folder / "auto"
+    (workflow.folder / "bin" / "1-gpu").rename(saved)
+    flags = ["--bin_model_dir", str(saved), "--use_smooth_quant", "--per_token", "--per_channel"]
+    assert workflow.build(*flags) == 0
+    assert self_check_kl(capsys.readouterr().err) < 0.1  # as with one strength for all, below
+    with pytest.raises(SystemExit):
+        workflow.convert("-sq", "automatic")
+    assert "automatic is neither a number nor auto; give 0 to 1, or auto" in capsys.readouterr().err
+
+
 def test_integers_that_calibration_found(workflow, int4_folder, capsys):
     int4 = ["--use_weight_only", "--weight_only_precision", "int4"]
     assert workflow.build("--bin_model_dir", int4_folder, *int4, "--int8_kv_cache") == 0

@@ -7,7 +7,7 @@ import torch
 from baichuan.parallel.comm import Solo
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
-from baichuan.quant.smoothquant import int8_matmul, quantise_input, smoother
+from baichuan.quant.smoothquant import ALPHAS, choose_alpha, int8_matmul, quantise_input, smoother
 from baichuan.records import SmoothQuantWeight
 
 
@@ -28,6 +28,31 @@ def test_smoother_formula(alpha):
     np.testing.assert_allclose(ours, np.maximum(x**alpha / w ** (1 - alpha), 1e-5), rtol=1e-6)
     w[4] = 0
     assert np.isfinite(smoother(torch.tensor(x), torch.tensor(w), alpha).numpy()).all()
+
+
+def error_in_float64(x, w, alpha):
+    """The squared error of a product with scales per token and channel, in NumPy."""
+    x, w = x.double().numpy(), w.double().numpy()
+    s = np.maximum(np.abs(x).max(0) ** alpha / np.maximum(np.abs(w).max(0), 1e-5) ** (1 - alpha), 1e-5)
+
+    def rounded(rows):
+        scale = np.abs(rows).max(1, keepdims=True) / 127
+        return np.rint(rows / scale) * scale
+
+    return ((rounded(x / s) @ rounded(w * s).T - x @ w.T) ** 2).sum()
+
+
+@pytest.mark.parametrize("outlier", [1.0, 8.0, 300.0])
+def test_the_strength_chosen_leaves_the_least_error(outlier):
+    generator = torch.Generator().manual_seed(3)
+    x, w = torch.randn(64, 128, generator=generator), torch.randn(96, 128, generator=generator)
+    x[:, 5] *= outlier
+    w[:, 9] *= 20
+    chosen = choose_alpha(x, w, x.abs().amax(0))
+    errors = {alpha: error_in_float64(x, w, alpha) for alpha in ALPHAS}
+    assert errors[chosen] <= min(errors.values()) * 1.001  # float32 sums may order two that are equal
+    assert errors[chosen] <= min(errors[0.5], errors[0.8])
+    assert max(errors.values()) > 1.05 * errors[chosen], "the control: the strength matters here"
 
 
 def smoothed_product(x, w, alpha, per_token, per_channel):

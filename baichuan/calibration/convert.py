@@ -46,7 +46,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
         device = resolve_device(request.device)
-        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, device)
+        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, device, request.alpha == "auto")
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
         if form := request.weight_only:
             write = partial(writer.write_integers, form)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from baichuan.config import ModelConfig, WeightOnly, require_range
 from baichuan.errors import ConfigError
@@ -24,7 +24,8 @@ class ConvertRequest:
     open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
     tp_size: int = 1
     processes: int = min(os.cpu_count() or 1, 16)
-    alpha: float | None = None  # SmoothQuant's strength; None: 8-bit outputs for the KV cache alone
+    # SmoothQuant's strength, auto = each linear's best; None: 8-bit outputs for the KV cache alone
+    alpha: float | Literal["auto"] | None = None
     storage_type: str = "fp32"
     text_folder: Path | None = None  # its tokenizer and generation settings are copied
     device: str = "auto"  # calibrates; one of device.DEVICES
@@ -33,7 +34,7 @@ class ConvertRequest:
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
         require_range("processes", self.processes, 1, 1024)
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
+        if isinstance(self.alpha, float | int) and not 0 <= self.alpha <= 1:
             raise ConfigError(f"SmoothQuant's alpha {self.alpha} is outside [0, 1]; 0.5 to 0.8 is a good choice")
         if self.alpha is not None and self.weight_only:
             raise ConfigError(

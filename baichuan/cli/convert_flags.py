@@ -36,9 +36,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoothquant",
         "-sq",
-        type=float,
+        type=_strength,
         metavar="ALPHA",
-        help="calibrate for SmoothQuant with this strength, 0 to 1, and the KV cache as well",
+        help="calibrate for SmoothQuant with this strength, 0 to 1 or auto, and the KV cache as well",
     )
     _add_weight_only_flags(parser)
     parser.add_argument(
@@ -79,3 +79,10 @@ def _add_weight_only_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="INT4: no zero beside each scale, which is smaller and faster, and less accurate",
     )
+
+
+def _strength(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto; give 0 to 1, or auto") from None

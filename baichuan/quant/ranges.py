@@ -14,6 +14,7 @@ class LinearRange:
 
     x: Tensor  # [in_features] float32, max|input| of each channel
     y: Tensor  # [out_features] float32, max|output| of each channel
+    alpha: float | None = None  # SmoothQuant's strength, where it was to be chosen
 
 
 @dataclass(frozen=True)

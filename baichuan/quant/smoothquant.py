@@ -13,6 +13,7 @@ from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 
 SMALLEST = 1e-5  # lower bound of a smoother and of max|W| in its formula
+ALPHAS = (0.5, 0.8, 0.3, 0.4, 0.6, 0.7, 0.9)  # that `-sq auto` chooses from; of equal ones the first
 EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 product over up to this many int8 channels is exact
 
 
@@ -23,6 +24,27 @@ def smoother(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
     """
     x, weight = x_absmax.double(), weight_absmax.double().clamp(min=SMALLEST)
     return (x**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST).float()
+
+
+def choose_alpha(x: Tensor, weight: Tensor, x_absmax: Tensor) -> float:
+    """The strength of ALPHAS whose 8-bit product leaves the least squared error, with scales per token and channel.
+
+    x: [num_tokens, in_features] float32, some inputs; weight: [out_features, in_features] float32;
+    x_absmax: [in_features], over all inputs
+    """
+    exact, weight_absmax = x @ weight.t(), weight.abs().amax(0)
+    errors = []
+    for alpha in ALPHAS:
+        factor = smoother(x_absmax, weight_absmax, alpha)
+        values = [_rounded(x / factor), _rounded(weight * factor)]
+        errors.append((values[0] @ values[1].t() - exact).square().sum(dtype=torch.float64))
+    return ALPHAS[int(torch.stack(errors).argmin())]
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """What int8 with a scale for each row makes of the rows."""
+    scale = scale_for(rows.abs().amax(-1, keepdim=True), torch.int8)
+    return quantise(rows, scale, torch.int8).float() * scale
 
 
 def quantise_input(x: Tensor, weight: SmoothQuantWeight, comm: Communicator) -> tuple[Tensor, Tensor]:

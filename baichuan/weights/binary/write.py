@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ class BinaryWriter:
     open_checkpoint: Callable[[], Checkpoint]
     layout: Layout
     folder: Path
-    alpha: float | None  # SmoothQuant's strength; None: only QKV gets 8-bit outputs, and nothing is smoothed
+    # SmoothQuant's strength, auto = the ranges have it; None: only QKV gets 8-bit outputs, and nothing is smoothed
+    alpha: float | Literal["auto"] | None
 
     def write_global(self, hub_name: str) -> None:
         """The embedding, the last norm or lm_head, as they are."""
@@ -55,7 +57,9 @@ class BinaryWriter:
         columns, rows = zip(*(_absmax(source) for source in sources.values()), strict=True)
         factor = torch.ones(seen.x.shape)
         if self.alpha is not None:
-            factor = smoother(seen.x, torch.stack(columns).amax(0), self.alpha)
+            alpha = seen.alpha if self.alpha == "auto" else self.alpha
+            assert alpha is not None, "auto comes with ranges that have it"
+            factor = smoother(seen.x, torch.stack(columns).amax(0), alpha)
         if name in NORM_BEFORE:
             self._write_norm(checkpoint, layer, NORM_BEFORE[name], factor)
         elif self.alpha is not None:
