@@ -40,7 +40,7 @@ from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.rank_tensors import total_bytes
 from benchmarks import real_model
 
-ALPHAS = (0.5, 0.8, "auto")
+ALPHAS: tuple[float | Literal["auto"], ...] = (0.5, 0.8, "auto")
 BEGIN = "<!-- {} made by benchmarks/accuracy.py -->\n"
 END = "<!-- end of the tables -->\n"
 REAL = "real"  # the marks of the real model's tables
