@@ -55,13 +55,14 @@ def bound(x, dense, exact, out_dtype):
 
 
 def integers_bound(x, dense, weight, x_dtype):
-    """What the 16-bit integers of more than FEW_ROWS tokens add to |y - exact|, see native/pack.c.
+    """What 16-bit integers add to |y - exact|, see native/pack.c: from three tokens on, float16 weights from FEW_ROWS.
 
     An activation in 16 bits is off by 2^-15 of the largest of its group at most; a float16 weight and the activation it
     meets by 2^-13.
     """
     half = isinstance(weight, DenseWeight) and weight.weight.dtype == torch.float16
-    if x_dtype == torch.float32 or x.shape[0] <= FEW_ROWS or not (half or isinstance(weight, Int4Weight | Int8Weight)):
+    fewest = FEW_ROWS + 1 if half else 3
+    if x_dtype == torch.float32 or x.shape[0] < fewest or not (half or isinstance(weight, Int4Weight | Int8Weight)):
         return 0
     group = 32 if half else DEPTH
     if isinstance(weight, Int4Weight) and weight.scale.shape[1] > 1:

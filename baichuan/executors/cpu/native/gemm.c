@@ -12,7 +12,7 @@ INLINE void add_product(enum arithmetic kind, int registers, const struct matrix
     multiply(kind, ROWS, registers, block->words + r * PITCH + words_of(kind, k), PITCH, 1,
              panel + words_of(kind, i + k) * width, words_of(kind, up_to(n, STEP)), total);
     if (kind == INTEGERS) {
-        const float *x_scales = panel + (plan->words + (i + k) / plan->group) * width;
+        const float *x_scales = panel + (plan->words + (i + k) / plan->x_group) * width;
         UNROLL for (int a = 0; a < ROWS; a++) UNROLL for (int j = 0; j < registers; j++) {
             vf scaled = __builtin_convertvector((vi)total[a][j], vf) * LOAD(vf, x_scales + j * LANES);
             total[a][j] = scaled * block->scales[r + a][k / plan->group];

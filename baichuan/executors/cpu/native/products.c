@@ -152,5 +152,6 @@ int few_rows_product(const struct matrix *w, const struct rows *x, const float *
 }
 
 int product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y, int threads) {
+    if (batch_suits(w, x)) return batch_product(w, x, y, threads);
     return (x->tokens <= FEW_ROWS ? few_rows_product : many_rows_product)(w, x, scales, y, threads);
 }

@@ -53,6 +53,8 @@ void prepare_token(const struct matrix *w, const struct rows *x, const float *sc
 int product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y, int threads);
 int few_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
                      int threads);
+int batch_suits(const struct matrix *w, const struct rows *x);
+int batch_product(const struct matrix *w, const struct rows *x, const struct rows *y, int threads);
 int many_rows_product(const struct matrix *w, const struct rows *x, const float *scales, const struct rows *y,
                       int threads);
 

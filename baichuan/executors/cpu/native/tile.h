@@ -67,10 +67,13 @@ INLINE void add_tile(int rows, int registers, float *sums, size_t pitch, vf tota
 /* How the words of one product are made. */
 struct plan {
     enum arithmetic kind;
-    size_t words;  /* of a token, a multiple of STEP channels */
-    size_t group;  /* INTEGERS: channels with one scale on either side, a multiple of STEP */
-    size_t stride; /* words and scales of a token */
-    int bits;      /* INTEGERS: of an activation, and of a float16 weight, beside the sign */
+    size_t words;        /* of a token, a multiple of STEP channels */
+    size_t stride;       /* words and scales of a token */
+    size_t group;        /* INTEGERS: channels of W with one scale, a multiple of STEP */
+    size_t x_group;      /* of x */
+    size_t block_groups; /* groups of DEPTH channels of W */
+    int own_groups;      /* whether these are W's own */
+    int bits;            /* of an activation, and of a float16 weight, beside the sign */
 };
 
 #if LANES == 8
@@ -83,13 +86,14 @@ struct plan {
 #define PITCH  (DEPTH + 16) /* words between rows, so that rows do not map to the same cache sets */
 _Static_assert(DEPTH * 127 * 127 < 1 << 24, "a float sums SmoothQuant's integers of a block exactly");
 _Static_assert(DEPTH * 128 * 32752L < 1L << 31, "32 bits hold a block's sum of INT8 weights times 15-bit activations");
-#define HALF_GROUP 32 /* channels of float16 weights that have one scale */
+#define HALF_GROUP 32 /* channels of float16 weights that have one scale; no group is smaller */
+#define GROUPS     (DEPTH / HALF_GROUP)
 _Static_assert(HALF_GROUP * 8188L * 8188L < 1L << 31, "32 bits hold a group's sum of 13-bit numbers of 11 digits");
 
 /* STRIPE rows of W, DEPTH channels of each. */
 struct block {
     float words[STRIPE * PITCH];
-    float scales[STRIPE][DEPTH / HALF_GROUP]; /* INTEGERS: of each group */
+    float scales[STRIPE][GROUPS]; /* INTEGERS */
 };
 
 struct plan make_plan(const struct matrix *w, enum type x);
