@@ -59,15 +59,21 @@ def opening(args: argparse.Namespace) -> None:
         model = small_model(args, "float32")
         engine = build(Path(folder), model)
         path = engine.folder / next(iter(engine.files))
-        drop_cache(path)
-        start = time.perf_counter()
-        read(path)
-        reading = time.perf_counter() - start
-        drop_cache(path)
-        start = time.perf_counter()
-        open_session(Path(folder), Solo()).generate([PROMPT[:1]], GREEDY, 1)
-        ours = time.perf_counter() - start
-    print(f"open to first token: {ours:.2f} s, reading the file once {reading:.2f} s: ratio {ours / reading:.2f}")
+        best = {"reading": float("inf"), "ours": float("inf")}  # the disk's speed changes from one second to the next
+        for _ in range(args.rounds):
+            for side, run in (("reading", partial(read, path)), ("ours", partial(first_token, Path(folder)))):
+                drop_cache(path)
+                start = time.perf_counter()
+                run()
+                best[side] = min(best[side], time.perf_counter() - start)
+    ratio = best["ours"] / best["reading"]
+    print(
+        f"open to first token: {best['ours']:.2f} s, reading the file once {best['reading']:.2f} s: ratio {ratio:.2f}"
+    )
+
+
+def first_token(folder: Path) -> None:
+    open_session(folder, Solo()).generate([PROMPT[:1]], GREEDY, 1)
 
 
 def building(args: argparse.Namespace) -> None:
