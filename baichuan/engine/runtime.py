@@ -12,6 +12,7 @@ import torch
 from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
 from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
+from baichuan.executors.device import resolve_device
 from baichuan.generation.in_flight import Policy
 from baichuan.generation.requests import Serving
 from baichuan.generation.serve import serve
@@ -43,7 +44,10 @@ def open_session(
     check_world(engine, comm, model_version)
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
+    on_cpu = resolve_device(device) == "cpu"
     with verified_meanwhile(engine, comm, digests):
+        executor = None if on_cpu else open_executor(engine, comm, keep_copies, device, cache_fraction)
+    if executor is None:  # it maps a file in no time, but what that reads ahead would hold up the digests' reading
         executor = open_executor(engine, comm, keep_copies, device, cache_fraction)
     return Session(executor, engine.model, engine.build)
 
