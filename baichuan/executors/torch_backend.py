@@ -19,6 +19,7 @@ from baichuan.executors.device import gpu_of_rank, resolve_device
 from baichuan.executors.kv_cache import PoolSettings
 from baichuan.records import ModelWeights
 from baichuan.weights.assemble import assemble
+from baichuan.weights.engine_checks import require_finite, require_shapes
 from baichuan.weights.tensor_file import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class TorchBackend:
         """On this rank's GPU or on the CPU."""
         if resolve_device(job.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
-            return CpuExecutor(job.spec.model, job.spec.quant, _read(job), job.comm, _pool(job))
+            weights = _read(job)
+            require_finite(weights, job.spec.model, job.spec.quant, job.spec.build.world_size)
+            return CpuExecutor(job.spec.model, job.spec.quant, weights, job.comm, _pool(job))
         return _open_on_gpu(job)
 
 
@@ -63,8 +66,10 @@ def _pool(job: RankToOpen) -> PoolSettings:
 
 
 def _read(job: RankToOpen) -> ModelWeights:
-    """The rank's weights, memory-mapped."""
-    return assemble(read_tensors(job.path), job.spec.model, job.spec.quant)
+    """The rank's weights, memory-mapped, each of its shape and type."""
+    weights = assemble(read_tensors(job.path), job.spec.model, job.spec.quant)
+    require_shapes(weights, job.spec.model, job.spec.quant, job.spec.build.world_size)
+    return weights
 
 
 def _open_on_gpu(job: RankToOpen) -> Executor:

@@ -21,6 +21,7 @@ from baichuan.executors.base import PagedExecutor
 from baichuan.generation.beam import BeamSearch
 from baichuan.generation.blocks import BlockPool
 from baichuan.generation.limits import request_error
+from baichuan.generation.logits import Logits
 from baichuan.generation.readback import Readback
 from baichuan.generation.requests import Progress, Request, Timing
 from baichuan.generation.sampling import Sampler
@@ -58,6 +59,7 @@ class InFlight:
     def __init__(self, executor: PagedExecutor, model: ModelConfig, build: BuildConfig, policy: Policy | None = None):
         self.model, self.build, self.policy, self._executor = model, build, policy or Policy(), executor
         self._ready = False
+        self._logits = Logits(executor, build)
         self._searches: dict[Job, BeamSearch] = {}
         self._kept: dict[Job, _KeptLogits] = {}
         self._jobs: dict[Hashable, Job] = {}  # the unfinished, in order of arrival
@@ -134,9 +136,7 @@ class InFlight:
             else:
                 self._sampler.begin(job.slots[0], request.sampling, history, len(history) - len(request.prompt))
         step, rows = self._steps.build(plan)
-        logits = self._executor.forward(step)
-        if self.build.logits_dtype == "float16":
-            logits = logits.half().float()
+        logits = self._logits(step)
         sampled: list[Piece] = []
         places: list[int] = []  # the sampled pieces' rows of the logits
         for piece, (first, count) in zip(plan.pieces, rows, strict=True):

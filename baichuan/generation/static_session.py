@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
 from baichuan.executors.base import RowExecutor
 from baichuan.generation.beam import BeamSearch
 from baichuan.generation.decoding import Generation, Strategy, decode
+from baichuan.generation.logits import Logits
 from baichuan.generation.requests import Timing
 from baichuan.generation.sampled import OnTokens, Sampled
 from baichuan.generation.sampling import Sampler
@@ -86,9 +88,9 @@ class StaticSession:
             logits = self._forward(step)
         return logits, step
 
-    def _forward(self, step: Step) -> Tensor:
-        logits = self.executor.forward(step)
-        return logits.half().float() if self.build.logits_dtype == "float16" else logits
+    @cached_property
+    def _forward(self) -> Logits:
+        return Logits(self.executor, self.build)
 
     def _wait(self) -> None:
         if self.executor.device.type == "cuda":

@@ -1,0 +1,34 @@
+"""An executor's logits as generation wants them: rounded as the engine was built, and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from baichuan.config import BuildConfig
+from baichuan.errors import EngineError
+from baichuan.executors.base import PagedExecutor, RowExecutor
+from baichuan.records import Step
+
+
+@dataclass
+class Logits:
+    """Calls the executor.  On a GPU the first step alone is looked at, as each look waits for the GPU."""
+
+    executor: RowExecutor | PagedExecutor
+    build: BuildConfig
+    seen: bool = False
+
+    def __call__(self, step: Step) -> Tensor:
+        """[outputs, vocab_size] float32.  Raises EngineError where one is a NaN or an infinity: the weights hold one,
+        or activations overflow the data type."""
+        logits = self.executor.forward(step)
+        if (not self.seen or logits.device.type == "cpu") and len(logits):
+            self.seen = True
+            if not bool(logits.isfinite().all()):
+                raise EngineError(
+                    "the engine's logits hold a NaN or an infinity, so that its text would mean nothing; build it "
+                    "again from a whole checkpoint, or with --dtype bfloat16 or float32"
+                )
+        return logits.half().float() if self.build.logits_dtype == "float16" else logits
