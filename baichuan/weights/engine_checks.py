@@ -1,4 +1,4 @@
-"""What an engine's tensors must be: of the model's shapes and types, so that no executor reads beyond one, and finite."""
+"""What an engine's tensors must be: of the model's shapes and types, so that nobody reads beyond one, and finite."""
 
 from __future__ import annotations
 
