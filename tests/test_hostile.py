@@ -20,7 +20,9 @@ import summarize
 from baichuan.cli.common import _configure_logging
 from baichuan.engine.folder import read_engine
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError, EngineError
-from baichuan.evaluation.report import read_results
+from baichuan.evaluation import report
+from baichuan.evaluation.report import FORMAT, read_results
+from baichuan.evaluation.rouge import KINDS
 from baichuan.generation.token_files import read_prompts
 from baichuan.hf_model import gpu_loading
 from baichuan.hf_model.modeling import load_hf_model
@@ -137,6 +139,23 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_at_once(name, kind, tm
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     with pytest.raises(BaichuanError, match="not a regular file|there is no tokenizer"):
         READERS[name](tmp_path)
+
+
+CHANGED = [("sides", None), ("sides", [{}]), ("sides", [3]), ("settings", None), ("settings", [])]
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGED)
+def test_a_report_that_was_changed(key, value, tmp_path, capsys):
+    figures = {"key": "engine", "label": "x", "rouge": {kind: {"value": 1.0} for kind in KINDS}, "agreement": None}
+    side = {**figures, "perplexity": None, "tokens_per_s": 1.0, "bytes": 5}
+    values = {"format": FORMAT, "sides": [side], "settings": {}, "articles": 1}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(values))
+    assert report.main([str(path)] * 2) == 0
+    path.write_text(json.dumps(values | {key: value}))
+    capsys.readouterr()
+    assert report.main([str(path)] * 2) == 2
+    assert "was changed after summarize.py wrote it" in capsys.readouterr().err
 
 
 def test_a_deeply_nested_report_is_one_sentence(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from baichuan.util import publishing
+from baichuan.util.files import atomic_path
 from baichuan.util.publishing import publish_folder, staged_folder
 from baichuan.util.signals import Terminated, sigterm_raises
 
@@ -137,6 +138,31 @@ def test_somebody_elses_folder_and_the_mode_stay(folder):
 def test_a_folder_that_is_being_filled_is_not_abandoned(folder):
     with staged_folder(folder) as first, staged_folder(folder):
         assert first.is_dir()
+
+
+def test_a_device_or_a_pipe_is_not_replaced(folder):
+    """Through a link too: root's run would replace the system's device by a file."""
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(folder / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(FileExistsError, match="no file can replace"), atomic_path(folder / name) as path:
+            path.write_text("new")
+    assert (folder / "pipe").is_fifo() and (folder / "link").is_symlink()
+
+
+def test_files_that_dead_writers_left_are_removed_and_those_of_living_ones_stay(folder):
+    left = folder / ".x.unfinished-1"
+    left.write_text("")
+    os.utime(left, (0, 0))
+    with atomic_path(folder / "x") as first:
+        assert not left.exists()
+        os.utime(first, (0, 0))
+        with atomic_path(folder / "x") as second:
+            assert first.exists()
+            second.write_text("second")
+        first.write_text("first")
+    assert (folder / "x").read_text() == "first"
+    assert {path.name for path in folder.iterdir()} == {"x", "notes.txt"}
 
 
 def test_sigterm_is_an_exception_once():

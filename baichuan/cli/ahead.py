@@ -27,10 +27,12 @@ class Ahead:
     def __init__(self, engine_folders: Iterable[str], launched: Launch, device: str = "auto"):
         """device: one of config.DEVICES"""
         paths: list[Path] = []
-        for folder in engine_folders:
-            ranks = sorted(Path(folder).glob("*_rank*.engine"), key=lambda path: (len(path.name), path.name))
-            paths += ranks[launched.rank % len(ranks) :][:1] if ranks else []
-        self.digests = {path: Describer(path) for path in paths if path.is_file()}
+        with suppress(OSError, ValueError):  # no such folder; who reads the engine says what is wrong
+            for folder in engine_folders:
+                ranks = sorted(Path(folder).glob("*_rank*.engine"), key=lambda path: (len(path.name), path.name))
+                own = ranks[launched.rank % len(ranks) :][:1] if ranks else []
+                paths += [path for path in own if path.is_file()]
+        self.digests = {path: Describer(path) for path in paths}
         gpu = launched.local_rank if paths and device != "cpu" and GPU_CONTROL.exists() else None
         self._preparing = threading.Thread(target=_prepare, args=(gpu,), daemon=True)
 

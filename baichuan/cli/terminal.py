@@ -32,6 +32,9 @@ class TextPrinter:
         print(self._closing, flush=True)
 
 
+MAX_TURN = 1 << 20  # characters of a message
+
+
 class LineReader:
     """A turn is a line of standard input: for pipes, and for mpirun, which passes its input on as a pipe.
 
@@ -51,13 +54,16 @@ class LineReader:
         """The next turn; None at the end of input."""
         if not sys.stdin:  # the program was started without one
             return None
+        print(PROMPT, end="", flush=True)
         try:
-            return input(PROMPT)
-        except EOFError:
-            print()
-            return None
+            line = sys.stdin.readline(MAX_TURN + 1)
         except UnicodeDecodeError:
             raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
+        if len(line) > MAX_TURN:
+            raise ConfigError(f"a line of the chat has more than {MAX_TURN} characters; give a shorter message")
+        if not line:
+            print()
+        return line.removesuffix("\n") if line else None
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:

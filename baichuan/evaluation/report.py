@@ -121,6 +121,12 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not JSON ({error}); run summarize.py again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ConfigError(f"{path} was not written by this summarize.py; run it again")
+    try:
+        comparison_table([values])
+        check_comparable([values, values])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ConfigError(f"{path} was changed after summarize.py wrote it ({reason}); run it again") from None
     return values
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
+import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
+
+NEW_S = 0.2  # age below which an unfinished file may not have its lock yet
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -37,13 +45,18 @@ def read_at_most(path: Path, limit: int) -> bytes:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends well and is deleted when it does not.
 
-    Where `path` is a symbolic link, the link stays and its target is replaced.
+    Where `path` is a symbolic link, the link stays and its target is replaced.  OSError where a folder, a device or a
+    pipe is there.
     """
     path = path.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "a folder, device or pipe is there, which no file can replace", str(path))
+    prefix = f".{path.name}.unfinished-"
+    remove_abandoned(path.parent, prefix)
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
     temporary = Path(name)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # held while this process lives, however it dies
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -53,7 +66,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
         error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove files and folders of such names whose lock no process holds: what dead processes left."""
+    for path in parent.iterdir():
+        if path.name.startswith(prefix) and not path.is_symlink() and _is_abandoned(path):
+            logger.info("removing %s, which an interrupted run left", path)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        if path.is_file() and time.time() - path.stat().st_mtime < NEW_S:
+            return False  # between its creation and its lock
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def _umask() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import logging
 import os
 import shutil
 import signal
@@ -14,9 +13,8 @@ from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from baichuan.util.files import remove_abandoned
 from baichuan.util.signals import deferred, ignored
-
-logger = logging.getLogger(__name__)
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
 NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # no exchange here
@@ -32,7 +30,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     target = target.resolve()
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
     parent, prefix = target.parent if beside else target, f".{target.name}.building-"
-    _remove_abandoned(parent, prefix)
+    remove_abandoned(parent, prefix)
     with ExitStack() as cleanup:
         with deferred(signal.SIGINT, signal.SIGTERM):
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -104,25 +102,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    for folder in parent.iterdir():
-        if folder.name.startswith(prefix) and _is_folder(folder) and _is_abandoned(folder):
-            logger.info("removing %s, which an interrupted run left", folder)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Whether no process holds the folder's lock any more."""
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(lock)
-    return True

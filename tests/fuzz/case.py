@@ -15,7 +15,8 @@ from pathlib import Path
 from random import Random
 
 from baichuan.text.printable import UNSAFE
-from tests.fuzz.mutate_files import OUTSIDE
+from tests.fuzz.guard import Guard
+from tests.fuzz.mutate_files import OUTSIDE, make_devices
 from tests.fuzz.targets import IN, OUT, Target
 
 TIME_LIMIT_S = 20.0
@@ -46,6 +47,7 @@ class Runner:
     def __init__(self, target: Target, good: Path, folder: Path):
         self.target, self.good, self.folder = target, good, folder
         self.work = folder / "work"
+        self.guard = Guard(folder)
         sys.argv = [f"{target.main.__module__.rpartition('.')[2]}.py"]  # what messages call the script
         self.streams = [os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
 
@@ -54,16 +56,20 @@ class Runner:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.good, self.work)
         (self.work / OUT).mkdir()
+        make_devices(self.work)
         done, argv = self.target.mutate(chance, self.work)
         before = _snapshot(self.work / OUT)
         links = any(path.is_symlink() for path in (self.work / IN).rglob("*"))
         watch = None if links or not self.target.files else _Watch(self.work / OUTSIDE)
+        self.guard.broken.clear()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
         resident, start = _status("VmRSS"), time.monotonic()
         code, failure = self._call(argv)
         seconds, growth = time.monotonic() - start, _status("VmHWM") - resident
         output, errors = (self._read(stream) for stream in self.streams)
         fault = failure or judge(code, output, errors, verbose=not self.target.files or argv[-1:] == ["info"])
+        if self.guard.broken:
+            fault = f"outside of its folder: {self.guard.broken[0]}"
         if not fault and watch and watch.opened():
             fault = "a file outside the folder was opened"
         if not fault and code == 2 and _snapshot(self.work / OUT) - before - {"engine", "1-gpu"}:

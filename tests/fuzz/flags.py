@@ -59,8 +59,8 @@ def _value(chance: Random, action: argparse.Action, argv: list[str]) -> str:
         return str(chance.choice(list(action.choices)))
     if action.type in (int, float) and chance.randrange(8):
         return chance.choice((chance.choice(SMALL), chance.choice(damage.NUMBERS)))
-    paths = ["{in}", "{in}/engine", "{out}", "{out}/x.npy", "{out}/x.csv", "/dev/null", "/dev/full", "/proc/self/mem"]
-    paths += ["{in}/config.json", "{in}/a.jsonl", "{in}/nowhere", ".", "/", "no/hub", *argv]
+    paths = ["{in}", "{in}/engine", "{out}", "{out}/x.npy", "{out}/x.csv", "{in}/p.csv"]
+    paths += ["{in}/config.json", "{in}/a.jsonl", "{in}/nowhere", ".", "no/hub", *argv]
     return chance.choice((chance.choice(paths), chance.choice(paths), _text(chance)))
 
 

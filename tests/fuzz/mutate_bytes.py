@@ -40,9 +40,18 @@ TEXTS = [
         "😀",
         "..",
         "/",
-        "/dev/zero",
+        "/nowhere/zero",
     ),
-    *("../outside/secret.safetensors", "/etc/passwd", "%(x)s", "{}", "__import__('os')", "None", "True", "x" * 70000),
+    *(
+        "../outside/secret.safetensors",
+        "/nowhere/x",
+        "%(x)s",
+        "{}",
+        "__import__('os')",
+        "None",
+        "True",
+        "x" * 70000,
+    ),
     *("~", "a\\b", "CON", "-", "--help", "\x85", "\u2028", "é" * 300, "'", '"', "${HOME}", "a=b", "[x]", "#"),
 ]
 LARGE = 64  # one mutation in this many may make a large file

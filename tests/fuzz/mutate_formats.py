@@ -74,7 +74,7 @@ def dumped(values: Any) -> bytes:
 def json_document(chance: Random, content: bytes) -> bytes:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return damage.flip_bits(chance, content)
     match chance.randrange(10):
         case 0:  # a key twice
@@ -124,7 +124,7 @@ def safetensors(chance: Random, content: bytes) -> bytes:
             case _:
                 header = json_tree(chance, header)
         packed = dumped(header)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         packed = json_document(chance, content[8 : 8 + size])
     length = chance.choice((0, 1, 8, 1 << 32, (1 << 64) - 1)) if not chance.randrange(20) else len(packed)
     return length.to_bytes(8, "little") + packed + content[8 + size :]
