@@ -168,21 +168,15 @@ def test_rows_that_share_blocks_continue_their_parents():
 
 
 def test_a_mixed_step_is_its_parts():
-    """Single tokens beside chunks of prompts, captured and not: the decode kernel beside the prefill kernel."""
-    captured, eager = executor(), executor()
-    eager.captures = False
-    for each in (captured, eager):
+    """Single tokens beside chunks of prompts: the decode kernel beside the prefill kernel."""
+    mixed, alone = executor(), executor()
+    for each in (mixed, alone):
         each.reset(4, 128)
     prompts, tokens = [[5] * 40, [6] * 9, [7] * 30], [[8], [9] * 20, [10]]
-    past = [len(prompt) for prompt in prompts]
-    for _ in range(2):  # captured, then replayed
-        for each in (captured, eager):
-            each.forward(Step.of(prompts, device=DEVICE))
-        step = Step.of(tokens, past, device=DEVICE)
-        assert step.mixed
-        logits, alone = captured.forward(step).clone(), executor()
-        assert relative_error(logits, eager.forward(step)) < 5e-3
-    alone.reset(3, 128)
+    mixed.forward(Step.of(prompts, device=DEVICE))
+    step = Step.of(tokens, [len(prompt) for prompt in prompts], device=DEVICE)
+    assert step.mixed
+    logits = mixed.forward(step)
     expected = alone.forward(Step.of([a + b for a, b in zip(prompts, tokens, strict=True)], device=DEVICE))
     assert relative_error(logits, expected) < 5e-3
 
@@ -200,10 +194,13 @@ def test_requests_in_flight_are_what_they_are_alone():
         for sampling in [GREEDY if n % 2 else replace(drawn, random_seed=n)]
     ]
 
-    def serve(arrivals, blocks=None, every=3):
-        pool = PoolSettings(tokens_per_block=32, most_blocks=blocks)
-        weights = RandomWeights(model, QuantConfig(), DEVICE, 0).rank()
-        engine = InFlight(CudaExecutor(model, QuantConfig(), weights, pool=pool), model, limits, Policy(32))
+    weights = RandomWeights(model, QuantConfig(), DEVICE, 0).rank()
+    roomy, tight = (
+        CudaExecutor(model, QuantConfig(), weights, pool=PoolSettings(32, most_blocks=blocks)) for blocks in (None, 10)
+    )
+
+    def serve(arrivals, executor=roomy, every=3):
+        engine = InFlight(executor, model, limits, Policy(32))
         ids, arrivals, step = {}, list(arrivals), 0
         while arrivals or engine.unfinished:
             if arrivals and step % every == 0:
@@ -215,7 +212,7 @@ def test_requests_in_flight_are_what_they_are_alone():
 
     alone = {each.key: serve([each])[0][each.key] for each in requests}
     assert serve(requests)[0] == alone
-    ids, preemptions = serve(requests, blocks=10, every=1)
+    ids, preemptions = serve(requests, tight, every=1)
     assert ids == alone and preemptions > 0
     assert len({tuple(each) for each in ids.values()}) == len(ids)
 

@@ -52,6 +52,8 @@ class Sampler:
     def begin(self, slot: int, config: SamplingConfig, history: Sequence[int], drawn: int = 0) -> None:
         """Give the slot to a sequence that consists of `history` and has drawn `drawn` of its tokens."""
         self._configs[slot], self._grouped = config, []
+        if config.greedy and config.repetition_penalty == 1.0:
+            return
         settings = [config.temperature, config.top_p if 0 < config.top_p < 1 else 2.0, config.repetition_penalty]
         self._settings[:, slot] = to_device(settings, torch.float32, self._device)
         if config.repetition_penalty != 1.0:

@@ -15,8 +15,6 @@ from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.records import ModelWeights, Step
 
-CAPACITY_STEP = 256  # caches grow by so many tokens: a slightly longer request finds its graphs captured
-
 
 class CudaExecutor:
     """executors.base.Executor on one GPU, where its weights lie.
@@ -52,13 +50,12 @@ class CudaExecutor:
         if self.cache.layers:  # what is old makes room before memory is asked for
             self.cache = KVCache()
             del self.ops, self.graphs
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         kept_free = bytes_of_copies(self.weights) if self.switches.keep_copies else 0
         self.cache = KVCache.allocate(
             self.weights, self.quant, self.spec, rows, capacity, self.comm, self.pool, kept_free
         )
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
-        self.ops = CudaOps(self.spec, self.comm, capacity, self.device, self.switches, copies)
+        self.ops = CudaOps(self.spec, self.comm, self.cache.capacity, self.device, self.switches, copies)
         self.graphs = StepGraphs()
 
     @torch.inference_mode()

@@ -41,7 +41,6 @@ class Size:
     tokens: int
     sequences: int
     decode: bool  # one token a sequence
-    mixed: bool = False  # as Step has it
 
     @staticmethod
     def of(step: Step) -> Size | None:
@@ -51,9 +50,9 @@ class Size:
         sequences = padded_batch_size(step.batch_size)
         if step.max_new_tokens == 1:
             return Size(sequences, sequences, True)
-        if step.tokens.shape[0] > MAX_PREFILL:
+        if step.mixed or step.tokens.shape[0] > MAX_PREFILL:  # mixed steps come in too many sizes
             return None
-        return Size(padded_prefill(step.tokens.shape[0]), sequences, False, step.mixed)
+        return Size(padded_prefill(step.tokens.shape[0]), sequences, False)
 
 
 class _Captured:
