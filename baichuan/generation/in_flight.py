@@ -152,20 +152,21 @@ class InFlight:
             elif piece.job.decoding:  # a prompt that is only scored
                 self._end(piece.job, "length")
         jobs = [piece.job for piece in sampled]
-        self.timing.new_tokens += len(jobs)
-        tokens = None
+        tokens, prefills = None, not plan.pieces[-1].decodes
+        made = sum(piece.job.request.sampling.num_beams for piece in plan.pieces if piece.chooses)
+        self.timing.new_tokens += made
+        self.timing.decode_tokens += 0 if prefills else made
         if jobs:
             chosen = logits if len(places) == len(logits) else logits[self._steps.on_device(places)]
             slots = [job.slots[0] for job in jobs]
             tokens = self._sampler(chosen, slots)
             self._steps.chose(jobs, slots, tokens)
-        return _Launched(jobs, Readback(tokens) if tokens is not None else None, not plan.pieces[-1].decodes)
+        return _Launched(jobs, Readback(tokens) if tokens is not None else None, prefills)
 
     def _search(self, job: Job, logits: Tensor) -> None:
         """Extend a job's beams at once: their next step depends on which of them go on."""
         search = self._searches[job]
         choice = search.choose(logits)
-        self.timing.new_tokens += job.request.sampling.num_beams
         if choice is None:
             [result] = search.results()
             self._end(job, result.finish_reason, tuple(result.ids), result.logits)

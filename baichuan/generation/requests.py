@@ -46,7 +46,8 @@ class Timing:
     new_tokens: int = 0  # over all sequences, end ids and beams included
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    decode_steps: int = 0
+    decode_steps: int = 0  # of new tokens alone, without parts of prompts
+    decode_tokens: int = 0  # new tokens of these steps
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -54,8 +55,7 @@ class Timing:
     def summary(self) -> str:
         """Tokens per second of both phases, for the log."""
         decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
-        stepped = self.new_tokens * self.decode_steps / (self.decode_steps + 1)  # without the prefill's
-        decoded = stepped / max(self.decode_s, 1e-9)
+        decoded = self.decode_tokens / max(self.decode_s, 1e-9)
         return (
             f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
             f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"

@@ -63,7 +63,9 @@ class StaticSession:
             yield
         self._wait()
         self.timing.decode_s = time.perf_counter() - start
-        self.timing.new_tokens = len(prompts) * sampling.num_beams * (self.timing.decode_steps + 1)
+        rows = len(prompts) * sampling.num_beams
+        self.timing.decode_tokens = rows * self.timing.decode_steps
+        self.timing.new_tokens = rows + self.timing.decode_tokens
         return strategy.results()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
