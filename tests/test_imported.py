@@ -133,6 +133,26 @@ def test_matrices_equal_an_independent_unpacking(name):
         np.testing.assert_allclose(found.double().numpy(), expected, rtol=2e-7, atol=1e-9)
 
 
+def test_compressed_tensors_in_the_order_of_activations(tmp_path):
+    """No tool here writes weight_g_idx on a CPU: the group of each input channel is set, and the integers stay."""
+    orders = {module: torch.randperm(MATRIX_COLUMNS[module]).int() // 32 for module in MATRICES}
+
+    def ordered(tensors):
+        return tensors | {f"{LAYER}{module}.weight_g_idx": order for module, order in orders.items()}
+
+    weights = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "actorder": "group"}
+    folder = changed("compressed_sym", tmp_path, {"config_groups": {"group_0": {"weights": weights}}}, ordered)
+    stored = load_file(folder / "model.safetensors")
+    for module, found in dense(folder).items():
+        q = bits_of(stored[f"{LAYER}{module}.weight_packed"], 4, 1) - 8
+        scale = stored[f"{LAYER}{module}.weight_scale"].double().numpy()
+        np.testing.assert_allclose(found.double().numpy(), q * scale[:, orders[module].numpy()], rtol=2e-7)
+        assert open_checkpoint(folder, model_of(folder))[f"{LAYER}{module}.weight"].int4 is None
+
+
+MATRIX_COLUMNS = dict.fromkeys(MATRICES, 128) | {"mlp.down_proj": 192}
+
+
 def test_every_kind_is_here():
     assert len(NAMES) == 11
     zeros = load_file(FOLDER / "gptq_v1_zeros/model.safetensors")[f"{LAYER}self_attn.W_pack.qzeros"]

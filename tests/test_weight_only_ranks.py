@@ -17,7 +17,7 @@ from baichuan.records import Step
 from baichuan.weights.assemble import assemble
 from baichuan.weights.dummy import dummy_checkpoint
 from baichuan.weights.rank_tensors import from_checkpoint, in_memory
-from baichuan.weights.shard import LINEARS
+from baichuan.weights.shard import LINEARS, rank_ranges
 from baichuan.weights.source import Checkpoint
 
 MODELS = {
@@ -93,3 +93,17 @@ def test_every_tp_size_has_the_same_logits(model, quant):
         for of_rank in run_ranks(tp_size, logits):
             # float32 with the ranks' sums in another order; int4's own error is 1000 times this
             torch.testing.assert_close(of_rank, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("width", [11008, 13696])
+def test_the_mlps_of_the_released_models_are_cut_between_groups(width, group_size, tp_size):
+    """13696 channels are 107 groups of 128: two ranks get 53 and 54 of them."""
+    shares = [rank_ranges(width, 1, rank, tp_size, group_size)[0] for rank in range(tp_size)]
+    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])] and shares[-1][1] == width
+    assert all(start % group_size == 0 for start, _ in shares)
+    sizes = {stop - start for start, stop in shares}
+    assert max(sizes) - min(sizes) <= group_size
+    linear = LINEARS["down_proj"]
+    assert [linear.cut((8, width), rank, tp_size, group_size)[1] for rank in range(tp_size)] == shares

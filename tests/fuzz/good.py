@@ -13,6 +13,7 @@ from typing import Any
 import goldens
 import hub_folders
 import numpy as np
+from lora_adapter import write_adapter
 
 import build
 import hf_baichuan_convert
@@ -20,6 +21,7 @@ import run
 import summarize
 from baichuan.config import ModelConfig
 
+IMPORTED = Path(__file__).resolve().parents[1] / "data/imported"
 SIZES: dict[str, Any] = dict(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48, vocab_size=1000)
 VERSIONS = {"safetensors": "v1_7b", "bin": "v2_13b"}
 ARTICLES = [
@@ -157,3 +159,19 @@ def int4_engine(folder: Path) -> None:
 
 def v2_engine(folder: Path) -> None:
     engine(folder, form="bin")
+
+
+def adapted(folder: Path) -> None:
+    """A checkpoint, and a LoRA adapter for it in the folder lora."""
+    checkpoint(folder)
+    write_adapter(folder / "lora", folder)
+
+
+def imported(name: str) -> Callable[[Path], None]:
+    """A checkpoint that another tool quantised."""
+
+    def make(folder: Path) -> None:
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).write_bytes((IMPORTED / name / file).read_bytes())
+
+    return make

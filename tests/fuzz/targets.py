@@ -25,6 +25,7 @@ HUB = "*.json *.safetensors pytorch_model* tokenizer.model"
 ENGINE = "engine/*.json engine/*.engine engine/tokenizer.model"
 TEXTS = "source/tokenizer.model source/generation_config.json"
 BUILT = "--output_dir {out}/engine --max_input_len 64 --max_output_len 8 --no_self_check"
+INT4 = "--use_weight_only --weight_only_precision int4"
 CHECKED = BUILT.replace(" --no_self_check", "")
 CALIBRATED = "-i {in}/source -o {out} -kv -p 1 --calib_size 2 --calib_max_length 12 --calib_dataset {in}/source/"
 NPZ = "--model_dir {in}/source --enable_fp8 --fp8_kv_cache --quantized_fp8_model_path {in}/1-gpu/fp8_scales.npz"
@@ -32,6 +33,7 @@ RUN = "--engine_dir {in}/engine --max_output_len 2"
 BY_IDS = f"{RUN} --input_tokens {{in}}/p.csv"
 BY_FILE = f"{RUN} --prompt_file"
 SUMMARY = "--test_trt_llm --engine_dir {in}/engine --output_len 2 --max_ite 1 --batch_size 2 --dataset_path {in}"
+TEXT = "--test_trt_llm --engine_dir {in}/engine --eval_ppl --max_ite 2 --dataset_path {in}/a.txt"
 HF = "--test_hf --hf_model_dir {in} --output_len 2 --max_ite 1 --dataset_path {in}/a.jsonl"
 
 
@@ -101,6 +103,10 @@ _ALL = [
     Target("build from .bin", 10, build.main, f"--model_dir {{in}} {BUILT}", good.bin_checkpoint, HUB),
     Target("build from one .bin", 6, build.main, f"--model_dir {{in}} {BUILT}", good.single_bin, HUB),
     Target("build INT8", 3, build.main, f"--model_dir {{in}} {BUILT} --use_weight_only", good.checkpoint, HUB),
+    *(Target(f"build from {name}", 3, build.main, f"--model_dir {{in}} {INT4} {BUILT}", good.imported(name), HUB)
+      for name in ("gptq_ordered", "awq", "compressed_zeros", "bitsandbytes_nf4", "bitsandbytes_int8")),
+    Target("build with an adapter", 5, build.main, f"--model_dir {{in}} --lora_dir {{in}}/lora {BUILT}", good.adapted,
+           "lora/*"),
     Target("build SmoothQuant", 8, build.main, f"{_SQ} {BUILT}", good.smoothed, "1-gpu/*", reseal_ini),
     Target("build INT8 cache and check", 2, build.main, f"--bin_model_dir {{in}}/1-gpu --int8_kv_cache {CHECKED}",
            good.calibrated, "1-gpu/*", reseal_ini),
@@ -126,6 +132,7 @@ _ALL = [
     Target("run's flags", 5, run.main, BY_IDS, good.engine),
     *(Target(f"summarize {kind}", 2, summarize.main, f"{SUMMARY}/a{kind}", good.engine, f"a{kind}")
       for kind in DATA_SETS),
+    Target("summarize a text", 2, summarize.main, TEXT, good.engine, "a.txt"),
     Target("summarize a folder", 1, summarize.main, f"{SUMMARY}/data", good.engine, "data/*"),
     Target("summarize transformers' model", 4, summarize.main, HF, good.with_articles, HUB),
     Target("summarize an engine", 2, summarize.main, f"{SUMMARY}/a.jsonl --eval_ppl", good.engine, ENGINE, reseal),
