@@ -74,7 +74,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 class GpuWatch:
-    """The most memory in use on all GPUs together, less that at the beginning, as nvidia-smi reports it."""
+    """The most memory in use on all visible GPUs together, less that at the beginning, as nvidia-smi reports it."""
 
     COMMAND = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits", "-lms", "200"]
 
@@ -84,7 +84,9 @@ class GpuWatch:
 
     def __enter__(self) -> GpuWatch:
         if shutil.which("nvidia-smi"):
-            self._process = subprocess.Popen(self.COMMAND, stdout=subprocess.PIPE, text=True)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            command = [*self.COMMAND, *(["-i", visible] if visible else [])]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             threading.Thread(target=self._read, daemon=True).start()
         return self
 
