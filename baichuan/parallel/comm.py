@@ -51,11 +51,13 @@ class Communicator(Protocol):
 
 
 class Solo:
-    """A world of one rank."""
+    """A world of one rank; on its machine there may be others, of other worlds."""
 
-    rank = local_rank = 0
-    world_size = local_size = 1
+    rank, world_size = 0, 1
     capturable = True
+
+    def __init__(self, local_rank: int = 0, local_size: int = 1):
+        self.local_rank, self.local_size = local_rank, local_size
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

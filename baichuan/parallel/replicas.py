@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baichuan.errors import ConfigError
-from baichuan.parallel.comm import Communicator, Mpi
+from baichuan.parallel.comm import Communicator, Mpi, Solo
 
 POLL_S = 1e-3  # between two looks for a message: MPI's own waiting would take a core
 END = "end"  # an asker's last message
@@ -48,8 +48,10 @@ def join_replica(world: Communicator, size: int) -> Replica:
         return Replica(world, 1)
     groups = groups_of(world.machines, size)
     number = next(index for index, ranks in enumerate(groups) if world.rank in ranks)
-    comm = Mpi(world.mpi.Split(number, world.rank), world.local_rank, world.local_size)
-    return Replica(comm, len(groups), world.mpi.Dup())
+    messages, split = world.mpi.Dup(), world.mpi.Split(number, world.rank)
+    if size == 1:  # nothing is to be summed
+        return Replica(Solo(world.local_rank, world.local_size), len(groups), messages)
+    return Replica(Mpi(split, world.local_rank, world.local_size), len(groups), messages)
 
 
 class Asker:
