@@ -24,10 +24,12 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-# Mutated inputs of every script; make fuzz CASES=100000 SEED=7 takes about half an hour on two cores.
+# Mutated inputs of every script, and kills of those that write; CASES=100000 KILLS=200 take half an hour on two cores.
 CASES ?= 2000
+KILLS ?= 200
 SEED ?= 1
 fuzz: $(READY)
+	$(BIN)/python -m tests.kill --kills $(KILLS) --seed $(SEED)
 	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 $(READY): requirements.txt pyproject.toml

@@ -28,6 +28,16 @@ def test_every_case_is_accepted_or_refused_in_one_sentence(tmp_path):
     assert cases >= CASES and accepted > cases // 20 and refused > cases // 3 and failures == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kills_leave_the_old_content_or_the_new():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill", "--kills", "24"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert done.stdout.count(" kills: ") == 7 and "SIGKILL" in done.stdout and "FAULT" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [

@@ -160,26 +160,26 @@ def run_script(
     called_s = time.monotonic()
     args = parser.parse_args(argv)
     args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
-    launched = launch()
-    bound = leave_single_core(launched.local_size)
-    if engines is None:
-        return _run(parser, args, body, bound)
-    with Ahead(engines(args), launched, args.device) as args.ahead:
-        return _run(parser, args, body, bound)
+    try:
+        launched = launch()
+        bound = leave_single_core(launched.local_size)
+        if engines is None:
+            return _run(parser, args, body, bound)
+        with Ahead(engines(args), launched, args.device) as args.ahead:
+            return _run(parser, args, body, bound)
+    except KeyboardInterrupt:  # nothing has begun, and a traceback through the imports says nothing
+        print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
+        return USER_ERROR
 
 
 def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
     """bound: whether the launcher had bound this process to one core, which it has left"""
-    try:
-        import torch
+    import torch
 
-        from baichuan.executors.cpu.threads import use_threads
-        from baichuan.parallel.comm import world_of_this_process
+    from baichuan.executors.cpu.threads import use_threads
+    from baichuan.parallel.comm import world_of_this_process
 
-        comm = world_of_this_process()
-    except KeyboardInterrupt:  # nothing has begun, and a traceback through the imports says nothing
-        print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
-        return USER_ERROR
+    comm = world_of_this_process()
     _configure_logging(args.log_level, comm)
     if bound:
         logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())

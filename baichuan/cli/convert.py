@@ -54,7 +54,8 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
     if len(texts) < args.calib_size:
         logger.warning("%s has %d texts, fewer than calib_size %d", args.calib_dataset, len(texts), args.calib_size)
     samples = encode_texts(texts, Tokenizer(folder), args.calib_max_length, model.vocab_size)
-    written = convert(request, samples, vars(args) | hub_config | {"model_version": model.model_version})
+    flags = {name: value for name, value in vars(args).items() if name != "started_s"}
+    written = convert(request, samples, flags | hub_config | {"model_version": model.model_version})
     logger.info("written to %s", written)
     return 0
 

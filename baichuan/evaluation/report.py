@@ -24,7 +24,8 @@ from baichuan.evaluation.summary import Evaluation, SampleResult
 from baichuan.evaluation.text_table import table
 from baichuan.evaluation.wording import report_title, shown
 from baichuan.text.printable import one_line, printable
-from baichuan.util.files import atomic_path, read_at_most
+from baichuan.util.files import read_at_most
+from baichuan.util.publishing import publish_folder, staged_folder
 
 FORMAT = 2
 RESULTS_NAME, SUMMARIES_NAME, INDEX_NAME = "results.json", "summaries.jsonl", "index.html"
@@ -85,7 +86,7 @@ def sample_values(sample: SampleResult) -> dict[str, Any]:
 
 
 def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> list[Path]:
-    """Write the files, each completely or not at all; returns the page to read first, then those that it links to.
+    """Write the files in one step; returns the page to read first, then those that it links to.
 
     values: from results(); samples: from sample_values()
     """
@@ -100,10 +101,19 @@ def write(folder: Path, values: dict[str, Any], samples: Sequence[dict[str, Any]
         SUMMARIES_NAME: lines,
         **pages,
     }
-    for name, content in contents.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    with staged_folder(folder) as staged:
+        for name, content in contents.items():
+            (staged / name).write_text(content, encoding="utf-8")
+        publish_folder(staged, folder, _pages_of(folder), RESULTS_NAME)
     return [folder / name for name in pages]
+
+
+def _pages_of(folder: Path) -> set[str]:
+    """The pages of the report in this folder, none if there is no readable one."""
+    try:
+        return {INDEX_NAME, *(page_name(side) for side in read_results(folder / RESULTS_NAME)["sides"])}
+    except (ConfigError, LookupError, TypeError):
+        return set()
 
 
 def page_name(side: dict[str, Any]) -> str:
