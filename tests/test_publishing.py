@@ -150,6 +150,12 @@ def test_a_device_or_a_pipe_is_not_replaced(folder):
     assert (folder / "pipe").is_fifo() and (folder / "link").is_symlink()
 
 
+def test_a_loop_of_links_is_an_error_of_the_system(folder):
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(OSError), atomic_path(folder / "loop/x") as path:
+        path.write_text("new")
+
+
 def test_files_that_dead_writers_left_are_removed_and_those_of_living_ones_stay(folder):
     left = folder / ".x.unfinished-1"
     left.write_text("")

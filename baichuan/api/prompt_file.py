@@ -18,6 +18,7 @@ from typing import Any
 
 from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
+from baichuan.util.files import open_regular
 
 MAX_LINE_BYTES = 16 << 20
 ROWS_AT_ONCE = 256
@@ -104,7 +105,7 @@ Row = tuple[str, Mapping[str, Any]]  # (its place, for messages; its columns)
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Each line's place and text, without its end."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             place = f"{path} line {number}"
             if len(line) > MAX_LINE_BYTES:
@@ -161,7 +162,7 @@ def _cell(place: str, name: str, cell: str) -> Any:
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with open_regular(path) as source, pyarrow.parquet.ParquetFile(source) as file:
         rows = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def require_writable(name: str, path: Path) -> None:
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise ConfigError(f"{name} {path} is {kind}, which no file can replace; name a file")
     try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent):
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass
     except OSError as error:
         raise ConfigError(f"{name} {path} cannot be written ({error.strerror}); choose another folder") from None

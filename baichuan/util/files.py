@@ -48,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Where `path` is a symbolic link, the link stays and its target is replaced.  OSError where a folder, a device or a
     pipe is there.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve raises where links form a loop
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "a folder, device or pipe is there, which no file can replace", str(path))
     prefix = f".{path.name}.unfinished-"

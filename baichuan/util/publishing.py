@@ -27,7 +27,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     It lies beside target, or inside it where nothing can be created beside it.  Folders that dead processes left are
     removed.
     """
-    target = target.resolve()
+    target = Path(os.path.realpath(target))
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
     parent, prefix = target.parent if beside else target, f".{target.name}.building-"
     remove_abandoned(parent, prefix)
@@ -53,7 +53,7 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
     or where target holds other folders, are files moved one by one, `last` at the end, so that a reader notices an
     incomplete content.
     """
-    target = target.resolve()
+    target = Path(os.path.realpath(target))
     names = {path.name for path in staged.iterdir()}
     for name in names:
         _sync(staged / name)

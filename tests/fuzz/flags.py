@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from tests.fuzz import mutate_bytes as damage
 
-# Flags that would start processes, or load a library that takes seconds, in every case that draws them.
-LEFT_OUT = {"--help", "-h", "--version", "--parallel_build", "--processes", "-p"}
+# Flags that would start processes or threads, which stay for the cases after, or load a library that takes seconds.
+LEFT_OUT = {"--threads", "--help", "-h", "--version", "--parallel_build", "--processes", "-p"}
 SMALL = ["0", "1", "2", "3", "4", "7", "-1", "0.5", "1.0"]
 
 

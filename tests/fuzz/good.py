@@ -12,6 +12,7 @@ from typing import Any
 
 import goldens
 import hub_folders
+import lora_adapter
 import numpy as np
 from lora_adapter import write_adapter
 
@@ -151,6 +152,11 @@ def single_bin(folder: Path) -> None:
 def with_articles(folder: Path) -> None:
     checkpoint(folder)
     articles(folder)
+
+
+def with_adapter(folder: Path) -> None:
+    checkpoint(folder)
+    lora_adapter.write_adapter(folder / "lora", folder)
 
 
 def int4_engine(folder: Path) -> None:

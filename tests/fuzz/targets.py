@@ -111,6 +111,8 @@ _ALL = [
     Target("build INT8 cache and check", 2, build.main, f"--bin_model_dir {{in}}/1-gpu --int8_kv_cache {CHECKED}",
            good.calibrated, "1-gpu/*", reseal_ini),
     Target("build FP8", 6, build.main, f"{NPZ} {BUILT}", good.calibrated, "1-gpu/*.npz"),
+    Target("build with an adapter", 4, build.main, f"--model_dir {{in}} --lora_dir {{in}}/lora {BUILT}",
+           good.with_adapter, "lora/*"),
     Target("build's flags", 5, build.main, f"--model_dir {{in}} {BUILT}", good.checkpoint),
     Target("convert", 3, hf_baichuan_convert.main, f"{CALIBRATED}a.jsonl".replace("/source", ""),
            good.with_articles, HUB),
