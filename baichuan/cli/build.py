@@ -27,7 +27,7 @@ from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import sampling_defaults
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer
 from baichuan.weights.binary.config_ini import BinaryConfig
-from baichuan.weights.hub.adapter import resolve_adapter
+from baichuan.weights.hub.adapter import open_adapter, resolve_adapter
 from baichuan.weights.hub.checkpoint import resolve_folder
 from baichuan.weights.hub.config_json import read_format
 from baichuan.weights.hub.version import require_tokenizer
@@ -88,7 +88,11 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
             "neither --model_dir nor --bin_model_dir is given: the engine gets dummy weights and its text means nothing"
         )
         return source, build_records.dummy_model(args)
-    return source, weight.read_model(source, args.model_version, args.dtype)
+    model = weight.read_model(source, args.model_version, args.dtype)
+    for folder in source.adapters:
+        adapter = open_adapter(folder, model)
+        logger.info("%s: %d matrices changed, %d replaced", folder, len(adapter.changes), len(adapter.whole))
+    return source, model
 
 
 def say_dequantised(folder: Path, form: Format, found: WeightOnly | None, quant: QuantConfig) -> None:

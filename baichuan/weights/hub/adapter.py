@@ -6,7 +6,6 @@ save_pretrained.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from baichuan.weights.hub.checkpoint import FLOATS, download, is_hub_id, open_ch
 from baichuan.weights.hub.safetensors_reader import open_safetensors
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource, on_device
-
-logger = logging.getLogger(__name__)
 
 FILES = {"adapter_model.safetensors": open_safetensors, "adapter_model.bin": open_bin}  # the first there is is read
 PREFIX = "base_model.model."  # of every name that PEFT writes
@@ -108,7 +105,7 @@ def resolve_adapter(name: str) -> Path:
     return folder
 
 
-def open_adapter(folder: Path, model: ModelConfig, device: torch.device) -> Adapter:
+def open_adapter(folder: Path, model: ModelConfig, device: torch.device | str = "cpu") -> Adapter:
     """Raises CheckpointError for an adapter of another model, with tensors missing, or with any that is not merged."""
     settings = read_lora_settings(folder)
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -116,7 +113,7 @@ def open_adapter(folder: Path, model: ModelConfig, device: torch.device) -> Adap
         raise CheckpointError(f"{folder} has none of {', '.join(FILES)}; give the folder of a complete adapter")
     shapes = hub_shapes(model)
     parts: dict[str, dict[str, TensorSource]] = {}  # of each module
-    for name, source in on_device(FILES[file.name](file), device).items():
+    for name, source in on_device(FILES[file.name](file), torch.device(device)).items():
         module, part = _place(file, name, shapes)
         if source.dtype not in FLOATS:
             raise CheckpointError(f"{file} holds {name} as {source.dtype}, which is no float type that is merged")
@@ -134,7 +131,6 @@ def open_adapter(folder: Path, model: ModelConfig, device: torch.device) -> Adap
         if part.keys() - {"whole"}
     }
     _require_targets(file, settings, changes, whole, model)
-    logger.info("adapter %s: %d matrices changed, %d replaced", folder, len(changes), len(whole))
     return Adapter(folder, whole, changes)
 
 
