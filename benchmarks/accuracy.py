@@ -43,7 +43,6 @@ from benchmarks import real_model
 ALPHAS: tuple[float | Literal["auto"], ...] = (0.5, 0.8, "auto")
 BEGIN = "<!-- {} made by benchmarks/accuracy.py -->\n"
 END = "<!-- end of the tables -->\n"
-REAL = "real"  # the marks of the real model's tables
 HEADER = "| precision | mean KL (nats) | top-1 | perplexity | engine |\n| --- | ---: | ---: | ---: | ---: |\n"
 
 
@@ -83,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval_size", type=int, default=32)
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name has one of these in it")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a text")
+    parser.add_argument("--mark", help="name of the marks around the tables (default: real or demo)")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables; they are printed in any case")
     args = parser.parse_args(argv)
     if not args.real_model and not (args.model and args.calib_dataset and args.eval_dataset):
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report)
     if args.output:
         text = args.output.read_text("utf-8") if args.output.exists() else ""
-        args.output.write_text(with_tables(text, REAL if args.real_model else "demo", report), "utf-8")
+        args.output.write_text(with_tables(text, args.mark or ("real" if args.real_model else "demo"), report), "utf-8")
     return 0
 
 

@@ -280,6 +280,18 @@ def test_the_gains_of_groups_are_the_measurements():
         assert f"低 {low}% 至 {high}%" in CHINESE
 
 
+def test_the_real_model_s_figures_are_the_measurements():
+    accuracy = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    rows = {"float16": "float16", "INT8": "INT8 weight-only"}
+    rows |= {f"INT4 by GPTQ, groups of {size}": f"INT4 by GPTQ, groups of {size}" for size in (32, 64)}
+    rows |= {f"INT4 rounded, groups of {size}": f"INT4 weight-only, groups of {size}" for size in (32, 64)}
+    for ours, measured in rows.items():
+        kl, _, perplexity = re.search(rf"^\| {measured} \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", accuracy, re.M).groups()
+        cells = rf" \| {kl} \| {perplexity} \|$"
+        assert re.search(rf"^\| {ours} \| [^|]+" + cells, README, re.M), ours
+        assert re.search(cells, CHINESE, re.M), ours
+
+
 def test_a_walk_fills_its_cells(tmp_path):
     (tmp_path / "walk.md").write_text(
         "# The walk\n\nv1_7b, 32 layers; 1 x NVIDIA H200; torch 2.11.0\n\n| command | s | host GB |\n|---|---:|---:|\n"
