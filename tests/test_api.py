@@ -41,6 +41,14 @@ def continuations() -> list[list[int]]:
     return [goldens.golden(VERSION)[f"gen_{length}"].tolist() for length in goldens.LENGTHS]
 
 
+def test_the_cache_is_sized_and_shared_as_asked(llm):
+    other = LLM(llm.engine.folder, kv_cache_free_gpu_mem_fraction=0.5, prefix_caching=False)
+    results = other.generate(prompts() * 2, GREEDY, 24)
+    assert [result.ids for result in results] == continuations() * 2
+    with pytest.raises(ConfigError, match="kv_cache_free_gpu_mem_fraction 0 is out of range"):
+        LLM(llm.engine.folder, kv_cache_free_gpu_mem_fraction=0)
+
+
 def test_the_goldens_more_prompts_than_rows(llm):
     results = llm.generate(prompts() * 5, GREEDY, 24, keep_logits=True)
     assert len(results) == 20 > 4 * llm.engine.build.max_batch_size

@@ -121,8 +121,9 @@ class KVCache:
             both = both.pin_memory()
         source, target = both.to(device, non_blocking=True).unbind(1)
         for layer in self.layers:
-            layer.k[target] = layer.k[source]
-            layer.v[target] = layer.v[source]
+            for kept in (layer.k, layer.v):
+                numbers = kept.view(torch.uint8) if kept.dtype.itemsize == 1 else kept  # FP8 lacks this operator
+                numbers[target] = numbers[source]
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
