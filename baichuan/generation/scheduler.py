@@ -104,9 +104,11 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if not prompts or self.budget.chunk is not None:
             for job in list(self.running):
-                if job.decoding and job.made < job.request.max_new_tokens and self._has_room(job):
-                    copies += job.tables.make_room(job.computed, job.computed + 1)
-                    pieces.append(Piece(job, job.computed, 1, True, True))
+                if job.decoding and job.made < job.request.max_new_tokens:
+                    new_copies = self._grow(job)
+                    if new_copies is not None:
+                        copies += new_copies
+                        pieces.append(Piece(job, job.computed, 1, True, True))
         rows = sum(len(piece.job.tables.rows) for piece in pieces)
         left = self.budget.tokens - rows
         if rows and self.budget.chunk is not None:
@@ -166,15 +168,21 @@ class Scheduler:
             admitted.append(job)
         return admitted
 
-    def _has_room(self, job: Job) -> bool:
-        """Free blocks until the job has room for its next token; False if it had to give up its own."""
-        while job.slots and job.tables.needed(job.computed, job.computed + 1) > self.pool.free:
+    def _grow(self, job: Job) -> Sequence[tuple[int, int]] | None:
+        """Make room for the job's next token, whatever others must give up: the blocks to be copied.
+
+        None if the job itself had to give up its blocks.
+        """
+        needed = job.tables.needed(job.computed, job.computed + 1)
+        if not needed:
+            return ()
+        while job.slots and needed > self.pool.free:
             youngest = self.running[-1]
             self._stop(youngest)
             youngest.decoding = False
             self.waiting.appendleft(youngest)
             self.preemptions += 1
-        return bool(job.slots)
+        return job.tables.make_room(job.computed, job.computed + 1) if job.slots else None
 
     def _stop(self, job: Job) -> None:
         self.running.remove(job)
