@@ -68,6 +68,13 @@ def test_the_original_codes_tokens_whatever_else_runs(version, policy):
     assert engine.scheduler.pool.free == engine.scheduler.pool.blocks
 
 
+def one_step_ahead(engine):
+    """The engine with a host that reads a step's tokens when the next has been launched, as it does of a GPU."""
+    assert not engine.reads_late
+    engine.reads_late = True
+    return engine
+
+
 def alone(each, **kinds):
     engine = serving(**kinds)
     engine.add(each)
@@ -92,10 +99,13 @@ def mixture():
     return [replace(each, sampling=sampling) for each, sampling in zip(requests, settings, strict=True)]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
 @pytest.mark.parametrize("blocks", [None, 13], ids=["room for all", "some give up their blocks"])
-def test_each_request_is_what_it_is_alone(blocks):
+def test_each_request_is_what_it_is_alone(blocks, late):
     """Settings, seeds, ends, limits, beams and kept logits; with few blocks, too, where some are computed twice."""
     engine = serving(pool=replace(SMALL_BLOCKS, most_blocks=blocks), policy=Policy(chunk_tokens=30))
+    if late:
+        one_step_ahead(engine)
     for each in mixture():
         engine.add(each)
     ids, last = run(engine)
@@ -181,3 +191,18 @@ def test_ranks_decide_alike():
     first, second = run_ranks(2, generate)
     assert first == second and first[1] > 0
     assert first[0][0] == expected(1)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+def test_times_and_steps_are_counted(late):
+    engine = one_step_ahead(serving(policy=Policy(None))) if late else serving(policy=Policy(None))
+    for length in (7, 33):
+        engine.add(request(length, 5))
+    news = [engine.step()]
+    while engine.unfinished:
+        news.append(engine.step())
+    timing = engine.timing
+    assert (timing.prompt_tokens, timing.new_tokens) == (40, 10)
+    assert (timing.decode_steps, timing.decode_tokens) == (4, 8)
+    assert timing.prefill_s > 0 and timing.decode_s > 0
+    assert [len(each) for each in news] == ([0, 2, 2, 2, 2, 2] if late else [2] * 5)

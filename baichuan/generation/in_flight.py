@@ -1,7 +1,8 @@
 """requests.Serving over a paged KV cache: requests join and leave the running batch at every step.
 
 On a GPU the host is one step ahead: it plans and launches step n + 1 before it reads the tokens of step n, which step
-n + 1 takes from the GPU's memory.  A sequence that ended in step n is then in step n + 1 once more, for nothing.
+n + 1 takes from the GPU's memory.  A sequence that ended in step n is then in step n + 1 once more, for nothing.  Only
+a step of prompts alone is read first.
 
     host     plan 1, launch 1 | plan 2, launch 2, read 1 | plan 3, launch 3, read 2 | ...
     GPU               step 1  |          step 2          |          step 3          | ...
@@ -46,7 +47,8 @@ class _Launched:
 
     jobs: list[Job]  # of the tokens
     tokens: Readback | None
-    prefills: bool  # it computes parts of prompts
+    prefills: bool  # it computes parts of prompts ...
+    prompts_alone: bool  # ... and nothing else
 
 
 class InFlight:
@@ -58,6 +60,7 @@ class InFlight:
 
     def __init__(self, executor: PagedExecutor, model: ModelConfig, build: BuildConfig, policy: Policy | None = None):
         self.model, self.build, self.policy, self._executor = model, build, policy or Policy(), executor
+        self.reads_late = executor.device.type != "cpu"  # a step's tokens when the next has been launched
         self._ready = False
         self._logits = Logits(executor, build)
         self._searches: dict[Job, BeamSearch] = {}
@@ -89,6 +92,7 @@ class InFlight:
         assert request.key not in self._jobs and request.key not in self._news, f"{request.key} is still unfinished"
         if not self.unfinished:
             self.timing, self._marked_s = Timing(), time.perf_counter()
+            self._unread = None  # a step that nobody has needed
         if error := self._error(request):
             self._news[request.key] = Progress(request.key, error=error)
             return
@@ -103,19 +107,33 @@ class InFlight:
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
+        if self._unread and self._unread.prompts_alone and not self._prompts_left:
+            self._read()  # first tokens, which nobody gains from waiting for
         plan = self.scheduler.plan() if self._ready else None
         launched = self._launch(plan) if plan else None
-        previous, self._unread = self._unread, launched
-        if previous:
-            self._hear(previous)
-        if launched and self._executor.device.type == "cpu":
-            self._hear(launched)
-            previous, self._unread = launched, None
-        self._account(previous or launched)
+        if self._unread:
+            self._read()
+        elif launched and launched.prefills:
+            self._account(launched)
+        self._unread = launched
+        if launched and not self.reads_late:
+            self._read()
         order = {key: number for number, key in enumerate(self._jobs)} if len(self._news) > 1 else {}
         news = sorted(self._news.values(), key=lambda each: order.get(each.key, -1))
         self._news = {}
         return news
+
+    @property
+    def _prompts_left(self) -> bool:
+        return bool(self.scheduler.waiting) or any(not job.decoding for job in self.scheduler.running)
+
+    def _read(self) -> None:
+        """Learn the tokens of the step that has not been read, and count its time."""
+        assert self._unread is not None, "there is a step to read"
+        launched, self._unread = self._unread, None
+        self._hear(launched)
+        self._account(launched)
+        self.timing.decode_steps += not launched.prefills
 
     def _error(self, request: Request) -> str | None:
         """Why the engine cannot hold the request, if so."""
@@ -161,7 +179,7 @@ class InFlight:
             slots = [job.slots[0] for job in jobs]
             tokens = self._sampler(chosen, slots)
             self._steps.chose(jobs, slots, tokens)
-        return _Launched(jobs, Readback(tokens) if tokens is not None else None, prefills)
+        return _Launched(jobs, Readback(tokens) if tokens is not None else None, prefills, not plan.pieces[0].decodes)
 
     def _search(self, job: Job, logits: Tensor) -> None:
         """Extend a job's beams at once: their next step depends on which of them go on."""
@@ -203,17 +221,14 @@ class InFlight:
         del self._jobs[key]
         self.scheduler.finish(job)
 
-    def _account(self, launched: _Launched | None) -> None:
+    def _account(self, launched: _Launched) -> None:
         """Add the time since the last call to what it was spent on."""
         now = time.perf_counter()
         passed, self._marked_s = now - self._marked_s, now
-        if launched is None:
-            return
         if launched.prefills:
             self.timing.prefill_s += passed
         else:
             self.timing.decode_s += passed
-            self.timing.decode_steps += 1
 
 
 class _KeptLogits:
