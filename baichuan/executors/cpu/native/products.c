@@ -19,17 +19,22 @@ INLINE void row_starts(const void *data, size_t bytes, size_t row, size_t rows, 
     for (size_t r = 0; r < ROWS; r++) starts[r] = (const char *)data + (row + r < rows ? row + r : rows - 1) * bytes;
 }
 
-/* INT4: the scales, or zeros, of n steps of a row, from step `first` on; `row` has one of type t per group. */
-static void read_scales(const struct matrix *w, enum type t, const char *row, size_t first, size_t n,
+/* INT4: the scales, or zeros, of n steps of a row, from step `first` on; `row` has one of type t per group, and the
+   matrix's last one ends at `end`. */
+INLINE void read_scales(const struct matrix *w, enum type t, const char *row, const char *end, size_t first, size_t n,
                         float scales[CHUNK]) {
-    size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* steps per group */
-    for (size_t i = 0; steps == 1 && i < n; i += LANES) {
-        vf v = load_part(t, row, first + i, w->groups);
-        memcpy(scales + i, &v, sizeof v);
+    if (w->groups * STEP == w->in) { /* a group is a step; after the row's last group comes the next row's first */
+        for (size_t i = 0; i < n; i += LANES) {
+            int inside = row + bytes_of(t, first + i + LANES) <= end;
+            vf v = inside ? load(t, row, first + i) : load_part(t, row, first + i, w->groups);
+            memcpy(scales + i, &v, sizeof v);
+        }
+        return;
     }
-    for (size_t i = 0, end; steps > 1 && i < n; group++) {
+    size_t steps = up_to(w->in / w->groups, STEP) / STEP, group = first / steps; /* steps per group */
+    for (size_t i = 0, last; i < n; group++) {
         float scale = load_part(t, row, group, w->groups)[0];
-        for (end = (group + 1) * steps - first; i < end && i < n; i++) scales[i] = scale;
+        for (last = (group + 1) * steps - first; i < last && i < n; i++) scales[i] = scale;
     }
 }
 
@@ -68,14 +73,16 @@ INLINE void tile(const struct matrix *w, enum type t, int w8a8, int zero, int ro
     row_starts(w->zero, w->groups, row, w->out, zero_rows);
     size_t steps = w->in / STEP, parts = ROWS / rows, tile_bytes = rows * bytes_of(t, w->in);
     const char *ahead = starts[0] + (rows == 1 ? AHEAD : up_to(AHEAD, tile_bytes));
+    const char *scales_end = (const char *)w->scale + bytes_of(w->scale_type, w->out * w->groups);
+    const char *zeros_end = (const char *)w->zero + w->out * w->groups;
     float scales[ROWS][CHUNK], zeros[ROWS][CHUNK];
     vf total[ROWS][TOKENS] = {0};
     vi exact[ROWS][TOKENS] = {0};
     for (size_t first = 0; first * STEP < (size_t)w->in; first += CHUNK) {
         size_t n = steps - first < CHUNK ? steps - first : CHUNK, i = first * STEP, left = w->in - i - n * STEP, s = 0;
         for (int r = 0; t == INT4 && r < rows; r++) {
-            read_scales(w, w->scale_type, scale_rows[r], first, n < CHUNK ? n + 1 : n, scales[r]);
-            if (zero) read_scales(w, INT8, zero_rows[r], first, n < CHUNK ? n + 1 : n, zeros[r]);
+            read_scales(w, w->scale_type, scale_rows[r], scales_end, first, n < CHUNK ? n + 1 : n, scales[r]);
+            if (zero) read_scales(w, INT8, zero_rows[r], zeros_end, first, n < CHUNK ? n + 1 : n, zeros[r]);
         }
         for (; s + parts <= n; s += parts) {
             for (size_t byte = 0; byte < ROWS * bytes_of(t, STEP); byte += 64)
