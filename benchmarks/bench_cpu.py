@@ -2,6 +2,7 @@
 
 decode    decode and prefill of every precision beside transformers and llama.cpp, see cpu_decode.py
 products  one product by the C kernels and by PyTorch's operators, see cpu_products.py
+kl        what INT8 and INT4 change, beside llama.cpp's of equal bits, see cpu_kl.py
 open      seconds from engine folder to first token, over reading the file once
 build     seconds to build an engine of dummy weights, over writing the same bytes with dd; peak anonymous memory
 """
@@ -30,6 +31,7 @@ from baichuan.parallel.comm import Solo
 from baichuan.util.processes import CONTEXT
 from baichuan.weights.rank_tensors import total_bytes
 from benchmarks.cpu_decode import CASES, GREEDY, PROMPT, decode, small_model
+from benchmarks.cpu_kl import kl
 from benchmarks.cpu_products import products
 
 
@@ -143,7 +145,7 @@ class PeakAnonymous:
         return self._peak
 
 
-PARTS = {"decode": decode, "products": products, "open": opening, "build": building}
+PARTS = {"decode": decode, "products": products, "kl": kl, "open": opening, "build": building}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -119,13 +119,8 @@ def transformers(args: argparse.Namespace, precision: str) -> Callable[[], dict[
 
 
 def llama_cpp(args: argparse.Namespace, precision: str, stack: ExitStack) -> Callable[[], dict[str, float]]:
-    model = small_model(args, "float32")
     folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    path = folder / f"{model.hidden_size}x{model.num_layers}_{precision}.gguf"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = weight.WeightSource().checkpoint(model, 1)
-        write_gguf(path, model, {name: each.read(0, each.shape[0]) for name, each in tensors.items()}, precision)
+    path = gguf_path(folder, small_model(args, "float32"), precision)
     peer = LlamaCpp(path, 1024)
     stack.callback(peer.close)
 
@@ -135,3 +130,13 @@ def llama_cpp(args: argparse.Namespace, precision: str, stack: ExitStack) -> Cal
         return {"decode": 1 / step, f"prefill of {len(PREFILL)}": len(PREFILL) / prefill}
 
     return measure
+
+
+def gguf_path(folder: Path, model: ModelConfig, precision: str) -> Path:
+    """The model with dummy weights as llama.cpp's file in the folder, written unless it is there."""
+    path = folder / f"{model.hidden_size}x{model.num_layers}_{precision}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = weight.WeightSource().checkpoint(model, 1)
+        write_gguf(path, model, {name: each.read(0, each.shape[0]) for name, each in tensors.items()}, precision)
+    return path
