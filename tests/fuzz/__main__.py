@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -123,8 +124,8 @@ def run_all(targets: list[Target], goods: dict[str, Path], scratch: Path, args: 
 
 
 def again(target: Target, number: int, goods: dict[str, Path], scratch: Path, args: argparse.Namespace) -> Result:
+    """The case once more, alone: what it does now counts."""
     pool = Pool(goods, scratch, args.seed, 1)
-    pool.count = 1 << 20 | number  # folders of its own
     return next(pool.run(iter([(target, number, number + 1)])))[2]
 
 
@@ -182,6 +183,14 @@ def table(tallies: dict[str, Tally], seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # at an orderly exit libraries complain of what gc.freeze keeps
+    code = 1
+    try:
+        code = main()
+    except SystemExit as error:  # argparse's
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # what Python would print
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # at an orderly exit libraries complain of what gc.freeze keeps

@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,7 +44,6 @@ class Pool:
     def __init__(self, goods: dict[str, Path], scratch: Path, seed: str, jobs: int):
         self.goods, self.scratch, self.seed, self.jobs = goods, scratch, seed, jobs
         self.children: list[Child] = []
-        self.count = 0
 
     def run(self, batches: Iterator[tuple[Target, int, int]]) -> Iterator[tuple[Target, int, Result]]:
         """(target, number, result) of every case.  batches: target, first number, number after the last."""
@@ -98,9 +98,7 @@ class Pool:
         shutil.rmtree(child.folder, ignore_errors=True)
 
     def _start(self, target: Target, first: int, stop: int) -> Child:
-        self.count += 1
-        folder = self.scratch / f"child-{self.count}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix="child-", dir=self.scratch))
         reader, writer = os.pipe()
         sys.stdout.flush()
         process = os.fork()
