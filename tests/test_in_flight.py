@@ -206,3 +206,14 @@ def test_times_and_steps_are_counted(late):
     assert (timing.decode_steps, timing.decode_tokens) == (4, 8)
     assert timing.prefill_s > 0 and timing.decode_s > 0
     assert [len(each) for each in news] == ([0, 2, 2, 2, 2, 2] if late else [2] * 5)
+
+
+def test_a_step_in_vain_does_not_count_for_the_next_request():
+    """An end id is read when the next step runs already, whose tokens then nobody reads."""
+    engine, ids = one_step_ahead(serving()), expected(7)
+    place, end = next((n, token) for n, token in enumerate(ids) if n > 2 and token not in ids[:n])
+    engine.add(replace(request(7, 24), sampling=replace(GREEDY, eos_id=end)))
+    assert run(engine)[0][7] == ids[:place]
+    engine.add(request(33, 3, "next"))
+    assert run(engine)[0]["next"] == expected(33, 3)
+    assert (engine.timing.decode_steps, engine.timing.decode_tokens, engine.timing.new_tokens) == (2, 2, 3)
