@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from random import Random
@@ -140,7 +141,8 @@ def _name(text: str) -> str:
 
 def _packed(members: list[tuple[str, bytes]], method: int) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", method) as archive:
+        warnings.simplefilter("ignore")  # a name given twice
         for name, data in members:
             archive.writestr(name, data)
     return out.getvalue()
