@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -56,7 +57,10 @@ PRECISIONS = (
 def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
     """Bytes of the tensors of a one-rank engine; the file's header and the tokenizer add about 2 MB."""
     if quant.weights not in ("smooth_quant", "fp8"):
-        return total_bytes(weight.rank_tensors(weight.WeightSource(), model, quant, 0, 1))
+        tensors = weight.rank_tensors(weight.WeightSource(), model, replace(quant, zero_points=False), 0, 1)
+        shapes = {name: shape for each in tensors for name, (_, shape) in each.specs.items()}
+        zeros = sum(prod(shape) for name, shape in shapes.items() if name.endswith(".scale"))  # one byte each
+        return total_bytes(tensors) + (zeros if quant.zero_points else 0)
     float32s = 0 if quant.per_token else len(LINEARS)  # activation scales per layer
     if quant.weights == "smooth_quant":
         float32s += model.hidden_size + model.intermediate_size  # smoothers per layer

@@ -234,8 +234,9 @@ class _Unfused(ComposedOps):
 
     def __init__(self, ops):
         self.add_rms_norm, self.linear, self.silu_mul = ops.add_rms_norm, ops.linear, ops.silu_mul
+        self.all_reduce = ops.all_reduce
 
-    add_rms_norm = linear = silu_mul = select_rows = head = None
+    all_reduce = add_rms_norm = linear = silu_mul = select_rows = head = None
 
 
 def test_the_exponential_ends_where_float32_does():

@@ -171,7 +171,7 @@ def test_fp8_scales_beside_a_checkpoint(workflow, kv_folder, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "neither -kv nor -sq was given"),
+        ([], "none of -kv, -sq and --use_weight_only was given"),
         (["-sq", "1.5"], "alpha 1.5 is outside"),
         (["-sq", "nan"], "alpha nan is outside"),
         (["-kv", "-tp", "3"], "num_heads 10 is not divisible by tp_size 3"),

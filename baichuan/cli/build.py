@@ -47,6 +47,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     build_records.check_flags(args, backend)
     source, model = open_source(args)
     build_records.check_sizes(args, model)
+    check_text_files(source, model)
     limits = build_records.build_config(args, backend)
     found = weight.stored_weight_only(source, model)
     quant = build_records.quant_config(args, model, found)
@@ -57,7 +58,6 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     device = resolve_device(args.device)
     rank_tensors = partial(weight.rank_tensors, source, model, quant, tp_size=limits.world_size, device=device)
     options = build_records.backend_options(args, backend)
-    check_text_files(source, model)
     request = BuildRequest(
         Path(args.output_dir),
         model,

@@ -19,8 +19,9 @@ import weight
 from baichuan.calibration.convert import convert
 from baichuan.calibration.request import ConvertRequest
 from baichuan.config import VERSIONS, BuildConfig, ModelConfig, QuantConfig
-from baichuan.executors.base import Executor
+from baichuan.executors.base import Executor, PagedCache, RowCache
 from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.executors.kv_cache import KVCache
 from baichuan.parallel.comm import Communicator, run_ranks
 from baichuan.records import Int4Weight, ModelWeights, Step
 from baichuan.weights.shard import LINEARS
@@ -112,19 +113,30 @@ def course(executor: Executor, vocab_size: int) -> dict[str, Tensor]:
     step = forward("chunk, one row", Step.of([some(1), some(1), some(6)], [12, 9, 6]))
     step = forward("decode", step.next(torch.tensor(some(3))))
     parents = torch.tensor([0, 0, 2, 1, 1])
-    executor.cache.reorder(parents)
+    reorder(executor.cache, parents)
     step = forward("decode after branching", step.next(torch.tensor(some(5)), parents))
     parents = torch.tensor([4, 2])
-    executor.cache.reorder(parents)
+    reorder(executor.cache, parents)
     step = forward("decode after leaving", step.next(torch.tensor(some(2)), parents))
     step = forward("decode again", step.next(torch.tensor(some(2))))
     lengths = step.context_lengths.tolist()
     forward("a last chunk", Step.of([some(36 - lengths[0]), some(2)], lengths, all_outputs=True))
     executor.reset(1, 30)
     forward("a new request", Step.of([some(24)]))
-    executor.cache.truncate(0, 20)
+    if not isinstance(executor.cache, KVCache):  # a paged cache sees what the step's lengths say
+        executor.cache.truncate(0, 20)
     forward("other tokens than before", Step.of([some(4)], [20], all_outputs=True))
     return logits
+
+
+def reorder(cache: RowCache | PagedCache, parents: Tensor) -> None:
+    """Row b becomes what row parents[b] was.  The rows of a paged cache have blocks of their own here."""
+    if not isinstance(cache, KVCache):
+        cache.reorder(parents)
+        return
+    for layer in cache.layers:
+        for kept in (layer.k, layer.v):
+            kept[layer.tables[: len(parents)].long()] = kept[layer.tables[parents].long()]
 
 
 def both(config: ModelConfig, quant: QuantConfig, tp_size: int = 1, **changes) -> tuple[dict, dict]:
