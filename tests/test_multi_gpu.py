@@ -1,6 +1,7 @@
 """Tensor parallelism over two and four GPUs, where a machine has them."""
 
 import csv
+import re
 import time
 
 import pytest
@@ -35,8 +36,8 @@ def test_messages(ranks):
     done = messages(ranks)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
-    wrong = [line.split()[0] for line in done.stdout.splitlines() if "wrong numbers in 10000 replays" in line]
-    assert wrong == ranks * ["0"]
+    wrong = re.findall(r"(\d+) wrong numbers in 10000 replays on rank (\d)", done.stdout)
+    assert sorted(wrong) == [("0", str(rank)) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("fault", ["wait", "empty"])
@@ -45,7 +46,7 @@ def test_the_replays_notice_a_kernel_that_does_not(ranks, fault):
     """The control: kernels that do not wait for numbers, or do not empty the places that they have read."""
     done = messages(ranks, "300", fault)
     assert done.returncode == 0, done.stderr
-    wrong = [int(line.split()[0]) for line in done.stdout.splitlines() if "wrong numbers" in line]
+    wrong = [int(number) for number in re.findall(r"(\d+) wrong numbers in 300 replays", done.stdout)]
     assert len(wrong) == ranks and sum(wrong) > 0
 
 

@@ -104,6 +104,7 @@ def receive(place, mask):
     bits = tl.load(place, mask, other=0, volatile=True)
     while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
         bits = tl.load(place, mask, other=0, volatile=True)
+    tl.debug_barrier()  # several warps read one number where there are fewer than threads: none must find it emptied
     tl.store(place, tl.full(bits.shape, EMPTY, bits.dtype), mask)
     return bits
 

@@ -51,6 +51,9 @@ def compile_instead(capability: int):
         if variant not in seen:
             seen.add(variant)
             compiled = self.compile(types, plain, num_warps, num_stages, capability, ones)
+            _, waited, after = compiled.asm["ptx"].rpartition("ld.volatile")  # kernels.peers.receive
+            if waited:
+                assert after.index("bar.sync") < after.index("st.global"), "a warp may empty what another waits for"
             print(self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
 
     return launch

@@ -59,7 +59,8 @@ def main(replays: int, fault: str) -> int:
         check_other_messages(comm, device)
         time_messages(comm, device)
     wrong_numbers = replay(comm, device, replays, fault == "die")
-    print(f"{wrong_numbers} wrong numbers in {replays} replays on rank {comm.rank}", flush=True)
+    sys.stdout.write(f"{wrong_numbers} wrong numbers in {replays} replays on rank {comm.rank}\n")  # one write a line
+    sys.stdout.flush()
     return 0
 
 
