@@ -176,10 +176,14 @@ class LLM:
         return logits
 
     def warm_up(self, prompts: Prompt | Sequence[Prompt], sampling=None, max_new_tokens: int | None = None) -> None:
-        """On a GPU, do now what the first generate() would do once: compile or load kernels, capture graphs."""
+        """On a GPU, do now what the first generate() would do once: compile or load kernels, capture graphs.
+
+        Twice: the second time a prompt's first blocks are shared, so that its step has another size.
+        """
         if self.load()[1].type == "cuda":
             most = max_new_tokens or self.engine.build.max_output_len
-            self.generate(prompts, sampling, min(WARM_UP_TOKENS, most))
+            for _ in range(2):
+                self.generate(prompts, sampling, min(WARM_UP_TOKENS, most))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's ids."""

@@ -75,12 +75,6 @@ class Session:
         )
         return [Generation(own, str(each.finish_reason), each.logits) for own, each in zip(ids, ended, strict=True)]
 
-    def warm_up(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int) -> None:
-        """On a GPU, do now what the first `generate` of such prompts would otherwise do once: allocate the KV cache,
-        compile or load kernels, capture graphs."""
-        if self.executor.device.type == "cuda":
-            self.generate(prompts, sampling, min(WARM_UP_TOKENS, max_new_tokens))
-
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits after every token of each sequence, each [len(sequence), vocab_size] float32 on the CPU."""
         greedy = SamplingConfig(top_k=1)
