@@ -90,9 +90,10 @@ def stored_weight_only(source: WeightSource, model: ModelConfig) -> WeightOnly |
     if not source.hub_folder:
         return None
     matrices = [each for each in open_merged(source.hub_folder, model, source.adapters).values() if each.int4]
+    symmetric = not any("zero" in (each.int4 or {}) for each in matrices)
     sizes = (size for size in (*GROUP_SIZES, 0) if all(has_groups_of(each, size) for each in matrices))
     size = next(sizes, None) if matrices else None
-    return None if size is None else WeightOnly("int4", size)
+    return None if size is None else WeightOnly("int4", size, symmetric)
 
 
 def rank_tensors(
