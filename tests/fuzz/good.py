@@ -14,7 +14,6 @@ import goldens
 import hub_folders
 import lora_adapter
 import numpy as np
-from lora_adapter import write_adapter
 
 import build
 import hf_baichuan_convert
@@ -165,12 +164,6 @@ def int4_engine(folder: Path) -> None:
 
 def v2_engine(folder: Path) -> None:
     engine(folder, form="bin")
-
-
-def adapted(folder: Path) -> None:
-    """A checkpoint, and a LoRA adapter for it in the folder lora."""
-    checkpoint(folder)
-    write_adapter(folder / "lora", folder)
 
 
 def imported(name: str) -> Callable[[Path], None]:

@@ -105,8 +105,6 @@ _ALL = [
     Target("build INT8", 3, build.main, f"--model_dir {{in}} {BUILT} --use_weight_only", good.checkpoint, HUB),
     *(Target(f"build from {name}", 3, build.main, f"--model_dir {{in}} {INT4} {BUILT}", good.imported(name), HUB)
       for name in ("gptq_ordered", "awq", "compressed_zeros", "bitsandbytes_nf4", "bitsandbytes_int8")),
-    Target("build with an adapter", 5, build.main, f"--model_dir {{in}} --lora_dir {{in}}/lora {BUILT}", good.adapted,
-           "lora/*"),
     Target("build SmoothQuant", 8, build.main, f"{_SQ} {BUILT}", good.smoothed, "1-gpu/*", reseal_ini),
     Target("build INT8 cache and check", 2, build.main, f"--bin_model_dir {{in}}/1-gpu --int8_kv_cache {CHECKED}",
            good.calibrated, "1-gpu/*", reseal_ini),
