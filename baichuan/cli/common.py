@@ -158,16 +158,16 @@ def run_script(
     args.started_s is set to the time.monotonic() at which the process started, or with argv at which this was called.
     """
     called_s = time.monotonic()
-    args = parser.parse_args(argv)
-    args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
     try:
+        args = parser.parse_args(argv)
+        args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
         launched = launch()
         bound = leave_single_core(launched.local_size)
         if engines is None:
             return _run(parser, args, body, bound)
         with Ahead(engines(args), launched, args.device) as args.ahead:
             return _run(parser, args, body, bound)
-    except KeyboardInterrupt:  # nothing has begun, and a traceback through the imports says nothing
+    except KeyboardInterrupt:  # nothing has begun, and a traceback through parsing or imports says nothing
         print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
         return USER_ERROR
 
