@@ -157,6 +157,12 @@ def test_ids_out_of_range_are_named(name, bad):
     check_ids([0, t.vocab_size - 1], t.vocab_size)
 
 
+@pytest.mark.parametrize("token", [[1, 2], "5", 1.0, None])
+def test_what_is_no_id_is_refused(token):
+    with pytest.raises(ConfigError, match="which is not in 0 to 9"):
+        check_ids([5, token], 10)  # type: ignore[list-item]
+
+
 def test_text_that_is_no_unicode_is_refused():
     t = tokenizer("tiny_v1")
     for encode in (t.encode, t.encode_literal):

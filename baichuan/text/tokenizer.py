@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from numbers import Integral
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -22,7 +23,7 @@ ROLE_PIECE = re.compile(r"<[^<>\s]+>")  # a checkpoint may give its roles other 
 def check_ids(ids: Iterable[int], vocab_size: int, name: str = "the input") -> None:
     """Raise ConfigError unless every id has a row in an embedding of `vocab_size` rows."""
     for token in ids:
-        if not 0 <= token < vocab_size:
+        if not (isinstance(token, Integral) and 0 <= token < vocab_size):
             raise ConfigError(
                 f"{name} holds the id {token}, which is not in 0 to {vocab_size - 1}; "
                 "take it out (a <pad> that a tokenizer adds at the end has no embedding)"

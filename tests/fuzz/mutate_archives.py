@@ -136,7 +136,7 @@ def zip_archive(inner: dict[str, tuple[Mutator, ...]]) -> Mutator:
 
 
 def _name(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()[:200] or "x"
+    return text.encode("utf-8", "replace").decode().replace("\0", "")[:200] or "x"
 
 
 def _packed(members: list[tuple[str, bytes]], method: int) -> bytes:
