@@ -57,7 +57,7 @@ PRECISIONS = (
 def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
     """Bytes of the tensors of a one-rank engine; the file's header and the tokenizer add about 2 MB."""
     if quant.weights not in ("smooth_quant", "fp8"):
-        tensors = weight.rank_tensors(weight.WeightSource(), model, replace(quant, zero_points=False), 0, 1)
+        tensors = weight.rank_tensors(weight.WeightSource(), model, quant, 0, 1)
         shapes = {name: shape for each in tensors for name, (_, shape) in each.specs.items()}
         zeros = sum(prod(shape) for name, shape in shapes.items() if name.endswith(".scale"))  # one byte each
         return total_bytes(tensors) + (zeros if quant.zero_points else 0)

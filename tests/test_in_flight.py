@@ -9,7 +9,7 @@ import golden_sessions
 import goldens
 import pytest
 import torch
-from golden_sessions import GREEDY
+from golden_sessions import GREEDY, run
 
 from baichuan.config import BuildConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
@@ -36,19 +36,6 @@ def request(length, new=24, key=None, version="v1_7b", **settings):
 
 def expected(length, new=24, version="v1_7b"):
     return goldens.golden(version)[f"gen_{length}"].tolist()[:new]
-
-
-def run(engine, steps=10_000):
-    """ids and last progress of each request, by key."""
-    ids, last = {}, {}
-    while engine.unfinished and steps:
-        steps -= 1
-        for progress in engine.step():
-            assert progress.key not in last
-            ids.setdefault(progress.key, []).extend(progress.new_ids)
-            if progress.finished:
-                last[progress.key] = progress
-    return ids, last
 
 
 @pytest.mark.parametrize("policy", [Policy(), Policy(chunk_tokens=5), Policy(None)], ids=str)

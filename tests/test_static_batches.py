@@ -8,7 +8,7 @@ import golden_sessions
 import goldens
 import pytest
 import torch
-from golden_sessions import GREEDY
+from golden_sessions import GREEDY, run
 from row_executor import static_session
 
 from baichuan.generation.requests import Request
@@ -29,19 +29,6 @@ def request(length: int, new: int = 24, **settings) -> Request:
 
 def expected(length: int, new: int = 24) -> list[int]:
     return goldens.golden(VERSION)[f"gen_{length}"].tolist()[:new]
-
-
-def run(serving: StaticBatches) -> tuple[dict, dict]:
-    """ids and last progress of each request, by key."""
-    ids: dict = {}
-    last: dict = {}
-    while serving.unfinished:
-        for progress in serving.step():
-            assert progress.key not in last
-            ids.setdefault(progress.key, []).extend(progress.new_ids)
-            if progress.finished:
-                last[progress.key] = progress
-    return ids, last
 
 
 def test_each_row_has_a_limit_of_its_own(serving):

@@ -22,9 +22,8 @@ from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.limits import check_request
-from baichuan.generation.requests import Progress, Request, Serving
+from baichuan.generation.requests import Progress, Request, Serving, Timing
 from baichuan.generation.sampling import numbered_seeds
-from baichuan.generation.session import WARM_UP_TOKENS, Timing
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
@@ -35,6 +34,7 @@ Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: i
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
 T = TypeVar("T")
 
+WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
 GIVEN_AHEAD = 4  # requests that the engine knows of, for each that it runs at once
 SCORED_AT_ONCE = 2048  # tokens whose logits are held at once: 1 GB for a vocabulary of 125696
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from baichuan.cli.common import DUMMY_VERSION, ENGINE_DIR, add_adapters, add_device, add_model_version
+from baichuan.cli.common import DUMMY_VERSION, ENGINE_DIR, add_adapters, add_device, add_group_size, add_model_version
 from baichuan.config import BACKEND_NAMES, DTYPES, BuildConfig
 
 _BUILD = {field.name: field.default for field in fields(BuildConfig)}
@@ -145,12 +145,7 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
     group.add_argument("--use_weight_only", action="store_true", help="INT8 or INT4 weights, activations in --dtype")
     group.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int8")
-    group.add_argument(
-        "--weight_only_group_size",
-        type=int,
-        choices=(0, 32, 64, 128),
-        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
-    )
+    add_group_size(group)
     group.add_argument("--quantize_lm_head", action="store_true", help="weight-only: quantise lm_head as well")
     group.add_argument(
         "--use_smooth_quant", action="store_true", help="INT8 weights and activations; needs --bin_model_dir"

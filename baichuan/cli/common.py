@@ -123,6 +123,15 @@ def cache_settings(args: argparse.Namespace, sides: int = 1) -> dict[str, Any]:
     return {"kv_cache_free_gpu_mem_fraction": fraction, "prefix_caching": not args.no_prefix_caching}
 
 
+def add_group_size(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--weight_only_group_size",
+        type=int,
+        choices=(0, 32, 64, 128),
+        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
+    )
+
+
 def add_weight_copies(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--no_weight_copies",

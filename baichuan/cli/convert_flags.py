@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from baichuan.calibration.request import ConvertRequest
-from baichuan.cli.common import add_adapters, add_device, add_model_version
+from baichuan.cli.common import add_adapters, add_device, add_group_size, add_model_version
 from baichuan.config import STORAGE_TYPES
 from baichuan.text.hub_dataset import CNN_DAILYMAIL
 
@@ -68,12 +68,7 @@ def _add_weight_only_flags(parser: argparse.ArgumentParser) -> None:
         help="find weight-only integers by GPTQ, and the scales of the KV cache as well",
     )
     parser.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int4")
-    parser.add_argument(
-        "--weight_only_group_size",
-        type=int,
-        choices=(0, 32, 64, 128),
-        help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
-    )
+    add_group_size(parser)
     parser.add_argument(
         "--weight_only_symmetric",
         action="store_true",

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from baichuan.api.llm import LLM
+from baichuan.api.llm import LLM, WARM_UP_TOKENS
 from baichuan.config import BYTES_PER_ELEMENT, QuantConfig, SamplingConfig, to_json
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.generation.decoding import Generation
 from baichuan.generation.sampling import Sampler, numbered_seeds
-from baichuan.generation.session import WARM_UP_TOKENS
 from baichuan.util.machine import cpu_cache_bytes, cpu_name
 from baichuan.weights.types import TYPES
 

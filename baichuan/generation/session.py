@@ -18,7 +18,6 @@ from baichuan.generation.sampled import OnTokens
 from baichuan.generation.sampling import numbered_seeds
 from baichuan.generation.serve import serve
 
-WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
 AS_A_BATCH = Policy(chunk_tokens=None, prefix_caching=False)  # all prompts first, and nothing of earlier calls
 
 

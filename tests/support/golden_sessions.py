@@ -9,6 +9,7 @@ import goldens
 import weight
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.generation.requests import Serving
 from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator, Solo, run_ranks
 from baichuan.records import ModelWeights
@@ -34,6 +35,20 @@ def session(
     loaded = weights(version, dtype, comm.rank, comm.world_size)
     executor = kind(model(version, dtype), QuantConfig(), loaded, comm)
     return Session(executor, model(version, dtype), replace(LIMITS, **limits))
+
+
+def run(serving: Serving, steps: int = 10_000) -> tuple[dict, dict]:
+    """ids and last progress of each request, by key, after so many steps or when all have ended."""
+    ids: dict = {}
+    last: dict = {}
+    while serving.unfinished and steps:
+        steps -= 1
+        for progress in serving.step():
+            assert progress.key not in last
+            ids.setdefault(progress.key, []).extend(progress.new_ids)
+            if progress.finished:
+                last[progress.key] = progress
+    return ids, last
 
 
 def on_ranks(version: str, dtype: str, tp_size: int, body, kind=ReferenceExecutor):
