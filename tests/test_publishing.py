@@ -135,6 +135,15 @@ def test_somebody_elses_folder_and_the_mode_stay(folder):
     assert (folder / "inner/file").read_text() == "theirs"
 
 
+def test_the_current_folder_stays_the_current_one(folder, monkeypatch):
+    """A shell that stands in --output_dir sees the new content, not a deleted folder."""
+    monkeypatch.chdir(folder)
+    with staged_folder(Path(".")) as staged:
+        (staged / "last").write_text("new")
+        publish_folder(staged, Path("."), set(), "last")
+    assert sorted(os.listdir()) == ["last", "notes.txt"] and not left_beside(folder)
+
+
 def test_a_folder_that_is_being_filled_is_not_abandoned(folder):
     with staged_folder(folder) as first, staged_folder(folder):
         assert first.is_dir()

@@ -50,8 +50,8 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
 
     The files named in `replaced`, the older content, are removed; everything else in target stays.  Whenever the
     process dies, the disk holds one of the two contents whole.  Only where the file system cannot exchange two folders,
-    or where target holds other folders, are files moved one by one, `last` at the end, so that a reader notices an
-    incomplete content.
+    or where target holds other folders or is the current folder (which a shell would see as deleted), are files moved
+    one by one, `last` at the end, so that a reader notices an incomplete content.
     """
     target = Path(os.path.realpath(target))
     names = {path.name for path in staged.iterdir()}
@@ -76,6 +76,8 @@ def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:
     """Exchange the two folders in one step, with target's other files in both.  Returns whether that was possible."""
     if staged.parent != target.parent or any(_is_folder(target / name) for name in others):
         return False
+    if _is_current(target):
+        return False
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
         for name in others:
@@ -90,6 +92,13 @@ def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:
     if (code := ctypes.get_errno()) in NOT_HERE:
         return False
     raise OSError(code, os.strerror(code), str(target))
+
+
+def _is_current(folder: Path) -> bool:
+    try:
+        return folder.samefile(os.curdir)
+    except FileNotFoundError:  # somebody has deleted the current folder
+        return False
 
 
 def _is_folder(path: Path) -> bool:

@@ -56,6 +56,7 @@ class Runner:
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.good, self.work)
         (self.work / OUT).mkdir()
+        os.chdir(self.work / OUT)  # where a relative path leads
         make_devices(self.work)
         done, argv = self.target.mutate(chance, self.work)
         before = _snapshot(self.work / OUT)

@@ -111,7 +111,6 @@ class Pool:
             os.close(reader)
             _limit_memory()
             runner = Runner(target, self.goods[target.name], folder)
-            os.chdir(folder)
             for number in range(first, stop):
                 content = pickle.dumps(runner.run(self.seed, number))
                 _write(writer, (len(content) + 4).to_bytes(4, "big") + content)
