@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from baichuan.config import ModelConfig, QuantConfig
+import build
+from baichuan.api.llm import LLM
+from baichuan.api.ranks import Ranks
+from baichuan.config import ModelConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Solo, run_ranks
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
@@ -107,3 +110,23 @@ def test_the_mlps_of_the_released_models_are_cut_between_groups(width, group_siz
     assert max(sizes) - min(sizes) <= group_size
     linear = LINEARS["down_proj"]
     assert [linear.cut((8, width), rank, tp_size, group_size)[1] for rank in range(tp_size)] == shares
+
+
+def test_an_engine_whose_ranks_have_unequal_shares_runs_from_its_files(tmp_path):
+    """192 channels are three groups of 64: of two ranks one gets one and the other two."""
+
+    def ids(tp_size):
+        sizes = dict(n_embd=256, n_layer=2, n_head=4, inter_size=192, vocab_size=203, n_positions=64)
+        limits = dict(max_input_len=16, max_output_len=8, world_size=tp_size, output_dir=tmp_path / str(tp_size))
+        numbers = dict(model_version="v1_7b", dtype="float32", log_level="error", weight_only_precision="int4")
+        given = sizes | limits | numbers | dict(weight_only_group_size=64)
+        flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        assert build.main([*flags, "--use_weight_only"]) == 0
+
+        def on_rank(comm):
+            llm = LLM(tmp_path / str(tp_size), device="cpu", ranks=Ranks(comm))
+            return llm.lead(lambda: llm.generate([[5, 6, 7]], SamplingConfig(top_k=1, eos_id=-1), 8)[0].ids)
+
+        return run_ranks(tp_size, on_rank)[0]
+
+    assert ids(2) == ids(1)

@@ -56,7 +56,7 @@ class TorchBackend:
         if resolve_device(job.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
             weights = _read(job)
-            require_finite(weights, job.spec.model, job.spec.quant, job.spec.build.world_size)
+            require_finite(weights, job.spec.model, job.spec.quant, job.comm.rank, job.comm.world_size)
             return CpuExecutor(job.spec.model, job.spec.quant, weights, job.comm, _pool(job))
         return _open_on_gpu(job)
 
@@ -68,7 +68,7 @@ def _pool(job: RankToOpen) -> PoolSettings:
 def _read(job: RankToOpen) -> ModelWeights:
     """The rank's weights, memory-mapped, each of its shape and type."""
     weights = assemble(read_tensors(job.path), job.spec.model, job.spec.quant)
-    require_shapes(weights, job.spec.model, job.spec.quant, job.spec.build.world_size)
+    require_shapes(weights, job.spec.model, job.spec.quant, job.comm.rank, job.comm.world_size)
     return weights
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.errors import EngineError
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, ModelWeights, SmoothQuantWeight, Weight
-from baichuan.weights.shard import padded_vocab_size
+from baichuan.weights.shard import LINEARS, hub_shapes, padded_vocab_size
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 F32, I8 = torch.float32, torch.int8
 
 
-def require_shapes(weights: ModelWeights, config: ModelConfig, quant: QuantConfig, tp_size: int) -> None:
-    """Raise EngineError for a tensor of another shape or type than a rank of this engine has."""
-    for name, tensor, (dtype, shape) in _tensors(weights, config, quant, tp_size):
+def require_shapes(weights: ModelWeights, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> None:
+    """Raise EngineError for a tensor of another shape or type than this rank of the engine has."""
+    for name, tensor, (dtype, shape) in _tensors(weights, config, quant, rank, tp_size):
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found, expected = (str(each).removeprefix("torch.") for each in (tensor.dtype, dtype))
             raise EngineError(
@@ -29,9 +29,9 @@ def require_shapes(weights: ModelWeights, config: ModelConfig, quant: QuantConfi
             )
 
 
-def require_finite(weights: ModelWeights, config: ModelConfig, quant: QuantConfig, tp_size: int) -> None:
+def require_finite(weights: ModelWeights, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> None:
     """Raise EngineError for a NaN or an infinity; reads every number.  After require_shapes."""
-    for name, tensor, (dtype, _) in _tensors(weights, config, quant, tp_size):
+    for name, tensor, (dtype, _) in _tensors(weights, config, quant, rank, tp_size):
         if dtype == torch.float8_e4m3fn:
             right = int((tensor.view(torch.uint8) & 0x7F).max()) < 0x7F  # 0x7F and 0xFF are its NaNs
         else:
@@ -42,10 +42,11 @@ def require_finite(weights: ModelWeights, config: ModelConfig, quant: QuantConfi
 
 
 def _tensors(
-    weights: ModelWeights, config: ModelConfig, quant: QuantConfig, tp_size: int
+    weights: ModelWeights, config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int
 ) -> Iterator[tuple[str, Tensor, Spec]]:
     """(name, tensor, what it must be) of every tensor."""
-    dtype, hidden, inter = getattr(torch, config.dtype), config.hidden_size, config.intermediate_size
+    dtype, hidden = getattr(torch, config.dtype), config.hidden_size
+    shares = _linear_shapes(config, quant, rank, tp_size)
     norm = (dtype, (hidden,))
     yield "embedding", weights.embedding, (dtype, (config.vocab_size, hidden))
     yield "norm", weights.norm, norm
@@ -58,10 +59,20 @@ def _tensors(
         for name, scale in (("k_scale", layer.k_scale), ("v_scale", layer.v_scale)):
             if scale is not None:
                 yield f"{prefix}.{name}", scale, (F32, (1,))
-        yield from _weight(f"{prefix}.qkv", layer.qkv, 3 * hidden // tp_size, hidden, dtype, quant)
-        yield from _weight(f"{prefix}.o_proj", layer.o_proj, hidden, hidden // tp_size, dtype, quant)
-        yield from _weight(f"{prefix}.gate_up", layer.gate_up, 2 * inter // tp_size, hidden, dtype, quant)
-        yield from _weight(f"{prefix}.down_proj", layer.down_proj, hidden, inter // tp_size, dtype, quant)
+        for name, share in shares.items():
+            yield from _weight(f"{prefix}.{name}", getattr(layer, name), *share, dtype, quant)
+
+
+def _linear_shapes(config: ModelConfig, quant: QuantConfig, rank: int, tp_size: int) -> dict[str, tuple[int, int]]:
+    """The rank's (rows, columns) of each of shard.LINEARS; where scales are of groups, the ranks' may differ."""
+    hub, shares = hub_shapes(config), {}
+    for name, linear in LINEARS.items():
+        shapes = [hub[f"model.layers.0.{module}.weight"] for module in linear.modules]
+        cuts = [linear.cut(shape, rank, tp_size, quant.group_size) for shape in shapes]
+        rows = sum(stop - start for ranges, _ in cuts for start, stop in ranges)
+        start, stop = cuts[0][1]
+        shares[name] = (rows, stop - start)
+    return shares
 
 
 def _weight(
