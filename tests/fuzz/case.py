@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 import shutil
-import struct
 import sys
 import time
 import traceback
@@ -47,21 +46,22 @@ class Runner:
     def __init__(self, target: Target, good: Path, folder: Path):
         self.target, self.good, self.folder = target, good, folder
         self.work = folder / "work"
-        self.guard = Guard(folder)
+        self.guard, self.watch = Guard(folder), _Watch()
         sys.argv = [f"{target.main.__module__.rpartition('.')[2]}.py"]  # what messages call the script
         self.streams = [os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
 
     def run(self, seed: str, number: int) -> Result:
         chance = Random(f"{seed}/{self.target.name}/{number}")
+        os.chdir(self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
-        shutil.copytree(self.good, self.work)
+        shutil.copytree(self.good, self.work, copy_function=shutil.copyfile)
         (self.work / OUT).mkdir()
         os.chdir(self.work / OUT)  # where a relative path leads
         make_devices(self.work)
         done, argv = self.target.mutate(chance, self.work)
         before = _snapshot(self.work / OUT)
         links = any(path.is_symlink() for path in (self.work / IN).rglob("*"))
-        watch = None if links or not self.target.files else _Watch(self.work / OUTSIDE)
+        self.watch.begin(self.work / OUTSIDE)
         self.guard.broken.clear()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
         resident, start = _status("VmRSS"), time.monotonic()
@@ -71,9 +71,9 @@ class Runner:
         fault = failure or judge(code, output, errors, verbose=not self.target.files or argv[-1:] == ["info"])
         if self.guard.broken:
             fault = f"outside of its folder: {self.guard.broken[0]}"
-        if not fault and watch and watch.opened():
+        if self.watch.opened() and not fault and self.target.files and not links:
             fault = "a file outside the folder was opened"
-        if not fault and code == 2 and _snapshot(self.work / OUT) - before - {"engine", "1-gpu"}:
+        if not fault and code == 2 and _snapshot(self.work / OUT) - before:
             fault = f"left behind: {sorted(_snapshot(self.work / OUT) - before)[:5]}"
         if not fault and seconds > TIME_LIMIT_S:
             fault = f"took {seconds:.1f} s"
@@ -144,28 +144,32 @@ class _redirected:
 
 
 class _Watch:
-    """Notices that a file in a folder is opened."""
+    """Notices that one of somebody else's files is opened.  One for all cases: to close it takes the kernel 10 ms."""
 
-    def __init__(self, folder: Path):
-        libc = ctypes.CDLL(None)
-        self.handle = libc.inotify_init1(IN_NONBLOCK)
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None)
+        self.handle = self.libc.inotify_init1(IN_NONBLOCK)
+
+    def begin(self, folder: Path) -> None:
+        self.opened()
         if self.handle >= 0:
-            libc.inotify_add_watch(self.handle, os.fsencode(folder), IN_OPEN)
+            self.libc.inotify_add_watch(self.handle, os.fsencode(folder), IN_OPEN)
 
     def opened(self) -> bool:
-        try:
-            found = os.read(self.handle, 4096)
-            return b"secret" in found and len(found) >= struct.calcsize("iIII")
-        except OSError:
-            return False
-
-    def __del__(self):
-        if self.handle >= 0:
-            os.close(self.handle)
+        """Whether one was opened since this was last asked."""
+        found = b""
+        while self.handle >= 0:
+            try:
+                found += os.read(self.handle, 1 << 16)
+            except OSError:  # no more of them
+                break
+        return b"secret" in found
 
 
 def _snapshot(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.is_dir() else set()
+    """Files, and folders that are being filled; an empty folder that a flag names may be made before a refusal."""
+    paths = folder.rglob("*") if folder.is_dir() else ()
+    return {str(path.relative_to(folder)) for path in paths if path.name.startswith(".") or not path.is_dir()}
 
 
 def _status(name: str) -> int:

@@ -54,6 +54,10 @@ TEXTS = [
     ),
     *("~", "a\\b", "CON", "-", "--help", "\x85", "\u2028", "é" * 300, "'", '"', "${HOME}", "a=b", "[x]", "#"),
 ]
+SMALL_FILES = [b"\0", b"\n", b"{}", b"[]", b"null", b"PK\x03\x04", b"\x93NUMPY", b"GIF89a", b"\0" * 4096]
+SMALL_FILES += [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>Not found</html>"]
+LARGE_FILES = [(b"[],", 10 << 20), (b"[", 8 << 20), (b"\0", 64 << 20), (b"1,", 16 << 20), (b'{"a":', 1 << 20)]
+LARGE_FILES += [(b"a", 48 << 20), (b"\n", 32 << 20)]  # pieces, and how often they are repeated
 LARGE = 64  # one mutation in this many may make a large file
 
 
@@ -139,15 +143,10 @@ def nothing(chance: Random, content: bytes) -> bytes:
 
 def other_content(chance: Random, content: bytes) -> bytes:
     """Something else altogether."""
-    small = [b"\0", b"\n", b"{}", b"[]", b"null", b"PK\x03\x04", b"\x93NUMPY", b"GIF89a", b"\x1f\x8b" + content[:50]]
-    small += [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        b"<html>Not found</html>",
-        b"\0" * 4096,
-    ]
-    large = [b"[]," * (10 << 20), b"[" * (8 << 20), b"\0" * (64 << 20), b"1," * (16 << 20), b'{"a":' * (1 << 20)]
-    large += [b"a" * (48 << 20), b"\n" * (32 << 20)]
-    return chance.choice(small if chance.randrange(LARGE) else large)
+    if chance.randrange(LARGE):
+        return chance.choice((*SMALL_FILES, b"\x1f\x8b" + content[:50]))
+    piece, count = chance.choice(LARGE_FILES)
+    return piece * count
 
 
 def place(chance: Random, size: int) -> int:
