@@ -204,3 +204,27 @@ def test_a_step_in_vain_does_not_count_for_the_next_request():
     engine.add(request(33, 3, "next"))
     assert run(engine)[0]["next"] == expected(33, 3)
     assert (engine.timing.decode_steps, engine.timing.decode_tokens, engine.timing.new_tokens) == (2, 2, 3)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+def test_after_an_interrupted_step_nothing_of_it_is_believed(late, monkeypatch):
+    """Ctrl-C within a step: its blocks have names already and hold nothing."""
+    engine = one_step_ahead(serving()) if late else serving()
+    engine.add(request(33, keep_logits=True))
+    first, _ = run(engine, steps=4)
+    engine.add(request(128))
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(engine._executor, "forward", interrupted)
+        engine.step()
+    engine.cancel(128)
+    engine.add(request(128, key="again"))
+    ids, last = run(engine)
+    assert ids["again"] == expected(128)
+    assert first[33] + ids[33] == expected(33)
+    kept = goldens.golden("v1_7b")["gen_logits_33"]
+    assert (last[33].logits - kept).abs().max() < goldens.FLOAT32_TOLERANCE
+    assert engine.scheduler.pool.free == engine.scheduler.pool.blocks
+
+
+def interrupted(step):
+    raise KeyboardInterrupt

@@ -22,8 +22,12 @@ class BlockPool:
     def __init__(self, blocks: int, tokens_per_block: int, prefix_caching: bool = True):
         """prefix_caching: whether blocks are found again by name"""
         self.blocks, self.tokens_per_block, self.prefix_caching = blocks, tokens_per_block, prefix_caching
-        self._references = [0] * blocks
-        self._empty = list(range(blocks - 1, -1, -1))  # of no name, held by nobody
+        self.forget()
+
+    def forget(self) -> None:
+        """Free every block, and its name with it."""
+        self._references = [0] * self.blocks
+        self._empty = list(range(self.blocks - 1, -1, -1))  # of no name, held by nobody
         self._idle: OrderedDict[int, None] = OrderedDict()  # of a name, held by nobody, least recently held first
         self._names: dict[int, bytes] = {}
         self._named: dict[bytes, int] = {}

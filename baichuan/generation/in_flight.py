@@ -107,6 +107,13 @@ class InFlight:
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
+        try:
+            return self._step()
+        except BaseException:
+            self._start_anew()
+            raise
+
+    def _step(self) -> list[Progress]:
         if self._unread and self._unread.prompts_alone and not self._prompts_left:
             self._read()  # first tokens, which nobody gains from waiting for
         plan = self.scheduler.plan() if self._ready else None
@@ -122,6 +129,15 @@ class InFlight:
         news = sorted(self._news.values(), key=lambda each: order.get(each.key, -1))
         self._news = {}
         return news
+
+    def _start_anew(self) -> None:
+        """Believe nothing of a step that failed or was interrupted: blocks have names before they are computed."""
+        if self._ready:
+            self._unread = None
+            self._steps = StepBuilder(self._executor)
+            self.scheduler.start_anew(self._jobs.values())
+            for job, kept in self._kept.items():
+                kept.forget_after(len(job.ids) - len(job.request.prompt))
 
     @property
     def _prompts_left(self) -> bool:
@@ -249,6 +265,10 @@ class _KeptLogits:
                 self._seen = end
         if request.keep_logits and piece.chooses and request.sampling.num_beams == 1:
             self._chosen.append(logits[-1].cpu().clone())
+
+    def forget_after(self, chosen: int) -> None:
+        """Keep the rows of so many chosen tokens."""
+        del self._chosen[chosen:]
 
     def rows(self, chosen: int, searched: Tensor | None, keep: bool) -> Tensor | None:
         """As Serving.step says.  chosen: new tokens, the end id included; searched: a beam search's own rows"""

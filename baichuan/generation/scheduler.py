@@ -13,7 +13,7 @@ Where no block is free, the youngest request gives up its own and is computed ag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from baichuan.generation.blocks import BlockPool, names_of
@@ -71,9 +71,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, budget: Budget):
         self.pool, self.budget = pool, budget
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
-        self._slots = list(range(budget.rows - 1, -1, -1))
+        self.start_anew(())
         self.preemptions = 0
         self.shared_tokens = 0  # of prompts, found in the cache
 
@@ -91,6 +89,15 @@ class Scheduler:
         job = Job(request, list(request.prompt), BlockTables(self.pool))
         self.waiting.append(job)
         return job
+
+    def start_anew(self, jobs: Iterable[Job]) -> None:
+        """Compute these jobs, which are all there are, from the tokens they have: the cache holds nothing of use."""
+        self.pool.forget()
+        self.waiting: deque[Job] = deque(jobs)
+        self.running: list[Job] = []
+        self._slots = list(range(self.budget.rows - 1, -1, -1))
+        for job in self.waiting:
+            job.tables, job.slots, job.decoding = BlockTables(self.pool), [], False
 
     def find(self, key: Hashable) -> Job | None:
         """The job of an unfinished request."""
