@@ -112,6 +112,22 @@ def test_running_imports_nothing_for_the_hub(engine, tmp_path):
     assert done.stdout.splitlines()[-1] == "0 set()", done.stdout + done.stderr
 
 
+COUNT = """
+import gc, sys
+passes = []
+gc.callbacks.append(lambda *_: passes.append("torch" in sys.modules and "torch.export" not in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["by a script", "negative control: alone"])
+def test_no_garbage_is_collected_while_pytorch_is_imported(engine, tmp_path, alone):
+    given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
+    work = "import torch" if alone else f"import run; run.main({given!r})"
+    program = f"{COUNT}{work}\nprint(gc.isenabled(), sum(passes) > 0)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"True {alone}", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("every", "per_core", "allowed", "ranks", "left"),
     [(32, 1, 1, 2, True), (32, 2, 2, 2, True), (32, 1, 4, 2, False), (2, 1, 1, 2, False), (32, 1, 1, 1, False)],

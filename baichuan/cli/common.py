@@ -25,7 +25,7 @@ from baichuan.parallel.launcher import launch
 from baichuan.text.printable import printable, sentence
 from baichuan.util.affinity import cores, leave_single_core
 from baichuan.util.signals import Terminated, sigterm_raises
-from baichuan.util.start import seconds_since_start
+from baichuan.util.start import seconds_since_start, without_collections
 
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
@@ -183,10 +183,11 @@ def run_script(
 
 def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
     """bound: whether the launcher had bound this process to one core, which it has left"""
-    import torch
+    with nullcontext() if "torch" in sys.modules else without_collections():
+        import torch
 
-    from baichuan.executors.cpu.threads import use_threads
-    from baichuan.parallel.comm import world_of_this_process
+        from baichuan.executors.cpu.threads import use_threads
+        from baichuan.parallel.comm import world_of_this_process
 
     comm = world_of_this_process()
     _configure_logging(args.log_level, comm)

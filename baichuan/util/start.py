@@ -1,8 +1,11 @@
-"""When this process was started."""
+"""A process's start: when it was, and how its imports take less time."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,3 +13,19 @@ def seconds_since_start() -> float:
     """Wall time since this process was started, imports included."""
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since boot, as uptime
     return float(Path("/proc/uptime").read_text().split()[0]) - started / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Put garbage collection off, and leave what is there at the end out of every later one.
+
+    PyTorch's import makes 150,000 objects that stay: looking for garbage among them takes a sixth of its time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
