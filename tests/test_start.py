@@ -104,9 +104,10 @@ def test_what_is_done_ahead_imports_no_torch():
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
-def test_running_imports_nothing_for_the_hub(engine, tmp_path):
+def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
     given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
-    needless = "{'huggingface_hub', 'transformers'}"
+    readers, plans = "baichuan.weights.hub.checkpoint", "baichuan.executors.tensorrt.api"
+    needless = {"huggingface_hub", "transformers", readers, plans}
     program = f"import sys, run; code = run.main({given!r}); print(code, {needless} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 set()", done.stdout + done.stderr

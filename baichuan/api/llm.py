@@ -28,7 +28,6 @@ from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.manifest import Describer
-from baichuan.weights.hub.checkpoint import resolve_tokenizer
 
 Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: its text
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
@@ -72,7 +71,7 @@ class LLM:
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_engine(Path(engine_dir))
         check_world(self.engine, self.ranks.comm, model_version)
-        self.text = open_text(self.engine, resolve_tokenizer(str(tokenizer_dir)) if tokenizer_dir else None)
+        self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
         self._device, self._keep_copies, self._digests = device, keep_copies, digests
         self._keys = itertools.count()
         self._opened: tuple[Serving, torch.device] | None = None
@@ -264,6 +263,12 @@ class LLM:
         tokenizer = self.text.tokenizer
         text = tokenizer.decode(ids) if tokenizer and max(ids, default=0) < tokenizer.vocab_size else None
         return Completion(list(request.prompt), ids, text, last.finish_reason, last.logits)
+
+
+def _tokenizer_folder(name: str | Path) -> Path:
+    from baichuan.weights.hub.checkpoint import resolve_tokenizer  # imports every reader of checkpoints
+
+    return resolve_tokenizer(str(name))
 
 
 def _is_chat(prompt: Any) -> bool:
