@@ -104,6 +104,17 @@ def test_what_is_done_ahead_imports_no_torch():
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
+def test_modules_are_imported_while_something_else_is_done():
+    """Those that there are; the others are left to who needs them."""
+    program = (
+        "import sys; from baichuan.cli.ahead import imported_meanwhile\n"
+        "with imported_meanwhile('no.such.module', 'fractions'): pass\n"
+        "print('fractions' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] and not done.stderr
+
+
 def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
     given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
     readers, plans = "baichuan.weights.hub.checkpoint", "baichuan.executors.tensorrt.api"

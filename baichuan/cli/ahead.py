@@ -1,11 +1,12 @@
-"""What takes time and does without PyTorch, begun while PyTorch is imported, which takes seconds; and then the GPU."""
+"""What takes time, begun while something else is waited for: beside PyTorch's import what does without PyTorch, and
+imports for a later part of a command."""
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from baichuan.parallel.launcher import Launch
@@ -14,6 +15,7 @@ from baichuan.util.manifest import Describer
 LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch
 ON_GPUS = ("triton",)
 KERNELS = "baichuan.executors.cuda.executor"
+FLOAT_MODEL = "baichuan.hf_model.modeling"  # imports transformers
 GPU_CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
 
 
@@ -48,11 +50,27 @@ class Ahead:
         self._preparing.join()
 
 
-def _prepare(gpu: int | None) -> None:
-    """What fails here fails again where it is needed, which says why.  gpu: its index, to be started too"""
-    for name in LIBRARIES if gpu is None else LIBRARIES + ON_GPUS:
+@contextmanager
+def imported_meanwhile(*modules: str) -> Iterator[None]:
+    """While the block runs, the modules are imported; who needs one before waits for it."""
+    importing = threading.Thread(target=_import, args=(modules,), daemon=True)
+    importing.start()
+    try:
+        yield
+    finally:
+        importing.join()
+
+
+def _import(modules: Iterable[str]) -> None:
+    """What fails here fails again where it is needed, which says why."""
+    for name in modules:
         with suppress(Exception):
             importlib.import_module(name)
+
+
+def _prepare(gpu: int | None) -> None:
+    """gpu: its index, to be started too"""
+    _import(LIBRARIES if gpu is None else LIBRARIES + ON_GPUS)
     if gpu is not None:
         with suppress(Exception):
             _start_gpu(gpu)
