@@ -29,6 +29,7 @@ from baichuan.weights.hub.config_json import folder_evidence, read_model_config
 from baichuan.weights.hub.version import fitting_versions
 from baichuan.weights.rank_tensors import TensorBlocks, from_checkpoint, has_groups_of, in_memory
 from baichuan.weights.source import Checkpoint, on_device
+from baichuan.weights.types import TYPES, needs_calibration
 
 logger = logging.getLogger("baichuan.weight")
 
@@ -112,11 +113,12 @@ def rank_tensors(
     if source.fp8_scales:
         scales = read_fp8_scales(source.fp8_scales, model.num_layers)
         return from_fp8_scales(checkpoint, model, quant, scales, rank, tp_size)
-    calibrated = {"smooth_quant": "SmoothQuant", "fp8": "FP8"}.get(quant.weights)
+    calibrated = TYPES[quant.weights].label if needs_calibration(quant) else None
     if calibrated or quant.kv_cache != "none":
+        alone = ", or add --per_token --per_channel" if calibrated and quant.weights == "fp8" else ""
         raise ConfigError(
             f"{calibrated or 'an 8-bit KV cache'} needs calibrated scales and a checkpoint alone has none; "
-            "run hf_baichuan_convert.py and build with --bin_model_dir"
+            f"run hf_baichuan_convert.py and build with --bin_model_dir{alone}"
         )
     return from_checkpoint(checkpoint, model, quant, rank, tp_size)
 

@@ -126,8 +126,8 @@ class QuantConfig:
     group_size: int = 0  # int4: input channels that share a scale; 0 = the whole row
     zero_points: bool = False  # int4: each scale has a zero beside it, as imported and calibrated weights may have
     quantize_lm_head: bool = False  # int8 and int4 only; the embedding always stays in the dtype
-    per_token: bool = False  # smooth_quant: one activation scale per token, else one per tensor
-    per_channel: bool = False  # smooth_quant: one weight scale per output channel, else one per tensor
+    per_token: bool = False  # smooth_quant and fp8: one activation scale per token, else one per tensor
+    per_channel: bool = False  # smooth_quant and fp8: one weight scale per output channel, else one per tensor
     kv_cache: str = "none"  # none | int8 | fp8
 
     def __post_init__(self):
@@ -138,8 +138,10 @@ class QuantConfig:
             raise ConfigError(f"group_size {self.group_size} needs int4 weights; leave it 0 for {self.weights}")
         if self.zero_points and self.weights != "int4":
             raise ConfigError(f"zero_points needs int4 weights; leave it False for {self.weights}")
-        if (self.per_token or self.per_channel) and self.weights != "smooth_quant":
-            raise ConfigError("per_token and per_channel belong to SmoothQuant; add --use_smooth_quant")
+        if (self.per_token or self.per_channel) and self.weights not in ("smooth_quant", "fp8"):
+            raise ConfigError(
+                "per_token and per_channel belong to SmoothQuant and FP8; add --use_smooth_quant or --enable_fp8"
+            )
         if self.quantize_lm_head and self.weights not in ("int8", "int4"):
             raise ConfigError("quantize_lm_head needs int8 or int4 weight-only quantisation; add --use_weight_only")
 

@@ -70,11 +70,11 @@ class SmoothQuantWeight(_Matrix):
 
 @dataclass(frozen=True, eq=False)
 class Fp8Weight(_Matrix):
-    """y = (e4m3(x / input_scale) @ weightᵀ) * input_scale * scale"""
+    """y = (e4m3(x / input_scale) @ weightᵀ) * input_scale * scale, with input_scale of the tensor or of each token"""
 
     weight: Tensor  # [out_features, in_features] float8_e4m3fn
     scale: Tensor  # [out_features] float32, dense weight ≈ weight * scale
-    input_scale: Tensor  # [1] float32, input ≈ e4m3 * input_scale
+    input_scale: Tensor | None = None  # [1] float32, input ≈ e4m3 * input_scale; None = quant/fp8.py's, per token
 
 
 Weight = DenseWeight | Int8Weight | Int4Weight | SmoothQuantWeight | Fp8Weight

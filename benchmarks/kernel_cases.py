@@ -22,11 +22,12 @@ from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Int16, Operand, StaticScale
+from baichuan.kernels.operand import PLAIN, E4m3PerToken, Form, Int8PerToken, Int16, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.model.decoder import attention_spec
 from baichuan.parallel.comm import Solo
+from baichuan.quant.fp8 import token_scale
 from baichuan.quant.kv_cache import dequantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import AttentionSpec, LayerCache, Step
@@ -98,8 +99,8 @@ def _normal(shape: tuple[int, ...], device: torch.device, seed: int, dtype: torc
 def _products(sizes: Sizes, device: torch.device, precision: str) -> Iterator[Case]:
     """One layer's products at one row, and at more rows for one precision per kernel."""
     model, quant = sizes.model, PRECISIONS[precision]
-    if precision == "smooth_quant":
-        return  # the same product as with a scale per token; the cases of the norms have both
+    if precision in ("smooth_quant", "fp8_per_token"):
+        return  # the same products as with the other scales of tokens; the cases of the norms have both
     names = [name for name in matrices(model) if name != "head" or quant.weights == "none"]
     for rows in sizes.rows if precision != "bfloat16" else sizes.rows[:1]:
         for name in names:
@@ -165,6 +166,7 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         "to int8, a scale per token": (Int8PerToken(), NEIGHBOUR),
         "to int8, one scale": (StaticScale(torch.int8, static), NEIGHBOUR),
         "to e4m3": (StaticScale(torch.float8_e4m3fn, static), NEIGHBOUR),
+        "to e4m3, a scale per token": (E4m3PerToken(), NEIGHBOUR),
         "to int16": (Int16(), INT16_STEPS + ROUNDED[torch.float16]),
     }
 
@@ -194,6 +196,8 @@ def _rounded(x: Tensor, form: Form) -> Tensor:
     match form:
         case Int8PerToken():
             scale, dtype = scale_for(x.abs().amax(-1, keepdim=True), torch.int8), torch.int8
+        case E4m3PerToken():
+            scale, dtype = token_scale(x), torch.float8_e4m3fn
         case StaticScale(dtype, scale):
             pass
         case _:

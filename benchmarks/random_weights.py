@@ -32,6 +32,7 @@ PRECISIONS = {
     "smooth_quant": QuantConfig("smooth_quant", per_channel=True),
     "smooth_quant_per_token": QuantConfig("smooth_quant", per_channel=True, per_token=True),
     "fp8": QuantConfig("fp8"),
+    "fp8_per_token": QuantConfig("fp8", per_channel=True, per_token=True),
 }
 INT8_DEVIATION = 73.3  # standard deviation of uniform integers in [-127, 127]
 INT4_DEVIATION = 4.6  # standard deviation of uniform integers in [-8, 7]
@@ -104,7 +105,8 @@ class RandomWeights:
                 )
             case "fp8":
                 weight = self._normal(shape, 16.0).to(torch.float8_e4m3fn)
-                return Fp8Weight(weight, self._full(out_features, deviation / 16), self._full(1, 0.02))
+                input_scale = None if self.quant.per_token else self._full(1, 0.02)
+                return Fp8Weight(weight, self._full(out_features, deviation / 16), input_scale)
         raise ValueError(self.quant.weights)
 
     def _dense(self, out_features: int, in_features: int) -> DenseWeight:

@@ -100,6 +100,8 @@ def cases(shape):
     scale = torch.full((shape[0],), 0.001)
     fp8 = quantise(matrix, scale[:, None], torch.float8_e4m3fn)
     yield "fp8", Fp8Weight(fp8, scale, torch.tensor([0.02])), fp8.double() * 0.001
+    scale = torch.rand(shape[0], generator=torch.Generator().manual_seed(9)) / 500 + 0.001
+    yield "fp8 per token and channel", Fp8Weight(fp8, scale), fp8.double() * scale.double()[:, None]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -108,13 +110,21 @@ def test_products_are_float64_within_their_bound(shape, tokens):
     compare(kernels(), shape, tokens)
 
 
+def fp8_input_scale(x, weight):
+    """The weight's own, or the least power of two that leaves each token below e4m3's largest number."""
+    if weight.input_scale is not None:
+        return weight.input_scale
+    return 2.0 ** (x.double().abs().amax(1, keepdim=True) / 448).log2().ceil()
+
+
 def compare(functions, shape, tokens):
     for name, weight, dense in cases(shape):
         for x_dtype in FLOATS:
             x = normal(tokens, shape[1], seed=5).to(x_dtype)
             seen = x.double()
             if isinstance(weight, Fp8Weight):
-                seen = quantise(x, weight.input_scale, torch.float8_e4m3fn).double() * weight.input_scale.double()
+                input_scale = fp8_input_scale(x, weight)
+                seen = quantise(x, input_scale, torch.float8_e4m3fn).double() * input_scale.double()
             exact = seen @ dense.T
             for out_dtype in {x_dtype, torch.float32}:
                 y = functions.product(x, matrix_of(weight), out_dtype)

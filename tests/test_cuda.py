@@ -58,6 +58,7 @@ QUANTS = {
     "int4, int8 cache": QuantConfig("int4", group_size=64, kv_cache="int8"),
     "smooth_quant, fp8 cache": QuantConfig("smooth_quant", per_token=True, kv_cache="fp8"),
     "fp8": QuantConfig("fp8"),
+    "fp8 per token": QuantConfig("fp8", per_token=True, per_channel=True),
 }
 
 

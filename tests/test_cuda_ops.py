@@ -26,6 +26,7 @@ QUANTS = {
     "smooth_quant": (QuantConfig("smooth_quant"), ROUNDED_INPUTS),
     "smooth_quant per token": (QuantConfig("smooth_quant", per_token=True), ROUNDED_INPUTS),
     "fp8": (QuantConfig("fp8"), ROUNDED_INPUTS),
+    "fp8 per token": (QuantConfig("fp8", per_token=True, per_channel=True), ROUNDED_INPUTS),
     "int8 cache": (QuantConfig(kv_cache="int8"), ROUNDED_INPUTS),
 }
 HALF = {"int8": 5e-3, "int4": 5e-3, "int4 in groups": 5e-3}  # a few roundings of 2^-11

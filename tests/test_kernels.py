@@ -24,6 +24,7 @@ from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import (
     PLAIN,
     Deinterleaved,
+    E4m3PerToken,
     Int8PerToken,
     Int16,
     Operand,
@@ -36,6 +37,7 @@ from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.spec import GemvBlock
 from baichuan.kernels.tiles import Tile
 from baichuan.model import position
+from baichuan.quant.fp8 import token_scale
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
@@ -70,17 +72,38 @@ def test_add_rms_norm(dtype, with_residual):
     assert normed.scale is None
 
 
-@pytest.mark.parametrize("dtype, static", [(torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)])
+@pytest.mark.parametrize("dtype, static", [(d, s) for d in (torch.int8, torch.float8_e4m3fn) for s in (True, False)])
 def test_add_rms_norm_quantises_the_very_numbers_it_would_have_returned(dtype, static):
     x, residual, weight = normal(6, 256), normal(6, 256, seed=1), normal(256, seed=2)
     given = torch.tensor([0.02], device=DEVICE)
     normed, total = add_rms_norm(x, residual, weight, EPS)
-    form = StaticScale(dtype, given) if static else Int8PerToken()
+    int8 = dtype == torch.int8
+    form = StaticScale(dtype, given) if static else Int8PerToken() if int8 else E4m3PerToken()
     quantised, quantised_total = add_rms_norm(x, residual, weight, EPS, form)
-    expected_scale = given if static else scale_for(normed.values.float().abs().amax(-1), torch.int8)
+    values = normed.values.float()
+    per_token = scale_for(values.abs().amax(-1), torch.int8) if int8 else token_scale(values).view(-1)
+    expected_scale = given if static else per_token
     assert torch.equal(quantised.scale, expected_scale)
     assert torch.equal(total, quantised_total)
     assert torch.equal(quantised.values.float(), quantise(normed.values, expected_scale.view(-1, 1), dtype).float())
+
+
+def test_tokens_in_e4m3_have_powers_of_two_as_scales():
+    """Rows whose largest is at, above and below 448 times a power of two, rows of zeros and of tiny numbers."""
+    largest = torch.tensor([448, 448.25, 447.75, 3.5, 3.53125, 1e-3, 0, 1e-35, 60000], device=DEVICE)
+    x = normal(9, 96, dtype=torch.float32).clamp(-3, 3) / 4 * largest[:, None]
+    x[:, 5] = -largest
+    quantised = quantise_rows(x, E4m3PerToken())
+    exact = 2.0 ** (largest.double() / 448).log2().ceil()
+    assert quantised.scale.double()[[0, 1, 2, 3, 4, 5, 8]].equal(exact[[0, 1, 2, 3, 4, 5, 8]])
+    assert quantised.scale[:5].tolist() == [1, 2, 1, 2.0**-7, 2.0**-6]
+    assert torch.equal(quantised.scale[:, None], token_scale(x))
+    assert torch.equal(quantised.values.float(), quantise(x, token_scale(x), torch.float8_e4m3fn).float())
+    halves = quantise_rows(x[:, 48:].contiguous(), E4m3PerToken())  # as another rank, with other scales, would
+    whole = (quantised.values.float() * quantised.scale[:, None])[:, 48:]
+    seen = whole.abs() >= 2.0**-6 * quantised.scale[:, None]
+    assert torch.equal((halves.values.float() * halves.scale[:, None])[seen], whole[seen])
+    assert not torch.equal(halves.scale, quantised.scale)
 
 
 @pytest.mark.parametrize("smooth", [True, False])
@@ -195,6 +218,9 @@ def test_silu_mul(dtype):
     smoother = normal(150, seed=1, dtype=torch.float32).abs() + 0.1
     quantised = silu_mul(gate_up, Int8PerToken(smoother))
     assert torch.equal(quantised.values, quantise(result.float() / smoother, quantised.scale[:, None], torch.int8))
+    e4m3, scale = silu_mul(gate_up, E4m3PerToken()).scaled
+    assert torch.equal(scale[:, None], token_scale(result))
+    assert torch.equal(e4m3.float(), quantise(result, scale[:, None], torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -336,10 +362,13 @@ def test_gemm_of_int16(tile):
 def test_gemm_fp8(rows, tile):
     x = normal(rows, 96, dtype=torch.float32).to(torch.float8_e4m3fn)
     weight = normal(40, 96, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
-    scale, x_scale = torch.rand(40, device=DEVICE), torch.rand(1, device=DEVICE)
-    expected = x.double() @ weight.double().T * scale.double() * x_scale.double()
-    operand = Operand(StaticScale(x.dtype, x_scale), x, x_scale)
-    assert relative_error(gemm(operand, weight, scale, torch.float16, tile), expected) < ROUNDED
+    scale = torch.rand(40, device=DEVICE)
+    for x_scale in (torch.rand(1, device=DEVICE), torch.rand(rows, device=DEVICE)):
+        expected = x.double() @ weight.double().T * scale.double() * x_scale.double().view(-1, 1)
+        operand = Operand(StaticScale(x.dtype, x_scale), x, x_scale)
+        y = gemm(operand, weight, scale, torch.float16, tile)
+        assert relative_error(y, expected) < ROUNDED
+        assert relative_error(y, expected.roll(1, 1)) > 0.1, "the control: another channel's scale"
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96

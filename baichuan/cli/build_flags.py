@@ -151,10 +151,10 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
         "--use_smooth_quant", action="store_true", help="INT8 weights and activations; needs --bin_model_dir"
     )
     group.add_argument(
-        "--per_token", "--per-token", action="store_true", help="SmoothQuant: one activation scale per token"
+        "--per_token", "--per-token", action="store_true", help="SmoothQuant, FP8: one activation scale per token"
     )
     group.add_argument(
-        "--per_channel", "--per-channel", action="store_true", help="SmoothQuant: one weight scale per output channel"
+        "--per_channel", "--per-channel", action="store_true", help="SmoothQuant, FP8: one weight scale per channel"
     )
     group.add_argument("--int8_kv_cache", action="store_true", help="INT8 KV cache; needs --bin_model_dir")
     group.add_argument("--enable_fp8", action="store_true", help="FP8 (e4m3) weights and activations")

@@ -46,6 +46,11 @@ class Int8PerToken:
 
 
 @dataclass(frozen=True)
+class E4m3PerToken:
+    """e4m3 with a scale for each token, a power of two (quant/fp8.py)."""
+
+
+@dataclass(frozen=True)
 class StaticScale:
     """8-bit numbers of x / smoother with a scale that is known before."""
 
@@ -54,7 +59,8 @@ class StaticScale:
     smoother: Tensor | None = None  # [in_features] float32
 
 
-Form = Plain | Deinterleaved | Int16 | Int8PerToken | StaticScale
+Form = Plain | Deinterleaved | Int16 | Int8PerToken | E4m3PerToken | StaticScale
+WHOLE_ROWS = (Int16, Int8PerToken, E4m3PerToken)  # the forms whose scale needs the maximum of a row
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class Operand:
                 return Operand(form, values, x.new_empty(numbers, dtype=torch.float32))
             case Int8PerToken():
                 values = x.new_empty(num_tokens, width, dtype=torch.int8)
+            case E4m3PerToken():
+                values = x.new_empty(num_tokens, width, dtype=torch.float8_e4m3fn)
             case StaticScale(dtype, scale):
                 return Operand(form, x.new_empty(num_tokens, width, dtype=dtype), scale)
         return Operand(form, values, x.new_empty(num_tokens, dtype=torch.float32))

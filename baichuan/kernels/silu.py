@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Int16, Operand, smoother_of
+from baichuan.kernels.operand import PLAIN, WHOLE_ROWS, Form, Operand, smoother_of
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.kernels.store_row import divide, form_constant, load_smoother, store_row
@@ -58,7 +58,7 @@ def silu_mul(gate_up: Tensor, form: Form = PLAIN) -> Operand:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out, smoother = Operand.allocate(form, gate_up, num_tokens, width), smoother_of(form)
     block = next_power_of_2(width)
-    if not isinstance(form, Int8PerToken | Int16):  # whose scale needs the maximum of the whole row
+    if not isinstance(form, WHOLE_ROWS):
         block = min(block, 2048)
     scale = gate_up if out.scale is None else out.scale
     SILU_MUL.launch(

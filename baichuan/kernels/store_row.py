@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, Plain, StaticScale
+from baichuan.kernels.operand import Deinterleaved, E4m3PerToken, Form, Int8PerToken, Int16, Plain, StaticScale
 from baichuan.kernels.primitives import INTERPRETED
 
 # What the kernels' constant FORM can be: operand.py's forms as numbers.
@@ -15,6 +15,7 @@ STATIC_SCALE = tl.constexpr(2)
 INT8_PER_TOKEN = tl.constexpr(3)
 INT16 = tl.constexpr(4)
 INT16_DEINTERLEAVED = tl.constexpr(5)
+E4M3_PER_TOKEN = tl.constexpr(6)
 INT16_WITH_SUMS = tl.constexpr(1 << 20)  # deinterleaved; plus the channels of a sum, where that is a power of two
 INT16_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127: the largest number whose two bytes are both at most 127
 
@@ -30,6 +31,8 @@ def form_constant(form: Form) -> tl.constexpr:
             return STATIC_SCALE
         case Int8PerToken():
             return INT8_PER_TOKEN
+        case E4m3PerToken():
+            return E4M3_PER_TOKEN
         case Int16(deinterleaved, sums):
             assert deinterleaved or not sums
             if sums:
@@ -82,6 +85,14 @@ def quantise(x, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(largest):
+    """quant/fp8.py's scale of a token whose largest magnitude this is, from its bits."""
+    # 448 is 1.75 * 2^8.  The addition carries into the exponent where the mantissa is larger than 1.75.
+    exponent = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23
+    return (tl.maximum(exponent - 8, 27) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _round_to_e4m3(x):
     """x rounded to even at three mantissa bits: the interpreter's own rounding loses the carry into the exponent."""
     bits = x.to(tl.int32, bitcast=True)
@@ -130,6 +141,7 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
         DEINTERLEAVED   0.5  0.25 -1.0   1.0
         STATIC_SCALE     50  -100   25   100            scale 0.01
         INT8_PER_TOKEN   64  -127   32   127            out_scale 1 / 127
+        E4M3_PER_TOKEN  128  -256   64   256            out_scale 1 / 256
         INT16            64  -127   32   127  (high)    out_scale 1 / 32639
                         -64  -127  -32   127  (low)     0.5 is 16320 = 256 * 64 - 64
     """
@@ -157,6 +169,9 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
         if FORM == INT8_PER_TOKEN:
             largest = tl.max(tl.abs(x), 0)
             s = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
+            tl.store(out_scale + row, s)
+        elif FORM == E4M3_PER_TOKEN:
+            s = power_of_two(tl.max(tl.abs(x), 0))
             tl.store(out_scale + row, s)
         else:
             s = tl.load(scale + (row if ROW_SCALES else 0))

@@ -10,7 +10,7 @@ from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.quant.scaled import LIMITS
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.binary.fp8_scales import MODULES, LayerScales
-from baichuan.weights.converters import cast, fp8
+from baichuan.weights.converters import cast, fp8, fp8_per_tensor
 from baichuan.weights.rank_tensors import (
     LinearConverters,
     LinearTensors,
@@ -55,12 +55,19 @@ def from_fp8_scales(
 ) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors with e4m3 weights and activations, or only an FP8 KV cache.
 
-    scales: one entry per layer, with one weight scale per projection (q, k, v, gate, up, ...).
+    scales: one entry per layer, with one weight scale per projection (q, k, v, gate, up, ...); of them those are used
+    that quant.per_token and quant.per_channel leave.
     """
 
+    by_channel = fp8(quant, getattr(torch, config.dtype))
+
     def converters(layer: int, name: str) -> LinearConverters:
-        projections = [fp8(scales[layer].weights[module]) for module in MODULES[name]]
-        return LinearConverters(projections, {"input_scale": torch.tensor([scales[layer].input_scale(name)])})
+        of_layer = scales[layer]
+        projections = [
+            by_channel if quant.per_channel else fp8_per_tensor(of_layer.weights[module]) for module in MODULES[name]
+        ]
+        constants = {} if quant.per_token else {"input_scale": torch.tensor([of_layer.input_scale(name)])}
+        return LinearConverters(projections, constants)
 
     tensors = from_checkpoint(checkpoint, config, quant, rank, tp_size, converters if quant.weights == "fp8" else None)
     if quant.kv_cache == "none":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from baichuan.config import QuantConfig
+from baichuan.quant.fp8 import E4M3, quantise_channels
 from baichuan.quant.scaled import quantise
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
 
@@ -48,11 +49,21 @@ def int4(quant: QuantConfig, dtype: torch.dtype) -> Converter:
     return convert
 
 
-def fp8(scale: float) -> Converter:
+def fp8(quant: QuantConfig, dtype: torch.dtype) -> Converter:
+    """Fields of records.Fp8Weight with scales per channel, and per token."""
+
+    def convert(rows: Tensor) -> dict[str, Tensor]:
+        weight, scale = quantise_channels(rows)
+        return {"weight": weight, "scale": scale}
+
+    return convert
+
+
+def fp8_per_tensor(scale: float) -> Converter:
     """Fields of records.Fp8Weight except input_scale.  scale: the calibrated weight scale of the rows' projection."""
     factor = torch.tensor(scale)
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
-        return {"weight": quantise(rows, factor, torch.float8_e4m3fn), "scale": factor.expand(len(rows))}
+        return {"weight": quantise(rows, factor, E4M3), "scale": factor.expand(len(rows))}
 
     return convert

@@ -65,9 +65,16 @@ TYPES = {  # by config.QuantConfig.weights
     "int8": WeightType(Int8Weight, "INT8 weight-only", _products("int8"), INT8, converters.int8),
     "int4": WeightType(Int4Weight, "INT4 weight-only", _products("int4"), converter=converters.int4),
     "smooth_quant": WeightType(SmoothQuantWeight, "SmoothQuant", _products("smooth_quant"), INT8),
-    "fp8": WeightType(Fp8Weight, "FP8", _products("fp8"), FP8),
+    "fp8": WeightType(Fp8Weight, "FP8", _products("fp8"), FP8, converters.fp8),
 }
 _BY_RECORD = {each.record: each for each in TYPES.values()}
+
+
+def needs_calibration(quant: QuantConfig) -> bool:
+    """Whether the weights need scales, or integers, that are found on texts."""
+    if quant.weights == "fp8":
+        return not (quant.per_token and quant.per_channel)
+    return TYPES[quant.weights].converter is None
 
 
 def converter_of(weights: str, quant: QuantConfig, dtype: torch.dtype) -> Converter:

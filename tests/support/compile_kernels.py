@@ -34,6 +34,7 @@ QUANTS = {
     "int4 with zeros": QuantConfig("int4", group_size=128, zero_points=True),
     "smooth_quant": QuantConfig("smooth_quant", per_token=True, per_channel=True),
     "fp8": QuantConfig("fp8"),
+    "fp8 per token": QuantConfig("fp8", per_token=True, per_channel=True),
 }
 ROWS = (1, 3, 10, 20, 40, 100, 300)
 CAPACITY = 32
@@ -90,13 +91,21 @@ def main(capability: int, shared_memory: int) -> None:
     for version in ("v1_7b", "v2_13b"):
         for quant in QUANTS.values():
             if capability < 89:  # such GPUs have no FP8
-                quant = replace(quant, weights=quant.weights.replace("fp8", "none"), kv_cache="none")
+                if quant.weights == "fp8":
+                    continue
+                quant = replace(quant, kv_cache="none")
             for rows in ROWS:
                 run(version, quant, rows)
     for rows in ROWS:
         run("v2_13b", QUANTS["int4 in groups"], rows, "bfloat16")
     for rows, ranks in ((1, 2), (40, 4)):
-        for quant in ("float16", "int8", "int4", "smooth_quant", *(["fp8"] if capability >= 89 else [])):
+        for quant in (
+            "float16",
+            "int8",
+            "int4",
+            "smooth_quant",
+            *(("fp8", "fp8 per token") if capability >= 89 else ()),
+        ):
             run("v2_13b", QUANTS[quant], rows, ranks=ranks)
 
 

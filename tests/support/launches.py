@@ -40,6 +40,7 @@ QUANTS = {
     "smooth_quant": QuantConfig("smooth_quant", per_channel=True),
     "smooth_quant per token": QuantConfig("smooth_quant", per_token=True, per_channel=True),
     "fp8": QuantConfig("fp8"),
+    "fp8 per token": QuantConfig("fp8", per_token=True, per_channel=True),
 }
 STEPS = {"decode 1": (1, 1), "decode 8": (8, 1), "decode 64": (64, 1), "prefill 1 x 300": (1, 300)}
 CASES = [

@@ -139,13 +139,14 @@ def weights(kind, out_features=48, in_features=64, seed=3, dtype=torch.float32):
         return Int4Weight(packed, scale, zero), lambda x: x @ dense.T
     smoother = (normal(in_features, seed=4).abs() + 0.5) if "smoother" in kind else None
     static = torch.tensor([0.02]) if "static" in kind or kind == "fp8" else None
-    if kind == "fp8":
-        scale = torch.full((out_features,), 0.001)
-        q = (matrix / 0.001).clamp(-448, 448).to(torch.float8_e4m3fn)
+    if kind.startswith("fp8"):
+        scale = matrix.abs().amax(1) / 448 if "token" in kind else torch.full((out_features,), 0.001)
+        q = (matrix / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
 
         def fp8(x):
-            x8 = (x / 0.02).clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
-            return (x8 @ q.double().T) * 0.02 * 0.001
+            s = 2.0 ** (x.abs().amax(1, keepdim=True) / 448).log2().ceil() if static is None else static.double()
+            x8 = (x / s).clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
+            return (x8 @ q.double().T) * s * scale.double()
 
         return Fp8Weight(q, scale, static), fp8
     q, scale = quantise_int8(matrix)
@@ -250,6 +251,7 @@ KINDS = {
     "smooth_quant static": NEIGHBOUR,
     "smooth_quant smoother": NEIGHBOUR,
     "fp8": 0.05,  # e4m3 has 3 bits
+    "fp8 per token and channel": 0.05,
 }
 HALF_KINDS = ("dense", "int8", "int4", "int4 group", "int4 group zero")
 CASES = [

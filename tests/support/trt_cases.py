@@ -46,6 +46,7 @@ QUANTS = {
     "int4-g32-lm_head": QuantConfig("int4", group_size=32, quantize_lm_head=True),
     **SMOOTH,
     "fp8": QuantConfig("fp8"),
+    "fp8-per_token-per_channel": QuantConfig("fp8", per_token=True, per_channel=True),
     "kv_int8": QuantConfig(kv_cache="int8"),
     "kv_fp8": QuantConfig(kv_cache="fp8"),
     "int8-kv_int8": QuantConfig("int8", kv_cache="int8"),

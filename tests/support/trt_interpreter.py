@@ -113,7 +113,7 @@ class Interpreter:
         return operations[layer.op.name](*(each.float() if each.is_floating_point() else each for each in (a, b)))
 
     def unary(self, layer, x):
-        return {"SQRT": torch.sqrt, "ABS": torch.abs}[layer.op.name](x.float())
+        return getattr(torch, layer.op.name.lower())(x.float())  # ABS, CEIL, EXP, LOG, SQRT
 
     def activation(self, layer, x):
         assert trt_name(layer, self.trt) == "SIGMOID"

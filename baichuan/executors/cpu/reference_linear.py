@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from baichuan.parallel.comm import Communicator
+from baichuan.quant.fp8 import token_scale
 from baichuan.quant.scaled import quantise
 from baichuan.quant.smoothquant import int8_matmul, quantise_input
 from baichuan.quant.weight_only import dequantise
@@ -56,9 +57,10 @@ def smooth_quant(x: Tensor, weight: SmoothQuantWeight, out_dtype: torch.dtype, c
 
 
 def fp8(x: Tensor, weight: Fp8Weight, out_dtype: torch.dtype, comm: Communicator) -> Tensor:
-    x8 = quantise(x.float(), weight.input_scale, weight.weight.dtype)
+    input_scale = token_scale(x) if weight.input_scale is None else weight.input_scale
+    x8 = quantise(x.float(), input_scale, weight.weight.dtype)
     y = _by_blocks(x8, weight.shape, _copy_of(weight.weight), torch.float32)
-    return (y * weight.input_scale * weight.scale).to(out_dtype)
+    return (y * input_scale * weight.scale).to(out_dtype)
 
 
 def _own_gemv(x: Tensor, w: Tensor) -> Tensor:

@@ -24,7 +24,16 @@ from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import BYTE_CHANNELS, NIBBLE_CHANNELS, gemv_int
-from baichuan.kernels.operand import Deinterleaved, Form, Int8PerToken, Int16, Operand, Plain, StaticScale
+from baichuan.kernels.operand import (
+    Deinterleaved,
+    E4m3PerToken,
+    Form,
+    Int8PerToken,
+    Int16,
+    Operand,
+    Plain,
+    StaticScale,
+)
 from baichuan.kernels.peers import Slots
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
@@ -130,10 +139,14 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
 
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
     """On the tensor cores even for one token, which measures faster than a GEMV."""
-    q, scale, form = weight.weight, weight.scale, StaticScale(weight.weight.dtype, weight.input_scale)
+    q, scale, form = weight.weight, weight.scale, _fp8_form(weight)
     if choice.own_kernels:
         return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
     return LinearKernel(form, lambda x, out_dtype: fp8_product(*x.scaled, q, scale, out_dtype))
+
+
+def _fp8_form(weight: Fp8Weight) -> Form:
+    return E4m3PerToken() if weight.input_scale is None else StaticScale(weight.weight.dtype, weight.input_scale)
 
 
 def _integer_gemv(form: Form, stored: Tensor, scale: Tensor, zero: Tensor | None = None) -> LinearKernel:

@@ -35,11 +35,12 @@ def int8_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_
 def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """(x @ weightᵀ) * x_scale * scale for e4m3 matrices.
 
-    x: [num_tokens, in_features]; x_scale: [1]; weight: [out_features, in_features]; scale: [out_features]
+    x: [num_tokens, in_features]; x_scale: [1] or [num_tokens]; weight: [out_features, in_features];
+    scale: [out_features]
     """
     if x.shape[1] % 16 or weight.shape[0] % 16:  # what cuBLASLt asks for
         total = x.float() @ weight.float().t()
     else:
         one = torch.ones((), device=x.device)
         total = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
-    return (total * (x_scale * scale)).to(out_dtype)
+    return (total * x_scale.view(-1, 1) * scale).to(out_dtype)

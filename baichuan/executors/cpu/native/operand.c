@@ -4,14 +4,14 @@
 #define LIMIT8    127.0f
 #define LIMIT_FP8 448.0f
 
-/* LANES channels from i on: SmoothQuant divides them by their smoothers, FP8 rounds them to e4m3. */
+/* LANES channels from i on: SmoothQuant divides them by their smoothers. */
 static vf transformed(const struct matrix *w, const struct rows *x, const void *row, size_t i) {
     vf v = load_part(x->type, row, i, w->in);
     if (w->smoother) {
         vf smoother = load_part(F32, w->smoother, i, w->in);
         return v / (vf)((vi)smoother | ((vi)splat(1) & (smoother == 0))); /* no division by 0 after the last channel */
     }
-    return w->type == FP8 ? to_e4m3(clamp(v / *w->input_scale, LIMIT_FP8)) : v;
+    return v;
 }
 
 /* integers = round(x / scale), in place; returns the scale: *given, or max|x| / 127 without one. */
@@ -23,6 +23,26 @@ static float to_integers(float *x, size_t n, const float *given) {
     for (size_t i = 0; i < n; i += LANES) {
         vf integers = nearest(clamp(LOAD(vf, x + i) / scale, LIMIT8));
         memcpy(x + i, &integers, sizeof integers);
+    }
+    return scale;
+}
+
+/* The least power of two that is at least x / 448, and at least 2^-100; quant/fp8.py says why. */
+static float power_of_two(float x) {
+    int exponent;
+    float mantissa = frexpf(x, &exponent);
+    exponent += mantissa > LIMIT_FP8 / 512 ? -8 : -9;
+    return ldexpf(1, mantissa > 0 && exponent > -100 ? exponent : -100);
+}
+
+/* x / scale rounded to e4m3, in place; returns the scale: *given, or the power of two for max|x| without one. */
+static float to_fp8(float *x, size_t n, const float *given) {
+    vf found = {0};
+    for (size_t i = 0; i < n; i += LANES) found = larger(found, absolute(LOAD(vf, x + i)));
+    float scale = given ? *given : power_of_two(largest(found));
+    for (size_t i = 0; i < n; i += LANES) {
+        vf numbers = to_e4m3(clamp(LOAD(vf, x + i) / scale, LIMIT_FP8));
+        memcpy(x + i, &numbers, sizeof numbers);
     }
     return scale;
 }
@@ -50,6 +70,7 @@ void prepare_token(const struct matrix *w, const struct rows *x, const float *sc
         const float *given = w->input_scale ? w->input_scale : scales ? scales + token : NULL;
         to->scales[token] = to_integers(floats, to->stride, given);
     }
+    if (w->type == FP8) to->scales[token] = to_fp8(floats, to->stride, w->input_scale);
     if (w->type == INT4) split_even_odd(floats, to->stride);
 }
 

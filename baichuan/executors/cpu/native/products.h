@@ -7,7 +7,7 @@ struct matrix {
     const void *data;
     const void *scale;        /* [out, groups] of scale_type; NULL for F32, F16 and BF16 */
     const int8_t *zero;       /* [out, groups], with INT4 that is not symmetric, else NULL */
-    const float *input_scale; /* [1], with FP8 and static SmoothQuant, else NULL */
+    const float *input_scale; /* [1], with static FP8 and SmoothQuant, else NULL */
     const float *smoother;    /* [in], with SmoothQuant, else NULL */
     int64_t out, in, groups;
     int32_t type, scale_type;
@@ -22,7 +22,8 @@ struct rows {
 };
 
 /* Activations as a matrix needs them, in floats: [tokens, stride], zeros after the last channel.
-   INT4: in each STEP the even channels come before the odd ones.  SmoothQuant: integers, and a scale per token. */
+   INT4: in each STEP the even channels come before the odd ones.  SmoothQuant: integers, FP8: numbers of e4m3, and a
+   scale per token. */
 struct operand {
     float *floats;
     float *scales;
@@ -35,7 +36,7 @@ INLINE size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / mul
 
 /* A sum is multiplied by the token's scale, then by the row's; INT4's scales are in the sum already. */
 INLINE float operand_scale(const struct matrix *w, const struct operand *x, size_t token) {
-    return w->w8a8 ? x->scales[token] : w->type == FP8 ? *w->input_scale : 1;
+    return w->w8a8 || w->type == FP8 ? x->scales[token] : 1;
 }
 
 INLINE float row_scale(const struct matrix *w, size_t row) {
