@@ -9,7 +9,7 @@ from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError
 from baichuan.weights.binary.fp8_scales import LayerScales, read_fp8_scales, write_fp8_scales
 from baichuan.weights.calibrated import from_fp8_scales
-from baichuan.weights.rank_tensors import in_memory
+from baichuan.weights.rank_tensors import from_checkpoint, in_memory
 
 MODULES = ["attention:qkv:q", "attention:qkv:k", "attention:qkv:v", "attention:dense", "mlp:fc", "mlp:gate", "mlp:proj"]
 
@@ -97,3 +97,21 @@ def test_each_module_keeps_its_own_weight_scale_at_every_tp_size(tmp_path, tp_si
         assert torch.equal(q[inside], (w / expected[:, None]).to(torch.float8_e4m3fn).float()[inside])
         assert inside.float().mean() > 0.3 and (q.abs() <= 448).all()
     assert all(torch.equal(rank["layers.1.down_proj.input_scale"], torch.tensor([1.07])) for rank in ranks)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_channels_have_scales_of_their_own_and_need_no_file(tp_size):
+    quant = QuantConfig("fp8", per_token=True, per_channel=True)
+    ranks = [
+        in_memory(from_checkpoint(make_checkpoint(ROTARY), ROTARY, quant, rank, tp_size)) for rank in range(tp_size)
+    ]
+    assert not any(name.endswith("input_scale") for name in ranks[0])
+    w = torch.from_numpy(make_tensors(ROTARY)["model.layers.1.mlp.down_proj.weight"]).double()
+    scale = w.abs().amax(1) / 448
+    for rank in ranks:  # every rank has whole rows' scales
+        torch.testing.assert_close(rank["layers.1.down_proj.scale"].double(), scale, rtol=1e-6, atol=0)
+    stored = torch.cat([rank["layers.1.down_proj.weight"].float() for rank in ranks], 1).double()
+    error = (stored * scale[:, None] - w).abs()
+    assert (error <= w.abs() * 2**-4 + scale[:, None] * 2**-10).all(), "half a step of three bits of mantissa"
+    assert not (error <= w.abs() * 2**-5).all(), "the control: a bit more"
+    assert (stored.abs().amax(1) == 448).all()

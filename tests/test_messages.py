@@ -173,6 +173,7 @@ def test_what_is_no_binary_folder_is_recognised(binary, capsys):
         ("-kv", ["--use_weight_only"], "and the engine is quantised to int8 alone; add --int8_kv_cache"),
         ("-kv", ["--int8_kv_cache"], None),
         ("-kv", ["--enable_fp8"], None),
+        ("-kv", ["--enable_fp8", "--per_token", "--per_channel"], "and the engine is quantised to fp8 alone; add"),
         ("-sq", [], "was calibrated for SmoothQuant and the engine is not quantised; add --use_smooth_quant"),
         ("-sq", ["--use_smooth_quant"], None),
     ],

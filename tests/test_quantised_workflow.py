@@ -95,6 +95,7 @@ def self_check_kl(messages):
         (["--use_weight_only"], 0.03),
         (["--use_weight_only", "--weight_only_precision", "int8", "--quantize_lm_head"], 0.03),
         (["--use_weight_only", "--weight_only_precision", "int4", "--weight_only_group_size", "32"], 1.0),
+        (["--enable_fp8", "--per_token", "--per_channel"], 0.5),
     ],
 )
 def test_weight_only_from_the_checkpoint(workflow, capsys, flags, bound):
@@ -110,6 +111,8 @@ def test_weight_only_from_the_checkpoint(workflow, capsys, flags, bound):
         (["--int8_kv_cache", "--use_weight_only"], 0.04),
         ([], 0.001),
         (["--enable_fp8", "--fp8_kv_cache"], 0.5),
+        (["--enable_fp8", "--per_channel"], 0.5),
+        (["--enable_fp8", "--per_token", "--int8_kv_cache"], 0.5),
     ],
 )
 def test_from_a_folder_with_kv_scales(workflow, kv_folder, capsys, flags, bound):

@@ -219,6 +219,11 @@ BUILD_ERRORS = [
     (["--int8_kv_cache", "--fp8_kv_cache"], "exclude each other"),
     (["--enable_fp8", "--use_weight_only"], "exclude each other"),
     (["--quantized_fp8_model_path", "x.npz"], "--quantized_fp8_model_path needs"),
+    (
+        ["--enable_fp8", "--per_token", "--per_channel", "--quantized_fp8_model_path", "x.npz"],
+        "--quantized_fp8_model_path is not used",
+    ),
+    (["--enable_fp8", "--per_token"], "FP8 needs calibrated scales"),
     (["--enable_fp8", "--quantized_fp8_model_path", "/nowhere.npz"], "/nowhere.npz"),
     (["--enable_fp8", "--quantized_fp8_model_path", ""], "quantized_fp8_model_path"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),

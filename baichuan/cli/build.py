@@ -33,6 +33,7 @@ from baichuan.weights.hub.checkpoint import resolve_folder
 from baichuan.weights.hub.config_json import read_format
 from baichuan.weights.hub.version import require_tokenizer
 from baichuan.weights.imported.formats import Format
+from baichuan.weights.types import needs_calibration
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def say_calibration(folder: Path, quant: QuantConfig) -> None:
         )
     elif smoothed and quant.weights != "smooth_quant":
         made_for, flags = "SmoothQuant", "--use_smooth_quant"
-    elif not smoothed and quant.kv_cache == "none" and quant.weights != "fp8":
+    elif not smoothed and quant.kv_cache == "none" and not needs_calibration(quant):
         made_for, flags = "an 8-bit KV cache or FP8", "--int8_kv_cache, --fp8_kv_cache or --enable_fp8"
     else:
         return

@@ -98,6 +98,11 @@ def quant_config(args: argparse.Namespace, model: ModelConfig, found: WeightOnly
         raise ConfigError(f"--weight_only_precision {args.weight_only_precision} needs --use_weight_only; add it")
     if args.quantized_fp8_model_path and not (args.model_dir and (args.enable_fp8 or args.fp8_kv_cache)):
         raise ConfigError("--quantized_fp8_model_path needs --model_dir, and --enable_fp8 or --fp8_kv_cache; add them")
+    if args.quantized_fp8_model_path and args.per_token and args.per_channel and not args.fp8_kv_cache:
+        raise ConfigError(
+            "--quantized_fp8_model_path is not used: FP8 with --per_token and --per_channel needs no scales; "
+            "leave it out"
+        )
     if args.int8_kv_cache and args.fp8_kv_cache:
         raise ConfigError("--int8_kv_cache and --fp8_kv_cache exclude each other; choose one")
     weights = kinds[chosen[0]] if chosen else "none"

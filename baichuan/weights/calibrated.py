@@ -24,6 +24,7 @@ from baichuan.weights.rank_tensors import (
 )
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource, known
+from baichuan.weights.types import needs_calibration
 
 
 def from_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[TensorBlocks]:
@@ -36,7 +37,7 @@ def from_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[Ten
     form = folder.calibrated(quant)
     rank_alone = quant.weights in ("none", "smooth_quant")
     folder.check(quant, range(rank, rank + 1) if rank_alone else range(tp_size))
-    if quant.weights == "fp8":
+    if quant.weights == "fp8" and needs_calibration(quant):
         return from_fp8_scales(folder.checkpoint(), config, quant, folder.fp8_scales(), rank, tp_size)
     if form:
         linears = _calibrated_linears(folder, quant, form, rank)
