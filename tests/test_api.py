@@ -18,7 +18,7 @@ import build
 from baichuan import LLM, SamplingConfig
 from baichuan.api.ranks import Ranks
 from baichuan.api.traffic import Traffic
-from baichuan.errors import BaichuanError, ConfigError
+from baichuan.errors import BaichuanError, ConfigError, UnsupportedError
 from baichuan.parallel.comm import run_ranks
 from baichuan.text.chat import build_chat_prompt
 
@@ -136,6 +136,8 @@ def test_stop_texts_end_a_text_where_they_first_occur(llm):
     assert ended.finish_reason == "stop" and len(ended.ids) < 24
     [other] = llm.generate(prompts()[2], GREEDY, 24, stop_texts=["never so"])
     assert (other.text, other.finish_reason) == (whole.text, "length")
+    [kept] = llm.generate(prompts()[2], GREEDY, 24, stop_texts=[stop], keep_logits=True)
+    assert (kept.text, kept.finish_reason, len(kept.logits)) == (ended.text, "stop", len(kept.ids))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,15 @@ def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path):
         return True
 
     assert run_ranks(2, on_rank) == [True, True]
+
+
+def test_no_rank_waits_for_one_that_ended_by_a_mistake_of_the_users():
+    def on_rank(comm):
+        with pytest.raises(UnsupportedError if comm.rank else ZeroDivisionError, match="division or modulo by zero"):
+            Ranks(comm).lead(lambda: 1 // 0)
+        return True
+
+    assert run_ranks(2, on_rank, timeout_s=60) == [True, True]
 
 
 def test_the_pages_examples_run(tmp_path, capsys):

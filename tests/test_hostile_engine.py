@@ -90,5 +90,7 @@ def test_logits_are_looked_at_and_rounded(tmp_path):
     assert Logits(Fixed([0.1, 70000.0]), build)(step).tolist() == torch.tensor([[0.1, 70000.0]]).tolist()
     rounded = Logits(Fixed([0.1, 1.0]), replace(build, logits_dtype="float16"))(step)
     assert rounded.tolist() == torch.tensor([[0.1, 1.0]]).half().float().tolist() != [[0.1, 1.0]]
+    spoilt = Logits(Fixed([0.1, float("nan")]), build)
     with pytest.raises(EngineError, match="a NaN"):
-        Logits(Fixed([0.1, float("nan")]), build)(step)
+        spoilt(step)
+    assert not spoilt.seen, "a GPU's next step is looked at again"

@@ -133,7 +133,8 @@ class LLM:
             made[key] += progress.new_ids
             if progress.finished:
                 ended[key] = progress
-            if stops and stops[key].push(progress.new_ids, progress.finished) and not progress.finished:
+            found = bool(stops) and stops[key].push(progress.new_ids, progress.finished)
+            if found and not progress.finished and not keep_logits:  # a request that is cancelled has none
                 self._traffic.cancel(key)
         return [self._completion(each, made[each.key], ended[each.key], stops.get(each.key)) for each in requests]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from baichuan.errors import BaichuanError
+from baichuan.errors import BaichuanError, UnsupportedError
 from baichuan.generation.requests import Progress, Request, Serving, Timing
 from baichuan.parallel.comm import Communicator
 
@@ -43,7 +43,7 @@ class Ranks:
     def lead(self, body: Callable[[], T]) -> T | None:
         """body() on rank 0, while the others compute their share of its steps; None there.
 
-        A BaichuanError of rank 0 is raised on every rank.
+        A BaichuanError of rank 0 is raised on every rank; for another error of it the others raise UnsupportedError.
         """
         if self.comm.rank:
             self._follow()
@@ -52,6 +52,10 @@ class Ranks:
             value = body()
         except BaichuanError as error:
             self.comm.broadcast_object(_End(error))
+            raise
+        except BaseException as error:  # else the other ranks would wait, and this process for them at its exit
+            reason = f"rank 0 ended with {type(error).__name__}: {error}; correct that, the other ranks only follow it"
+            self.comm.broadcast_object(_End(UnsupportedError(reason)))
             raise
         self.comm.broadcast_object(_End())
         return value

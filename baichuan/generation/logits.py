@@ -14,21 +14,21 @@ from baichuan.records import Step
 
 @dataclass
 class Logits:
-    """Calls the executor.  On a GPU the first step alone is looked at, as each look waits for the GPU."""
+    """Calls the executor.  On a GPU only the first that are numbers are looked at: each look waits for it."""
 
     executor: RowExecutor | PagedExecutor
     build: BuildConfig
-    seen: bool = False
+    seen: bool = False  # logits that are numbers
 
     def __call__(self, step: Step) -> Tensor:
         """[outputs, vocab_size] float32.  Raises EngineError where one is a NaN or an infinity: the weights hold one,
         or activations overflow the data type."""
         logits = self.executor.forward(step)
         if (not self.seen or logits.device.type == "cpu") and len(logits):
-            self.seen = True
             if not bool(logits.isfinite().all()):
                 raise EngineError(
                     "the engine's logits hold a NaN or an infinity, so that its text would mean nothing; build it "
                     "again from a whole checkpoint, or with --dtype bfloat16 or float32"
                 )
+            self.seen = True
         return logits.half().float() if self.build.logits_dtype == "float16" else logits
