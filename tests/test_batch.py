@@ -14,7 +14,9 @@ import pytest
 import scripts
 
 import run
+from baichuan.api.result_file import START, result_file
 from baichuan.cli import batch
+from baichuan.errors import ConfigError
 from baichuan.util.progress import Progress
 
 VERSION = "v1_7b"
@@ -133,6 +135,17 @@ def test_what_is_missing_is_done_and_what_is_there_is_kept(engine, tmp_path, tor
     assert sorted(made) == sorted(row["id"] for row in rows if row["id"] not in ("1-33", "0-7", "0-128"))
 
 
+@pytest.mark.parametrize("theirs", [b"my notes", b'{"key', b'{"some": "thing"}\n', b"\x93NUMPY\x01\x00"])
+def test_somebody_elses_file_is_not_cut(tmp_path, theirs):
+    (tmp_path / "notes.txt").write_bytes(theirs)
+    try:
+        with result_file(tmp_path / "notes.txt", resume=True):
+            assert START.startswith(theirs)  # what a killed run may leave
+    except ConfigError as error:
+        assert "line 1 is no result" in str(error)
+        assert (tmp_path / "notes.txt").read_bytes() == theirs
+
+
 def test_a_killed_run_loses_nothing_that_was_finished(engine, tmp_path):
     rows = golden_rows(60)
     prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
@@ -194,8 +207,6 @@ def test_what_is_wrong_is_said_before_anything_runs(engine, tmp_path, monkeypatc
 
 
 def test_two_runs_do_not_write_one_file(engine, tmp_path, capsys):
-    from baichuan.api.result_file import result_file
-
     prompts, out = write_rows(tmp_path / "p.jsonl", golden_rows(1)), tmp_path / "out.jsonl"
     with result_file(out, resume=False):
         scripts.refused(run.main, flags(engine, prompts, out), "is written by another run", capsys)

@@ -180,3 +180,11 @@ def test_an_engines_config_that_is_sealed_again(key, value, tmp_path):
         return
     with pytest.raises(EngineError, match="cannot be used|does not list one file"):
         read_engine(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1e3", "9" * 5000, "2\x1b[31m"])
+def test_a_launchers_variable_that_is_no_number(value, monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", value)
+    assert build.main(["--output_dir", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "OMPI_COMM_WORLD_SIZE is" in error and error.count("\n") == 1 and not UNSAFE.search(error)

@@ -389,6 +389,7 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ("gptq_v1_sym", with_tensor("qweight", torch.zeros(24, 63, dtype=torch.int32)), r"shape \(24, 63\)"),
         ("gptq_v1_sym", with_tensor("scales", torch.zeros(6, 128, dtype=torch.int32)), "scales is int32"),
         ("gptq_v1_sym", with_tensor("bias", torch.ones(128)), "has a bias for model.layers.0.mlp.down_proj"),
+        ("awq", with_tensor("bias", torch.tensor(0.0)), "has a bias for model.layers.0.mlp.down_proj"),
         (
             "gptq_v1_sym",
             with_tensor("qzeros", torch.zeros(6, 16, dtype=torch.int32)),
@@ -401,6 +402,9 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
         ("bitsandbytes_nf4", without(STATE), "without one readable quant_state"),
         ("bitsandbytes_nf4", with_tensor(STATE, torch.zeros(9, dtype=torch.uint8)), "is no JSON object"),
         ("bitsandbytes_nf4", with_tensor(STATE, torch.zeros(5000, dtype=torch.uint8)), "without one readable"),
+        ("bitsandbytes_nf4", with_tensor(STATE, torch.tensor(123, dtype=torch.uint8)), "without one readable"),
+        ("bitsandbytes_nf4", with_tensor(STATE, torch.zeros(1, 9, dtype=torch.uint8)), "without one readable"),
+        ("bitsandbytes_nf4", with_tensor("weight.quant_map", torch.full((16,), torch.nan)), "not finite"),
         ("bitsandbytes_nf4", without("weight.nested_quant_map"), "lacks its weight.nested_quant_map"),
         ("bitsandbytes_int8", without("SCB"), "lacks its SCB"),
         ("awq", with_tensor("g_idx", torch.zeros(2)), "holds .*g_idx"),

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from baichuan.api import prompt_file
 from baichuan.api.prompt_file import read_prompt_file
 from baichuan.errors import ConfigError
+from baichuan.text import rows
 
 ROWS = [
     {"prompt": '登鹳雀楼, "two"\nlines', "id": "a", "top_k": 3, "temperature": 0.5},
@@ -69,6 +69,8 @@ BAD = {
         ('{"prompt_ids": [1, "2"]}', "line 1 has a prompt_id '2'"),
         ('{"prompt": "a", "id": [1]}', "line 1 has id [1], which must be text"),
         ('{"prompt": "a", "id": "2"}\n{"prompt": "b"}', "line 2 has the id 2, as"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1 is not JSON (a name is there twice)"),
+        ('{"prompt": "a", "id": "x\\ud800"}', "line 1 has an id that is not valid UTF-8 at character 1"),
         ("[" * 100_000, "line 1 is not JSON"),
         ("", "holds no prompt"),
         (b'{"prompt": "\xff"}', "line 1 is not valid UTF-8 at byte 12"),
@@ -76,6 +78,7 @@ BAD = {
     "csv": [
         ("prompt,top_k\na,x\n", "row 1, top_k, is not JSON"),
         ("prompt,top_k\na,1\nb\n", "row 2 has 1 cells and the header 2"),
+        ("prompt,top_k,prompt\na,1,b\n", "names a column twice"),
         ("text\na\n", "row 1 has 'text', which is not known"),
         ('prompt\n"a\n', "cannot be read"),
         ("prompt\n", "holds no prompt"),
@@ -95,12 +98,15 @@ def test_what_is_wrong_is_one_sentence_with_its_number(tmp_path, suffix, content
 
 
 def test_lines_are_bounded_and_pipes_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_file, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 100)
     for suffix in ("txt", "jsonl", "csv"):
         path = tmp_path / f"long.{suffix}"
         path.write_text("prompt\n" + "a" * 101 + "\n")
         with pytest.raises(ConfigError, match="more than 100 bytes|not JSON"):
             list(read_prompt_file(path))
+    (tmp_path / "quoted.csv").write_text("prompt\n" + '"\n",' * 100)  # one row of many lines
+    with pytest.raises(ConfigError, match="more than 100 bytes"):
+        list(read_prompt_file(tmp_path / "quoted.csv"))
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ConfigError, match="is no file"):
         list(read_prompt_file(tmp_path / "pipe.txt"))

@@ -9,7 +9,6 @@ messages and ids as JSON.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from typing import Any
 
 from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
+from baichuan.text.rows import csv_rows, lines
 from baichuan.util.files import open_regular
 
-MAX_LINE_BYTES = 16 << 20
 ROWS_AT_ONCE = 256
 SETTINGS: dict[str, tuple[type, ...]] = {
     "max_output_len": (int,),
@@ -91,6 +90,10 @@ def _line(place: str, row: Mapping[str, Any], default_key: str) -> PromptLine:
             _require_type(place, setting, given[setting], SETTINGS[setting])
     key = given.get("id", default_key)
     _require_type(place, "id", key, (str, int))
+    try:
+        str(key).encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, as JSON may hold
+        raise ConfigError(f"{place} has an id that is not valid UTF-8 at character {error.start}; change it") from None
     return PromptLine(place, str(key), given[name], {name: given[name] for name in SETTINGS if name in given})
 
 
@@ -103,26 +106,14 @@ def _require_type(place: str, name: str, value: Any, kinds: tuple[type, ...]) ->
 Row = tuple[str, Mapping[str, Any]]  # (its place, for messages; its columns)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Each line's place and text, without its end."""
-    with open_regular(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            place = f"{path} line {number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise ConfigError(f"{place} has more than {MAX_LINE_BYTES} bytes; give one prompt per line")
-            try:
-                yield place, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{place} is not valid UTF-8 at byte {error.start}; convert the file") from None
-
-
 def _read_text(path: Path) -> Iterator[Row]:
-    return ((place, {"prompt": text}) for place, text in _lines(path) if text.strip())
+    with open_regular(path) as file:
+        yield from ((place, {"prompt": text.rstrip("\r\n")}) for place, text in lines(path, file))
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    for place, text in _lines(path):
-        if text.strip():
+    with open_regular(path) as file:
+        for place, text in lines(path, file):
             row = _json(place, text)
             if not isinstance(row, dict):
                 raise ConfigError(f"{place} is a JSON {type(row).__name__}; give an object with a prompt")
@@ -131,26 +122,31 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 def _json(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON ({error}); correct it") from None
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
 def _read_csv(path: Path) -> Iterator[Row]:
     """Cells of several lines are text too, so that rows are counted, from 1, without the header."""
-    before = csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        rows = csv.reader(io.StringIO("".join(f"{text}\n" for _, text in _lines(path))), strict=True)
-        header = next(rows, [])
-        for number, cells in enumerate(rows, start=1):
+    with open_regular(path) as file:
+        rows = csv_rows(path, file, strict=True)
+        _, header = next(rows, ("", []))
+        if len(set(header)) < len(header):
+            raise ConfigError(f"{path} names a column twice in its header; remove one of them")
+        for number, (_, cells) in enumerate(rows, start=1):
             place = f"{path} row {number}"
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise ConfigError(f"{place} has {len(cells)} cells and the header {len(header)}; quote commas in texts")
             yield place, {name: _cell(place, name, cell) for name, cell in zip(header, cells, strict=True) if cell}
-    finally:
-        csv.field_size_limit(before)
 
 
 def _cell(place: str, name: str, cell: str) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 from baichuan.errors import ConfigError
 from baichuan.util.files import atomic_path
 
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20
+START = b'{"key": "'  # of every line
 
 
 class ResultFile:
@@ -28,7 +29,8 @@ class ResultFile:
         """Take up the results of an earlier run; a line that it did not finish is removed."""
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b""), start=1):
             values = _result(line)
-            if values is None and (line.endswith(b"\n") or len(line) == MAX_LINE_BYTES):
+            torn = not line.endswith(b"\n") and line.startswith(START[: len(line)])
+            if values is None and (not torn or len(line) == MAX_LINE_BYTES):
                 raise ConfigError(f"output_jsonl {self.path} line {number} is no result; name another file")
             if values is None:
                 break

@@ -176,6 +176,9 @@ def run_script(
             return _run(parser, args, body, bound)
         with Ahead(engines(args), launched, args.device) as args.ahead:
             return _run(parser, args, body, bound)
+    except BaichuanError as error:  # of the environment
+        print(f"{parser.prog}: error: {sentence(str(error))}", file=sys.stderr, flush=True)
+        return USER_ERROR
     except KeyboardInterrupt:  # nothing has begun, and a traceback through parsing or imports says nothing
         print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -44,7 +44,7 @@ def reason(error: Exception) -> str:
 
 
 def not_utf8(place: str, where: str) -> ConfigError:
-    return ConfigError(f"{place} is not valid UTF-8 at {where}; convert the data set to UTF-8")
+    return ConfigError(f"{place} is not valid UTF-8 at {where}; convert the file to UTF-8")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -117,7 +117,7 @@ class _Text:
 
 
 def _json_lines(path: Path, file: BinaryIO) -> Iterator[Row]:
-    for place, line in _lines(path, file):
+    for place, line in lines(path, file):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -132,7 +132,7 @@ def _object(row: Any, place: str) -> Row:
     return place, row
 
 
-def _lines(path: Path, file: BinaryIO, blank: bool = False) -> Iterator[tuple[str, str]]:
+def lines(path: Path, file: BinaryIO, blank: bool = False) -> Iterator[tuple[str, str]]:
     """(place, text) of each line, its end included; blank: blank ones too."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
         place = f"{path} line {number}"
@@ -151,19 +151,36 @@ def _lines(path: Path, file: BinaryIO, blank: bool = False) -> Iterator[tuple[st
 def _read_csv(path: Path) -> Iterator[Row]:
     """Every cell is text: an article "NA" or an id "007" stays what it is."""
     with open_regular(path) as file:
-        csv.field_size_limit(MAX_ROW_BYTES)
-        reader = csv.reader(text for _, text in _lines(path, file, blank=True))
-        header = next(reader, None)
+        rows = csv_rows(path, file)
+        _, header = next(rows, ("", []))
         if not header:
             raise ConfigError(f"{path} cannot be read (no line names its columns); repair the file")
         number = 0
-        for cells in reader:
+        for place, cells in rows:
             if len(cells) > len(header):
-                message = f"line {reader.line_num} has {len(cells)} cells and there are {len(header)} columns"
+                message = f"{place} has {len(cells)} cells and there are {len(header)} columns"
                 raise ConfigError(f"{path} cannot be read ({message}); repair the file")
             if cells:
                 yield f"{path} row {number}", dict(zip(header, cells, strict=False))
                 number += 1
+
+
+def csv_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """("line N", cells) of each row, the header's first.  strict: the csv module's; it raises csv.Error."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    size = 0  # of the row that is being read, whose cells may hold many lines
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for place, text in lines(path, file, blank=True):
+            if (size := size + len(text)) > MAX_ROW_BYTES:
+                raise _too_long(place)
+            yield text
+
+    reader = csv.reader(counted(), strict=strict)
+    for cells in reader:
+        yield f"line {reader.line_num}", cells
+        size = 0
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -186,7 +203,7 @@ def _columns(schema: Any) -> list[str]:
 
 def _read_text(path: Path) -> Iterator[Row]:
     with open_regular(path) as file:
-        yield from ((place, {"text": line.rstrip("\r\n")}) for place, line in _lines(path, file))
+        yield from ((place, {"text": line.rstrip("\r\n")}) for place, line in lines(path, file))
 
 
 def _too_long(place: str) -> ConfigError:

@@ -73,7 +73,7 @@ def _four_bits(module: str, parts: Parts, shape: tuple[int, int]) -> TensorSourc
     if columns % 2:
         raise CheckpointError(f"{module} has {columns} input channels, which 4 bits do not fill")
     packed = take(module, parts, "weight", (torch.uint8,), (rows * columns // 2, 1))
-    numbers = take(module, parts, "weight.quant_map", FLOATS, (16,)).read(0, 16).float()
+    numbers = require_finite(take(module, parts, "weight.quant_map", FLOATS, (16,)).read(0, 16).float())
     absmax = _Absmax(module, parts, state, -(-rows * columns // size))
 
     def read(start: int, stop: int) -> Tensor:
@@ -92,7 +92,8 @@ def _state(module: str, parts: Parts) -> dict[str, Any]:
     if (
         len(found) != 1
         or found[0].dtype != torch.uint8
-        or not 0 < torch.Size(found[0].shape).numel() <= MAX_STATE_BYTES
+        or len(found[0].shape) != 1
+        or not 0 < found[0].shape[0] <= MAX_STATE_BYTES
     ):
         raise CheckpointError(f"the checkpoint has {module} in 4 bits without one readable quant_state; save it again")
     try:

@@ -32,7 +32,8 @@ def take(module: str, parts: Parts, end: str, dtypes: tuple[torch.dtype, ...], s
 
 def refuse_bias(module: str, parts: Parts) -> None:
     """Some tools write a bias of zeros for a matrix that has none; Baichuan has none."""
-    if "bias" in parts and parts["bias"].read(0, parts["bias"].shape[0]).count_nonzero():
+    bias = parts.get("bias")
+    if bias and (len(bias.shape) != 1 or bias.read(0, bias.shape[0]).count_nonzero()):
         raise CheckpointError(f"the checkpoint has a bias for {module}, which no Baichuan has; take another one")
 
 
