@@ -11,12 +11,9 @@ from baichuan.records import AttentionSpec, LayerWeights, ModelWeights, Step
 
 
 def decoder_layer(ops: Ops, x, residual, layer: LayerWeights, cache: Any, spec: AttentionSpec, step: Step, eps: float):
-    """One layer: (x, residual) -> (x, residual), each [num_tokens, hidden_size].
-
-    x is this rank's part of a sum over the ranks that is still to be added to residual.
-    """
+    """One layer: (x, residual) -> (x, residual), each [num_tokens, hidden_size].  x: an ops.Part"""
     qkv, residual = ops.norm_linear(x, residual, layer.input_norm, layer.qkv, eps)
-    x = ops.linear(ops.attention(qkv, cache, spec, step), layer.o_proj)
+    x = ops.partial_linear(ops.attention(qkv, cache, spec, step), layer.o_proj)
     return ops.gated_mlp(x, residual, layer.post_norm, layer.gate_up, layer.down_proj, eps)
 
 

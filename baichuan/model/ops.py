@@ -15,16 +15,20 @@ from typing import Any, Protocol
 
 from baichuan.records import AttentionSpec, Step, Weight
 
+Part = Any  # of a sum over the ranks, see Ops
+
 
 class Ops(Protocol):
-    """Where an op takes a residual, x is this rank's part of a sum over the ranks, which the op adds up first; where
-    residual is None, x is the whole, and so are rows of the embedding.
+    """A Part is what this rank adds to a sum over the ranks, [num_tokens, hidden_size], in a form that is the
+    executor's own: of one rank it is the whole, on GPUs it may be on its way to the other ranks.  partial_linear and
+    gated_mlp make one.  Each goes into one op, in the order in which they were made: the next that takes a residual,
+    which adds the ranks' parts up first.  Where residual is None, x is no part but the whole, rows of the embedding.
     """
 
     def embedding(self, tokens, weight):
         """weight[tokens].  tokens: [num_tokens] int64 in [0, vocab_size) -> [num_tokens, hidden_size]"""
 
-    def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
+    def norm_linear(self, x: Part, residual, norm, weight: Weight, eps: float):
         """(linear(n, weight), r) for (n, r) = add_rms_norm(all_reduce(x), residual, norm, eps).
 
         x, residual: [num_tokens, hidden_size]; residual None stands for 0 and a whole x.
@@ -41,20 +45,20 @@ class Ops(Protocol):
         -> [num_tokens, num_heads * head_dim]
         """
 
-    def linear(self, x, weight: Weight):
+    def partial_linear(self, x, weight: Weight) -> Part:
         """x @ Wᵀ for the W that `weight` stands for (records.py gives each type's formula).
 
-        x: [num_tokens, in_features] -> [num_tokens, out_features] in x's dtype.
+        x: [num_tokens, in_features], with W this rank's share of the input channels -> [num_tokens, out_features] in
+        x's dtype.
         """
 
-    def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
-        """(linear(silu_mul(g), down_proj), r) for (g, r) = norm_linear(x, residual, norm, gate_up, eps).
+    def gated_mlp(self, x: Part, residual, norm, gate_up: Weight, down_proj: Weight, eps: float) -> tuple[Part, Any]:
+        """(partial_linear(silu_mul(g), down_proj), r) for (g, r) = norm_linear(x, residual, norm, gate_up, eps).
 
-        x, residual, both results: [num_tokens, hidden_size].  With tensor parallelism the first result is this
-        rank's partial sum.
+        x, residual, both results: [num_tokens, hidden_size].
         """
 
-    def norm_head(self, x, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
+    def norm_head(self, x: Part, residual, norm, weight: Weight, rows, vocab_size: int, eps: float):
         """head(select_rows(n, rows), weight, vocab_size) for (n, _) = add_rms_norm(all_reduce(x), residual, norm, eps).
 
         x, residual: [num_tokens, hidden_size]; rows: [num_outputs] int64 -> [num_outputs, vocab_size] float32
@@ -67,6 +71,9 @@ class ComposedOps(ABC):
     def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
         normed, residual = self.sum_norm(x, residual, norm, eps)
         return self.linear(normed, weight), residual
+
+    def partial_linear(self, x, weight: Weight):
+        return self.linear(x, weight)
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
         gate_and_up, residual = self.norm_linear(x, residual, norm, gate_up, eps)
@@ -93,7 +100,7 @@ class ComposedOps(ABC):
 
     @abstractmethod
     def linear(self, x, weight: Weight):
-        """As in Ops."""
+        """x @ Wᵀ, as in Ops.partial_linear."""
 
     @abstractmethod
     def silu_mul(self, gate_up):

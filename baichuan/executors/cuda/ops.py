@@ -5,12 +5,12 @@ writes it in the form that the product takes, and a GEMV applies silu_mul itself
 
     INT8, one token       add_rms_norm -> Int16 | gemv_int            norm_linear
                           decode_attention                            attention
-                          quantise_rows -> Int16 | gemv_int           linear
+                          quantise_rows -> Int16 | gemv_int           partial_linear
                           add_rms_norm -> Int16 | gemv_int with silu  gated_mlp
                           quantise_rows -> Int16 | gemv_int
     float16, 300 tokens   add_rms_norm | cuBLAS                       norm_linear
                           store_kv | prefill_attention                attention
-                          cuBLAS                                      linear
+                          cuBLAS                                      partial_linear
                           add_rms_norm | cuBLAS | silu_mul | cuBLAS   gated_mlp
 """
 
@@ -43,7 +43,7 @@ from baichuan.records import AttentionSpec, LayerCache, Step, Weight
 
 @dataclass(frozen=True)
 class Sent:
-    """This rank's part of a sum over the ranks, which the product that made it has sent to the peers, too."""
+    """An ops.Part that the product which made it has sent to the peers, too."""
 
     values: Tensor  # [num_tokens, hidden_size]
     slots: Slots
@@ -62,7 +62,7 @@ class Switches:
 class CudaOps:
     """ops.Ops for sequences of up to `capacity` tokens.  With own_attention the host never waits for the GPU.
 
-    An op that takes a residual takes x as a tensor or as Sent.
+    An ops.Part is a tensor or Sent.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CudaOps:
     def norm_linear(self, x, residual, norm, weight: Weight, eps: float):
         return self._norm_linear(x, residual, norm, weight, eps, values_of(x).dtype)
 
-    def linear(self, x, weight: Weight) -> Tensor | Sent:
+    def partial_linear(self, x, weight: Weight) -> Tensor | Sent:
         kernel = self.kernel(weight, x)
         return self._part(kernel, self.operand(x, kernel.form), weight, x.dtype)
 
