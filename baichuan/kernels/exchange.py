@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baichuan.kernels.operand import Int8PerToken, Operand
-from baichuan.kernels.peers import Slots, as_bits, own_slot, receive, send_to_peers, slots_at_peers
+from baichuan.kernels.peers import Slots, as_bits, receive, send_to_peers, slots_at_peers, slots_of_peers
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.kernels.store_row import divide, load_smoother, quantise
@@ -33,12 +33,11 @@ def _all_gather(
     send_to_peers(targets, offsets, as_bits(own), mask, RANK, WORLD_SIZE)
     start_dependents(OVERLAP)
     out_row = out + row * width * WORLD_SIZE + columns
-    for peer in tl.static_range(WORLD_SIZE):
-        if peer == RANK:
-            tl.store(out_row + peer * width, own, mask)
-        else:
-            part = receive(own_slot(inbox, peer, SLOT_BYTES, own.dtype) + offsets, mask)
-            tl.store(out_row + peer * width, part.to(own.dtype, bitcast=True), mask)
+    tl.store(out_row + RANK * width, own, mask)
+    found = receive(slots_of_peers(inbox, RANK, WORLD_SIZE, SLOT_BYTES, own.dtype), offsets, mask)
+    for slot in tl.static_range(WORLD_SIZE - 1):
+        place = out_row + (slot if slot < RANK else slot + 1) * width
+        tl.store(place, found[slot].to(own.dtype, bitcast=True), mask)
 
 
 ALL_GATHER = KernelSpec(_all_gather, ("x", "distances"), ("width",), ("out", "inbox"))
@@ -77,10 +76,9 @@ def _quantise_over_ranks(
     everywhere = places >= 0
     send_to_peers(targets, places, as_bits(largest + tl.zeros((1,), tl.float32)), everywhere, RANK, WORLD_SIZE)
     start_dependents(OVERLAP)
-    for peer in tl.static_range(WORLD_SIZE):
-        if peer != RANK:
-            theirs = receive(own_slot(inbox, peer, SLOT_BYTES, tl.float32) + places, everywhere)
-            largest = tl.maximum(largest, tl.max(theirs.to(tl.float32, bitcast=True), 0))
+    theirs = receive(slots_of_peers(inbox, RANK, WORLD_SIZE, SLOT_BYTES, tl.float32), places, everywhere)
+    for slot in tl.static_range(WORLD_SIZE - 1):
+        largest = tl.maximum(largest, tl.max(theirs[slot].to(tl.float32, bitcast=True), 0))
     s = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
     tl.store(out_scale + row, s)
     tl.store(out + row.to(tl.int64) * width + columns, quantise(value, s, tl.int8), mask)

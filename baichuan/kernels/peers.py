@@ -99,14 +99,39 @@ def send_to_peers(targets, offsets, bits, mask, RANK: tl.constexpr, WORLD_SIZE: 
 
 
 @triton.jit
-def receive(place, mask):
-    """Wait for the numbers at these places in this rank's inbox, and empty them."""
-    bits = tl.load(place, mask, other=0, volatile=True)
-    while tl.max((bits == EMPTY).to(tl.int32), 0) != 0:
-        bits = tl.load(place, mask, other=0, volatile=True)
+def slots_of_peers(inbox, RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, dtype: tl.constexpr):
+    """Where the numbers arrive that the other ranks send, in rank order."""
+    places = ()
+    for peer in tl.static_range(WORLD_SIZE):
+        if peer != RANK:
+            places = places + (own_slot(inbox, peer, SLOT_BYTES, dtype),)
+    return places
+
+
+@triton.jit
+def look(slots, offsets, mask):
+    """(the numbers in each of the slots, how many are still missing at one of the offsets)"""
+    found, missing = (), tl.zeros(mask.shape, tl.int32)
+    for slot in tl.static_range(len(slots)):
+        bits = tl.load(slots[slot] + offsets, mask, other=0, volatile=True)
+        found = found + (bits,)
+        missing += (bits == EMPTY).to(tl.int32)
+    return found, tl.max(missing, 0)
+
+
+@triton.jit
+def receive(slots, offsets, mask):
+    """Wait for the numbers at these offsets of the slots, empty them, and return each slot's.
+
+    One look is at all slots: looking at one after the other would wait for memory as many times.
+    """
+    found, missing = look(slots, offsets, mask)
+    while missing != 0:
+        found, missing = look(slots, offsets, mask)
     tl.debug_barrier()  # several warps read one number where there are fewer than threads: none must find it emptied
-    tl.store(place, tl.full(bits.shape, EMPTY, bits.dtype), mask)
-    return bits
+    for slot in tl.static_range(len(slots)):
+        tl.store(slots[slot] + offsets, tl.full(mask.shape, EMPTY, found[slot].dtype), mask)
+    return found
 
 
 @triton.jit
@@ -115,11 +140,11 @@ def sum_of_ranks(x, inbox, offsets, mask, RANK: tl.constexpr, WORLD_SIZE: tl.con
 
     x: this rank's numbers, which have been sent to the others
     """
+    found = receive(slots_of_peers(inbox, RANK, WORLD_SIZE, SLOT_BYTES, x.dtype), offsets, mask)
     total = tl.zeros(x.shape, tl.float32)
     for peer in tl.static_range(WORLD_SIZE):
         if peer == RANK:
             total += x.to(tl.float32)
         else:
-            place = own_slot(inbox, peer, SLOT_BYTES, x.dtype) + offsets
-            total += receive(place, mask).to(x.dtype, bitcast=True).to(tl.float32)
+            total += found[peer if peer < RANK else peer - 1].to(x.dtype, bitcast=True).to(tl.float32)
     return total.to(x.dtype)

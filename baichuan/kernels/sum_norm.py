@@ -55,8 +55,8 @@ def _sum_norm(
     start_dependents(OVERLAP)
     before = tl.load(residual + offsets, mask, other=0.0)
     if TWO_SHOTS and owner != RANK:
-        place = own_slot(inbox, owner, SLOT_BYTES, own.dtype) + offsets
-        s = receive(place, mask).to(own.dtype, bitcast=True)
+        slot = own_slot(inbox, owner, SLOT_BYTES, own.dtype)
+        s = receive((slot,), offsets, mask)[0].to(own.dtype, bitcast=True)
     else:
         s = sum_of_ranks(own, inbox, offsets, mask, RANK, WORLD_SIZE, SLOT_BYTES)
         if TWO_SHOTS:

@@ -13,13 +13,12 @@ import signal
 import sys
 import time
 
+import peer_faults
 import torch
-import triton
-import triton.language as tl
 
 from baichuan.executors.cuda.comm import Nccl, slots_of
 from baichuan.executors.device import gpu_of_rank
-from baichuan.kernels import exchange, peers, sum_norm
+from baichuan.kernels import exchange, sum_norm
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN
 from baichuan.parallel.comm import world_of_this_process
@@ -30,26 +29,9 @@ EPS = 1e-6
 WIDTH = 5120
 
 
-@triton.jit
-def receive_without_waiting(place, mask):
-    bits = tl.load(place, mask, other=0, volatile=True)
-    tl.store(place, tl.full(bits.shape, peers.EMPTY, bits.dtype), mask)
-    return bits
-
-
-@triton.jit
-def receive_without_emptying(place, mask):
-    bits = tl.load(place, mask, other=0, volatile=True)
-    while tl.max((bits == peers.EMPTY).to(tl.int32), 0) != 0:
-        bits = tl.load(place, mask, other=0, volatile=True)
-    return bits
-
-
 def main(replays: int, fault: str) -> int:
     if fault in ("wait", "empty"):
-        wrong = {"wait": receive_without_waiting, "empty": receive_without_emptying}[fault]
-        for module in (peers, exchange, sum_norm):
-            module.receive = wrong
+        peer_faults.install(fault)
     host = world_of_this_process()
     device = gpu_of_rank(host)
     comm = Nccl(host, device)
@@ -140,14 +122,11 @@ def time_messages(comm: Nccl, device: torch.device) -> None:
         def norm_alone(x=x, residual=residual) -> None:
             add_rms_norm(x, residual, weight, EPS)
 
-        times = [microseconds(nccl), microseconds(norm_alone)]
-        if comm.peers:
-            times.insert(0, microseconds(own))
-        print(
-            f"sum, residual and norm of {rows} x {WIDTH} float16 in a graph, us (peer memory, NCCL, the norm alone): "
-            + ", ".join(f"{each:.2f}" for each in times),
-            flush=True,
-        )
+        ways = {"NCCL": nccl, "the norm alone": norm_alone}
+        if comm.peers and x.nbytes <= comm.peers.slot_bytes:
+            ways = {"peer memory": own, **ways}
+        times = ", ".join(f"{name} {microseconds(way):.2f}" for name, way in ways.items())
+        say(comm, f"sum, residual and norm of {rows} x {WIDTH} float16 in a graph, us: {times}")
     if not comm.peers:
         return
     logits = drawn(comm.rank, 0, (1, 62848), torch.float32).to(device)
@@ -157,9 +136,14 @@ def time_messages(comm: Nccl, device: torch.device) -> None:
     def gather() -> None:
         exchange.all_gather(logits, comm.peers.slots(logits.nbytes, ends_step=next(in_turn)))
 
-    print(f"gather of 251 KB: {microseconds(gather):.2f} us", flush=True)
+    say(comm, f"gather of 251 KB: {microseconds(gather):.2f} us")
     largest = microseconds(lambda: exchange.quantise_over_ranks(x, smoother, slots_of(comm, 4)))
-    print(f"quantising by the largest of all ranks: {largest:.2f} us", flush=True)
+    say(comm, f"quantising by the largest of all ranks: {largest:.2f} us")
+
+
+def say(comm: Nccl, line: str) -> None:
+    if comm.rank == 0:
+        print(line, flush=True)
 
 
 def replay(comm: Nccl, device: torch.device, replays: int, die: bool) -> int:

@@ -13,31 +13,15 @@ import time
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import peer_faults
 import torch
 import torch.multiprocessing as multiprocessing
-import triton
-import triton.language as tl
 
 from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
-from baichuan.kernels import exchange, peers, sum_norm
+from baichuan.kernels import exchange, sum_norm
 from baichuan.kernels.operand import PLAIN
 
 RANKS, WIDTH, ROWS, SLOT_BYTES = 3, 40, 3, 1024
-
-
-@triton.jit
-def receive_without_waiting(place, mask):
-    bits = tl.load(place, mask, other=0)
-    tl.store(place, tl.full(bits.shape, peers.EMPTY, bits.dtype), mask)
-    return bits
-
-
-@triton.jit
-def receive_without_emptying(place, mask):
-    bits = tl.load(place, mask, other=0)
-    while tl.max((bits == peers.EMPTY).to(tl.int32), 0) != 0:
-        bits = tl.load(place, mask, other=0)
-    return bits
 
 
 def numbers(rank: int, step: int, message: int, rows: int) -> torch.Tensor:
@@ -48,8 +32,7 @@ def numbers(rank: int, step: int, message: int, rows: int) -> torch.Tensor:
 
 def run_rank(rank: int, memory: torch.Tensor, wrong: torch.Tensor, steps: int, fault: str) -> None:
     if fault:
-        for module in (peers, exchange, sum_norm):
-            module.receive = {"wait": receive_without_waiting, "empty": receive_without_emptying}[fault]
+        peer_faults.install(fault)
     sum_norm.TWO_SHOT_ROWS = RANKS  # one row in one shot, ROWS in two
     mine = PeerMemory(memory[rank], [each.data_ptr() for each in memory], rank)
     delays, ones = random.Random(rank), torch.ones(WIDTH).half()
