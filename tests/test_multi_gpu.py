@@ -41,7 +41,7 @@ def test_messages(ranks):
 
 
 @pytest.mark.parametrize("fault", ["wait", "empty"])
-@pytest.mark.parametrize("ranks", RANKS[:1])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_the_replays_notice_a_kernel_that_does_not(ranks, fault):
     """The control: kernels that do not wait for numbers, or do not empty the places that they have read."""
     done = messages(ranks, "300", fault)
