@@ -1,6 +1,6 @@
 """Tensor parallelism over two and four GPUs, where a machine has them."""
 
-import csv
+import json
 import re
 import time
 
@@ -61,27 +61,40 @@ def test_the_others_end_when_a_rank_is_killed_inside(ranks):
 
 @pytest.fixture(scope="module", params=["v1_7b", "v2_13b"], ids=["RoPE", "ALiBi"])
 def one_gpu(request, tmp_path_factory):
-    """(version, the rows that one GPU makes of two prompts)"""
-    return request.param, generated(tmp_path_factory.mktemp(request.param), request.param, 1)
+    """(version, the ids that one GPU makes of the prompts)"""
+    return request.param, generated(tmp_path_factory.mktemp(request.param), request.param, 1, 1)
 
 
-def generated(folder, version, ranks):
-    """Rows of ids, prompt and 32 new ones, of a float32 engine with dummy weights."""
-    prompts, output = folder / "prompts.csv", folder / "output.csv"
-    prompts.write_text("5,17,300,42,9\n7,8\n")
+# More prompts than an engine runs at once: chunks of the later ones run beside single tokens of the earlier ones.
+PROMPTS = [
+    [3 + 7 * place * number % 990 for place in range(length)] for number, length in enumerate((5, 2, 40, 1, 90, 17))
+]
+
+
+def generated(folder, version, size, ranks):
+    """32 new ids for each prompt, by a float32 engine of this world size with dummy weights."""
+    prompts, output = folder / "prompts.jsonl", folder / "output.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_ids": prompt}) + "\n" for prompt in PROMPTS))
     sizes = [f"--{name}={value}" for name, value in SIZES.items()]
-    common = ["--model_version", version, "--dtype", "float32", "--world_size", str(ranks), *sizes]
+    common = ["--model_version", version, "--dtype", "float32", "--world_size", str(size), *sizes]
     assert build.main([*common, "--max_batch_size", "2", "--no_self_check", "--output_dir", str(folder)]) == 0
-    flags = ["--engine_dir", folder, "--input_tokens", prompts, "--output_csv", output, "--max_output_len", 32]
+    flags = ["--engine_dir", folder, "--prompt_file", prompts, "--output_jsonl", output, "--max_output_len", 32]
     program = scripts.script("run.py", [*map(str, flags), "--top_k", "1", "--repetition_penalty", "1"])
     done = scripts.mpirun(ranks, program, scripts.ROOT, TIMEOUT_S)
     assert done.returncode == 0, done.stderr
-    return list(csv.reader(output.read_text().splitlines()))
+    return [json.loads(line)["ids"] for line in output.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_text_is_that_of_one_gpu(tmp_path, one_gpu, ranks):
     """float32 logits differ by rounding alone, far less than two tokens' logits of these weights do."""
     version, rows = one_gpu
-    assert generated(tmp_path, version, ranks) == rows
-    assert len({tuple(row[-32:]) for row in rows}) == 2  # the prompts have something to say
+    assert generated(tmp_path, version, ranks, ranks) == rows
+    assert len({tuple(row) for row in rows}) == len(PROMPTS)  # the prompts have something to say
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_replicas_on_gpus_make_the_text_of_one(tmp_path, one_gpu, ranks):
+    """Each rank is an engine of its own on a GPU of its own."""
+    version, rows = one_gpu
+    assert generated(tmp_path, version, 1, ranks) == rows
