@@ -1,15 +1,21 @@
-"""Traffic of a chat on one GPU, with dummy weights drawn there, nothing on disk: python benchmarks/bench_traffic.py
+"""Traffic of a chat on GPUs, with dummy weights drawn there, nothing on disk: python benchmarks/bench_traffic.py
 
     python benchmarks/bench_traffic.py --model_version v2_13b --precision int8 --kv_cache int8 --rows 256
+    mpirun -n 2 python benchmarks/bench_traffic.py
 
 Requests have lognormal lengths from a seed.  They come (a) all at once and (b) one by one, as a Poisson process at
 shares of the rate that (a) served while all rows ran.  Prints tokens and requests per second, the time to the first
 token and between tokens at their 50th, 90th and 99th percentile, how full the KV cache became, how often a request had
-to give up its blocks, and the share of the time that the scheduler's decisions took.  At the end of (a) fewer and fewer
-rows run, as long as the longest continuations last: "full" is the rate until then.  Both rates are over those of a
-static batch of the same rows with every length at the mean, in the same run, and over static batches of
---static_requests requests, each of which lasts as long as its longest.  Before, a prompt of 1000 tokens and another
-that begins with them: the second's time to its first token over the first's.
+to give up its blocks, and the share of the time that the scheduler's decisions took.  Of (b) the times are those from
+the arrival of the first third of the requests to that of the last: before, the rows are still filling, afterwards they
+run empty.  (a) runs empty, too, as long as the longest continuations last: "full" is the rate until then.
+
+Both rates are over those of a static batch of the same rows with every length at the mean, in the same run; its rate
+counts the time of its prompts, too.  Lengths that differ cost attention more: whoever looks at the rows at any time
+finds long continuations more often than short ones.  "context" is the tokens a row attends to, on average over steps.
+Both are also over the rate of --static_batches static batches of requests of these lengths, as many rows as the cache
+holds at their longest, each of which lasts as long as its longest continuation.  Before all that, a prompt of 1000
+tokens and another that begins with them: the second's time to its first token over the first's.
 """
 
 from __future__ import annotations
@@ -18,8 +24,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +35,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from baichuan.api.ranks import Ranks
 from baichuan.cli.common import Parser, add_weight_copies, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
-from baichuan.errors import ConfigError
-from baichuan.executors.cuda.comm import gpu_of_rank
+from baichuan.executors.cuda.comm import join_gpus
 from baichuan.executors.cuda.executor import CudaExecutor
 from baichuan.executors.cuda.ops import Switches
 from baichuan.generation.in_flight import InFlight
-from baichuan.generation.requests import Request
-from baichuan.parallel.comm import Communicator, Solo
+from baichuan.generation.requests import Request, Serving
+from baichuan.parallel.comm import Communicator
 from baichuan.util.files import atomic_path
 from benchmarks.gpu_timing import require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights
@@ -57,6 +64,19 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What is measured, on rank 0."""
+
+    serving: Serving  # of all ranks
+    own: InFlight  # this rank's part of it, whose counters are read
+
+    def drain(self) -> None:
+        while self.serving.unfinished:
+            self.serving.step()
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
 class Result:
     """One run of traffic."""
 
@@ -67,6 +87,7 @@ class Result:
     requests_per_s: float
     first_token_ms: list[float]  # at PERCENTILES
     between_tokens_ms: list[float]
+    context: float  # tokens that a row attends to, on average
     cache_share: float  # of the blocks, at the fullest
     preemptions: int
     planning_share: float  # of the time
@@ -79,13 +100,14 @@ class Result:
         return (
             f"{self.name:22s} {self.requests:5d} | {self.tokens_per_s:8.0f} {self.full_tokens_per_s:6.0f} "
             f"{self.requests_per_s:7.2f} | {first:>18s} "
-            f"{between:>14s} | {self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%}"
+            f"{between:>14s} | {self.context:7.0f} "
+            f"{self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%}"
         )
 
 
 TITLES = (
-    "traffic                 reqs |    tok/s   full  reqs/s | first p50/90/99 ms   between, ms | cache preempt   plan "
-    "| to uniform, full"
+    "traffic                 reqs |    tok/s   full  reqs/s | first p50/90/99 ms   between, ms "
+    "| context cache preempt   plan | to uniform, full"
 )
 
 
@@ -98,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
     parser.add_argument("--arrivals", type=int, default=300, help="of each traffic one by one; 0 = none")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="of the rate all at once")
-    parser.add_argument("--static_requests", type=int, default=0, help="of static batches; 0 = none")
+    parser.add_argument("--static_batches", type=int, default=1, help="of requests of the same lengths; 0 = none")
     parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
     parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
     parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
@@ -112,44 +134,50 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace, host: Communicator) -> int:
     require_gpu("bench_traffic.py", "bench_cpu.py measures the CPU")
-    if host.world_size > 1:
-        raise ConfigError(f"{host.world_size} ranks are running and this measures one GPU; leave mpirun out")
-    device = gpu_of_rank(host)
-    torch.cuda.set_device(device)
-    model, serving = open_serving(args, device)
+    device, comm = join_gpus(host)
+    ranks = Ranks(comm)
+    model, own = open_in_flight(args, device, comm)
+    serving = ranks.join(own)
+    ranks.lead(lambda: measure(args, model, Engine(serving, own), comm.world_size))
+    return 0
+
+
+def measure(args: argparse.Namespace, model: ModelConfig, engine: Engine, tp_size: int) -> None:
+    """Print the lines, one measurement after another."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {args.model_version} {args.precision}, ", end="")
-    print(f"KV cache {args.kv_cache}, {args.rows} rows")
+    print(f"KV cache {args.kv_cache}, {args.rows} rows, tensor parallel {tp_size}")
     generator = np.random.default_rng(args.seed)
     requests = drawn(args, model, generator, args.requests)
     lengths = [(len(each.prompt), each.max_new_tokens) for each in requests]
     print(f"lengths: mean {np.mean(lengths, axis=0).round(1)}, longest {np.max(lengths, axis=0)}")
-    warm_up(serving, model, args, generator)
-    uniform = static_rate(serving, [alike(args, model, generator) for _ in range(args.rows)])
+    warm_up(engine, model, args, generator)
+    uniform = static_rate(engine, [alike(args, model, generator) for _ in range(args.rows)])
     print(f"a static batch of {args.rows} x {args.mean_input} + {args.mean_output} tokens: {uniform:.0f} tokens/s")
-    first, second = shared_prefix(serving, model, generator, min(SHARED_TOKENS, args.longest - 1))
+    first, second = shared_prefix(engine, model, generator, min(SHARED_TOKENS, args.longest - 1))
     print(f"a shared prefix: first token after {1e3 * first:.1f} ms, then {1e3 * second:.1f}: {second / first:.2f} x")
-    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "uniform": uniform}
-    facts["shared_s"] = first, second
+    prefill, _ = shared_prefix(engine, model, generator, args.mean_input)
+    print(f"the first token of {args.mean_input} alone: {1e3 * prefill:.1f} ms")
+    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "tp_size": tp_size}
+    facts |= {"uniform": uniform, "shared_s": (first, second), "prefill_s": prefill}
     print(TITLES, flush=True)
-    results = [run(serving, "all at once", requests, [0.0] * len(requests))]
+    results = [run(engine, "all at once", requests, [0.0] * len(requests))]
     show(results[0], uniform)
     for share in args.shares if args.arrivals else ():
         rate = share * (results[0].full_tokens_per_s or results[0].tokens_per_s) / args.mean_output
         came = generator.exponential(1 / rate, args.arrivals).cumsum().tolist()
         name = f"{share:.0%}, {rate:.2f} a second"
-        results.append(run(serving, name, drawn(args, model, generator, args.arrivals), came))
+        results.append(run(engine, name, drawn(args, model, generator, args.arrivals), came))
         show(results[-1], uniform)
-    if args.static_requests:
-        requests = drawn(args, model, generator, args.static_requests)
-        facts["static"] = static_batches(serving, requests, args.rows)
-        ratio = results[0].tokens_per_s / facts["static"]
-        print(f"static batches of {args.static_requests} requests: {facts['static']:.0f} tokens/s, {ratio:.2f} x")
+        steps = (results[-1].first_token_ms[0] - 1e3 * prefill) / results[-1].between_tokens_ms[0]
+        print(f"    the median first token comes after the prefill alone and {steps:.1f} steps", flush=True)
+    if args.static_batches:
+        facts["static"] = rate = static_batches(engine, args, model, generator)
+        print(f"static batches: {rate:.0f} tokens/s; all at once is {results[0].tokens_per_s / rate:.2f} x that")
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
         with atomic_path(args.json) as part:
             results_json = [asdict(each) for each in results]
             part.write_text(json.dumps(facts | {"settings": settings, "results": results_json}, indent=1) + "\n")
-    return 0
 
 
 def show(result: Result, uniform: float) -> None:
@@ -157,13 +185,14 @@ def show(result: Result, uniform: float) -> None:
     print(f"{result.line} | {ratios[0]:.2f}, {ratios[1]:.2f}", flush=True)
 
 
-def open_serving(args: argparse.Namespace, device: torch.device) -> tuple[ModelConfig, InFlight]:
+def open_in_flight(args: argparse.Namespace, device: torch.device, comm: Communicator) -> tuple[ModelConfig, InFlight]:
     dtype = args.precision if args.precision == "bfloat16" else "float16"
     model = PRESETS[args.model_version]
     model = replace(model, dtype=dtype, num_layers=args.num_layers or model.num_layers)
+    model.check_tensor_parallel(comm.world_size)
     quant = replace(PRECISIONS[args.precision], kv_cache=args.kv_cache)
-    weights = RandomWeights(model, quant, device).rank()
-    executor = CudaExecutor(model, quant, weights, Solo(), Switches(keep_copies=not args.no_weight_copies))
+    weights = RandomWeights(model, quant, device).rank(comm.world_size, comm.rank)
+    executor = CudaExecutor(model, quant, weights, comm, Switches(keep_copies=not args.no_weight_copies))
     build = BuildConfig(
         max_batch_size=args.rows,
         max_input_len=args.longest,
@@ -202,65 +231,71 @@ def alike(args: argparse.Namespace, model: ModelConfig, generator: np.random.Gen
     return Request(tuple(prompt), tuple(prompt), GREEDY, args.mean_output)
 
 
-def warm_up(serving: InFlight, model: ModelConfig, args: argparse.Namespace, generator: np.random.Generator) -> None:
+def warm_up(engine: Engine, model: ModelConfig, args: argparse.Namespace, generator: np.random.Generator) -> None:
     """Compile kernels and capture the graphs of steps of all sizes that traffic has."""
-    short = [replace(each, max_new_tokens=2) for each in (alike(args, model, generator) for _ in range(args.rows))]
-    static_rate(serving, short)
+    rows = [alike(args, model, generator) for _ in range(args.rows)]
+    static_rate(
+        engine, [replace(each, max_new_tokens=1 + more) for more, each in enumerate(rows)]
+    )  # row after row ends
     traffic = drawn(args, model, generator, 2 * args.rows)
-    static_rate(serving, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
+    static_rate(engine, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
     for request in traffic[: args.rows // 4]:  # fewer rows, joined one by one
-        serving.add(replace(request, key=("late", request.key), max_new_tokens=8))
-        serving.step()
-        serving.step()
-    drain(serving)
+        engine.serving.add(replace(request, key=("late", request.key), max_new_tokens=8))
+        engine.serving.step()
+        engine.serving.step()
+    engine.drain()
 
 
-def drain(serving: InFlight) -> None:
-    while serving.unfinished:
-        serving.step()
-    torch.cuda.synchronize()
-
-
-def static_rate(serving: InFlight, requests: Sequence[Request]) -> float:
+def static_rate(engine: Engine, requests: Sequence[Request]) -> float:
     """New tokens per second of requests that all start at once."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for request in requests:
-        serving.add(request)
-    drain(serving)
+        engine.serving.add(request)
+    engine.drain()
     return sum(request.max_new_tokens for request in requests) / (time.perf_counter() - start)
 
 
-def static_batches(serving: InFlight, requests: Sequence[Request], rows: int) -> float:
-    """New tokens per second where a batch begins when the one before has ended: as many requests as the cache has room
-    for, `rows` at most, each of which computes until the batch's longest has ended."""
-    pool = serving.scheduler.pool
-    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    rows = max(1, min(rows, pool.blocks * pool.tokens_per_block // longest))
-    start, made = time.perf_counter(), sum(request.max_new_tokens for request in requests)
-    for first in range(0, len(requests), rows):
-        batch = requests[first : first + rows]
+def static_batches(
+    engine: Engine, args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator
+) -> float:
+    """New tokens per second where a batch begins when the one before has ended.
+
+    A batch has as many requests as the cache has room for at the longest lengths, `rows` at most, and each of them
+    computes until the batch's longest has ended.
+    """
+    pool = engine.own.scheduler.pool
+    rows = max(1, min(args.rows, pool.blocks // -(-2 * args.longest // pool.tokens_per_block)))
+    made, passed = 0, 0.0
+    for _ in range(args.static_batches):
+        batch = drawn(args, model, generator, rows)
         new = max(request.max_new_tokens for request in batch)
-        static_rate(serving, [replace(request, max_new_tokens=new) for request in batch])
-    return made / (time.perf_counter() - start)
+        start = time.perf_counter()
+        static_rate(engine, [replace(request, max_new_tokens=new) for request in batch])
+        passed += time.perf_counter() - start
+        made += sum(request.max_new_tokens for request in batch)
+    return made / passed
 
 
-def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequence[float]) -> Result:
+def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[float]) -> Result:
     """came: when each request arrives, in seconds from the start, in order."""
-    scheduler, pool = serving.scheduler, serving.scheduler.pool
+    serving, scheduler, pool = engine.serving, engine.own.scheduler, engine.own.scheduler.pool
     preemptions, fullest, planning, planned = scheduler.preemptions, 0, [0.0], scheduler.plan
+    attended = np.zeros(2)  # (tokens, rows) summed over steps
 
     def plan():
         begun = time.perf_counter()
         value = planned()
         planning[0] += time.perf_counter() - begun
+        contexts = [piece.start + 1 for piece in value.pieces if piece.decodes] if value else []
+        attended[:] += sum(contexts), len(contexts)
         return value
 
     scheduler.plan = plan  # type: ignore[method-assign]
     start = time.perf_counter()
     clocks = {request.key: Clock(start + at) for request, at in zip(requests, came, strict=True)}
     waiting = list(zip(requests, came, strict=True))[::-1]
-    rows, made, full = serving.build.max_rows, 0, (0, 0.0)  # full: (tokens, seconds) until rows run empty
+    made, full = 0, (0, 0.0)  # full: (tokens, seconds) until rows run empty
     while waiting or serving.unfinished:
         now = time.perf_counter() - start
         while waiting and waiting[-1][1] <= now:
@@ -272,24 +307,36 @@ def run(serving: InFlight, name: str, requests: Sequence[Request], came: Sequenc
             assert progress.error is None, progress.error
             clocks[progress.key].heard += [time.perf_counter()] * len(progress.new_ids)
             made += len(progress.new_ids)
-        if serving.unfinished >= rows:
+        if serving.unfinished >= engine.own.build.max_rows:
             full = made, time.perf_counter() - start
         fullest = max(fullest, pool.blocks - pool.free)
     seconds = time.perf_counter() - start
     scheduler.plan = planned  # type: ignore[method-assign]
-    between = np.concatenate([np.diff(clock.heard) for clock in clocks.values()])
+    settled = start + (came[len(came) // 3] if came[-1] else 0.0), start + (came[-1] or seconds)
+    first, between = times(clocks.values(), *settled)
     return Result(
         name=name,
         requests=len(requests),
         tokens_per_s=sum(len(clock.heard) for clock in clocks.values()) / seconds,
         full_tokens_per_s=full[0] / max(full[1], 1e-9),
         requests_per_s=len(requests) / seconds,
-        first_token_ms=percentiles([clock.heard[0] - clock.came for clock in clocks.values()]),
+        first_token_ms=percentiles(first),
         between_tokens_ms=percentiles(between),
+        context=attended[0] / max(attended[1], 1),
         cache_share=fullest / pool.blocks,
         preemptions=scheduler.preemptions - preemptions,
         planning_share=planning[0] / seconds,
     )
+
+
+def times(clocks: Iterable[Clock], begin: float, end: float) -> tuple[list[float], list[float]]:
+    """(seconds to the first token of requests that came, seconds between tokens that were heard) from begin to end"""
+    first, between = [], []
+    for clock in clocks:
+        if begin <= clock.came <= end:
+            first.append(clock.heard[0] - clock.came)
+        between += [late - early for early, late in pairwise(clock.heard) if begin <= early and late <= end]
+    return first, between
 
 
 def percentiles(seconds: Sequence[float] | np.ndarray) -> list[float]:
@@ -298,7 +345,7 @@ def percentiles(seconds: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def shared_prefix(
-    serving: InFlight, model: ModelConfig, generator: np.random.Generator, tokens: int
+    engine: Engine, model: ModelConfig, generator: np.random.Generator, tokens: int
 ) -> tuple[float, float]:
     """Seconds to the first token of a prompt, and of one that begins with the same tokens and has one more."""
     times = []
@@ -307,8 +354,8 @@ def shared_prefix(
         for more in (1, 2):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            serving.add(Request(more, tuple([*prompt, more][: tokens + 1]), GREEDY, 1))
-            drain(serving)
+            engine.serving.add(Request(more, (*prompt, more), GREEDY, 1))
+            engine.drain()
             times.append(time.perf_counter() - start)
     return times[2], times[3]
 

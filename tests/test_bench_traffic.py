@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from baichuan.config import ModelConfig
-from baichuan.errors import ConfigError
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Solo
 from benchmarks import bench_traffic
@@ -24,9 +23,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(bench_traffic, "PRESETS", {"v1_7b": TINY, "v2_13b": replace(TINY, model_version="v2_13b")})
     monkeypatch.setattr(bench_traffic, "CudaExecutor", executor)
     monkeypatch.setattr(bench_traffic, "require_gpu", lambda *_: None)
-    monkeypatch.setattr(bench_traffic, "gpu_of_rank", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(bench_traffic, "join_gpus", lambda comm: (torch.device("cpu"), comm))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
@@ -47,23 +45,16 @@ def test_lengths_have_the_mean_and_the_longest_and_a_seed():
 
 
 def test_a_run(monkeypatch, tmp_path, capsys, on_the_cpu):
-    flags = ["--rows", 4, "--requests", 12, "--arrivals", 6, "--shares", 0.5, "--static_requests", 8]
+    flags = ["--rows", 4, "--requests", 12, "--arrivals", 6, "--shares", 0.5, "--static_batches", 2]
     flags += ["--mean_input", 9, "--mean_output", 7, "--longest", 40, "--json", tmp_path / "out.json"]
     assert bench_traffic.bench(arguments(monkeypatch, *flags), Solo()) == 0
     out = capsys.readouterr().out
     values = json.loads((tmp_path / "out.json").read_text())
     at_once, poisson = values["results"]
     assert (at_once["name"], at_once["requests"], poisson["requests"]) == ("all at once", 12, 6)
-    assert poisson["name"].startswith("50%, ") and "static batches of 8 requests" in out and "a shared prefix" in out
+    assert poisson["name"].startswith("50%, ") and "static batches: " in out and "a shared prefix" in out
     assert at_once["full_tokens_per_s"] > 0
     for each in values["results"]:
         assert 0 < each["first_token_ms"][0] <= each["first_token_ms"][2] and each["tokens_per_s"] > 0
         assert 0 < each["cache_share"] <= 1 and 0 < each["planning_share"] < 1
         assert each["between_tokens_ms"][0] <= each["between_tokens_ms"][2]
-
-
-def test_several_ranks_are_refused(monkeypatch, on_the_cpu):
-    comm = Solo()
-    comm.world_size = 2
-    with pytest.raises(ConfigError, match="2 ranks are running"):
-        bench_traffic.bench(arguments(monkeypatch), comm)
