@@ -171,11 +171,16 @@ class Step:
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
     max_new_tokens: int  # no sequence adds more; 1 = decode, exactly one token per sequence
     max_context_length: int  # upper bound of context_lengths
-    mixed: bool = False  # some sequences add exactly one token and some add several
+    singles: int = 0  # so many sequences, the first ones, add exactly one token each; batch_size = decode
 
     @property
     def batch_size(self) -> int:
         return self.context_lengths.shape[0]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether chunks of prompts follow on single tokens."""
+        return 0 < self.singles < self.batch_size
 
     @staticmethod
     def of(
@@ -210,7 +215,7 @@ class Step:
             output_rows=outputs.clone(),  # at an address of its own: for an odd one Triton would compile kernels anew
             max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # not decode if one is empty
             max_context_length=max(contexts),
-            mixed=1 in lengths and max(lengths) > 1,
+            singles=leading_ones(lengths),
         )
 
     def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
@@ -234,5 +239,10 @@ class Step:
             output_rows=output_rows,
             max_new_tokens=1,
             max_context_length=self.max_context_length + 1,
-            mixed=False,
+            singles=tokens.shape[0],
         )
+
+
+def leading_ones(lengths: Sequence[int]) -> int:
+    """How many ones the lengths begin with."""
+    return next((place for place, length in enumerate(lengths) if length != 1), len(lengths))

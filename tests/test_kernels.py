@@ -416,7 +416,7 @@ class Attention:
         store_kv(qkv, self.cos, self.sin, self.cache, self.spec, step)
         out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
         prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, block_q=16, block_k=16)
-        if step.mixed:
+        if step.singles:
             decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, 2, out, (16, 1))
         return out
 

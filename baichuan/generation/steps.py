@@ -10,7 +10,7 @@ from torch import Tensor
 from baichuan.executors.base import PagedExecutor
 from baichuan.generation.sampling import to_device
 from baichuan.generation.scheduler import Job, Plan
-from baichuan.records import Step
+from baichuan.records import Step, leading_ones
 
 
 class StepBuilder:
@@ -93,7 +93,7 @@ class StepBuilder:
             output_rows=packed[5],
             max_new_tokens=max(lengths),
             max_context_length=max(contexts),
-            mixed=1 in lengths and max(lengths) > 1,
+            singles=leading_ones(lengths),
         )
         self._jobs, self._chosen = [], None
         return self._step, rows

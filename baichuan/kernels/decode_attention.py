@@ -96,20 +96,12 @@ def _attend_new_token(q, k_kept, v_kept, total, result, peak):
 
 
 @triton.jit
-def _alone(cu_seqlens, row, context, HEAD_DIM: tl.constexpr):
-    """(token, context, dimensions to write) of a sequence with one new token; of others the last two are 0."""
-    token = tl.load(cu_seqlens + row)
-    alone = tl.load(cu_seqlens + row + 1) - token == 1
-    return token, tl.where(alone, context, 0), tl.where(alone, HEAD_DIM, 0)
-
-
-@triton.jit
 def _decode_attention(
-    qkv, cos, sin, slopes, cu_seqlens, context_lengths, tables, k_scale, v_scale,
+    qkv, cos, sin, slopes, context_lengths, tables, k_scale, v_scale,
     num_heads, blocks_per_row,
     k_cache, v_cache, out, parts, part_sums,
     TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
+    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Writes out where SPLITS is 1, else each split's result to parts and its peak and total to part_sums.
@@ -122,9 +114,6 @@ def _decode_attention(
     dim_mask = dims < HEAD_DIM
     # Lengths, tables and older keys and values were written long before the previous kernel: nothing waits for them.
     context = tl.load(context_lengths + row)
-    token, written = row, HEAD_DIM
-    if MIXED:
-        token, context, written = _alone(cu_seqlens, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
     if start < context:
@@ -144,7 +133,7 @@ def _decode_attention(
         if QUANTISED:
             scale = scale * tl.load(k_scale)
         wait_for_inputs(OVERLAP)
-        q_row = qkv + token.to(tl.int64) * 3 * width + head * HEAD_DIM
+        q_row = qkv + row.to(tl.int64) * 3 * width + head * HEAD_DIM
         q = _rotated(q_row, c, s, dims, dim_mask, HEAD_DIM, ROTARY) * scale
         k_new = _rotated(q_row + width, c, s, dims, dim_mask, HEAD_DIM, ROTARY)
         v_new = tl.load(q_row + 2 * width + dims, dim_mask, other=0.0).to(tl.float32)
@@ -174,7 +163,7 @@ def _decode_attention(
             result = result * tl.load(v_scale)
         if SPLITS == 1:
             result = (result / total).to(out.dtype.element_ty)
-            tl.store(out + token.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
+            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
         else:
             part = (row.to(tl.int64) * num_heads + head) * SPLITS + split
             tl.store(parts + part * HEAD_DIM + dims, result, dim_mask)
@@ -184,12 +173,12 @@ def _decode_attention(
         wait_for_inputs(OVERLAP)
         if SPLITS == 1:  # a row of padding, whose context is empty
             nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
-            tl.store(out + token.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dims < written)
+            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dim_mask)
 
 
 DECODE_ATTENTION = KernelSpec(
     _decode_attention,
-    ("qkv", "cos", "sin", "slopes", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
+    ("qkv", "cos", "sin", "slopes", "context_lengths", "tables", "k_scale", "v_scale"),
     ("num_heads", "blocks_per_row"),
     ("k_cache", "v_cache", "out", "parts", "part_sums"),
 )
@@ -197,19 +186,16 @@ DECODE_ATTENTION = KernelSpec(
 
 @triton.jit
 def _combine_splits(
-    parts, part_sums, cu_seqlens, context_lengths,
+    parts, part_sums, context_lengths,
     num_heads,
     out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + row)
-    token, written = row, HEAD_DIM
-    if MIXED:
-        token, context, written = _alone(cu_seqlens, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
     used = splits * share < context
@@ -221,13 +207,11 @@ def _combine_splits(
     weight = tl.exp2(peaks - tl.max(peaks, 0))
     total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
     result = tl.sum(values * weight[:, None], 0) / total
-    target = (token.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + target, result.to(out.dtype.element_ty), dims < written)
+    target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
+    tl.store(out + target, result.to(out.dtype.element_ty), dims < HEAD_DIM)
 
 
-COMBINE_SPLITS = KernelSpec(
-    _combine_splits, ("parts", "part_sums", "cu_seqlens", "context_lengths"), ("num_heads",), ("out",)
-)
+COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
 
 
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
@@ -258,13 +242,13 @@ def decode_attention(
     out: Tensor,
     block: tuple[int, int] | None = None,
 ) -> None:
-    """ops.Ops.attention into `out` for a step of one token a sequence.  A sequence of context length 0 is padding.
+    """ops.Ops.attention into `out` for the step's first sequences, with a single new token each.
 
-    Of a mixed step the sequences with one new token are attended, and the others' rows of `out` are left as they are.
+    A sequence of context length 0 is padding.
     cos, sin: [capacity, head_dim / 2] float32, not read with ALiBi; slopes: [num_heads] float32, not read with RoPE;
     splits: see choose_splits; block: see choose_block; out: [num_tokens, num_heads * head_dim]
     """
-    rows, heads, dim = step.batch_size, spec.num_heads, spec.head_dim
+    rows, heads, dim = step.singles, spec.num_heads, spec.head_dim
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
@@ -274,10 +258,9 @@ def decode_attention(
     assert cache.tokens_per_block % block_k == 0, "the keys of a load lie in one block of the cache"
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
     shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
-    shape["MIXED"] = step.mixed
     DECODE_ATTENTION.launch(
         (splits, heads, rows),
-        (qkv, cos, sin, slopes, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
+        (qkv, cos, sin, slopes, step.context_lengths, cache.tables, k_scale, v_scale),
         (heads, cache.tables.shape[1]),
         (cache.k, cache.v, out, parts, sums),
         {
@@ -292,7 +275,7 @@ def decode_attention(
     if splits > 1:
         COMBINE_SPLITS.launch(
             (heads, rows),
-            (parts, sums, step.cu_seqlens, step.context_lengths),
+            (parts, sums, step.context_lengths),
             (heads,),
             (out,),
             shape,

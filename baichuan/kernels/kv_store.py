@@ -23,21 +23,19 @@ def as_cached(x, scale, dtype: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # it changes from step to step
 def _store_kv(
     qkv, cos, sin, cu_seqlens, context_lengths, tables, k_scale, v_scale,
-    num_heads, blocks_per_row,
+    num_heads, blocks_per_row, first_row,
     q_out, k_cache, v_cache,
     TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr, MIXED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
-    head, row = tl.program_id(1), tl.program_id(2)
+    head, row = tl.program_id(1), tl.program_id(2) + first_row
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
-    if MIXED:
-        new = tl.where(new == 1, 0, new)  # decode_attention stores it
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     if tl.program_id(0) * BLOCK_T < new:
         positions = tl.load(context_lengths + row) - new + tokens
@@ -74,7 +72,7 @@ def _store_kv(
 STORE_KV = KernelSpec(
     _store_kv,
     ("qkv", "cos", "sin", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
-    ("num_heads", "blocks_per_row"),
+    ("num_heads", "blocks_per_row", "first_row"),
     ("q_out", "k_cache", "v_cache"),
 )
 
@@ -82,14 +80,14 @@ STORE_KV = KernelSpec(
 def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: AttentionSpec, step: Step) -> None:
     """Store the step's k and v in the cache, quantised where it is.  With RoPE q and k are rotated first, q in place.
 
-    Of a mixed step the sequences with one new token are left to decode_attention.
+    The step's first sequences, with a single new token each, are left to decode_attention.
     qkv: [num_tokens, 3 * num_heads * head_dim]; cos, sin: [capacity, head_dim / 2] float32, unread without RoPE.
     """
     k_scale, v_scale = (qkv if scale is None else scale for scale in (cache.k_scale, cache.v_scale))
     STORE_KV.launch(
-        (cdiv(step.max_new_tokens, BLOCK_TOKENS), spec.num_heads, step.batch_size),
+        (cdiv(step.max_new_tokens, BLOCK_TOKENS), spec.num_heads, step.batch_size - step.singles),
         (qkv, cos, sin, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
-        (spec.num_heads, cache.tables.shape[1]),
+        (spec.num_heads, cache.tables.shape[1], step.singles),
         (qkv, cache.k, cache.v),
         {
             "TOKENS_PER_BLOCK": cache.tokens_per_block,
@@ -97,6 +95,5 @@ def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: Att
             "ROTARY": spec.rotary,
             "HALF_BLOCK": next_power_of_2(spec.head_dim // 2),
             "BLOCK_T": BLOCK_TOKENS,
-            "MIXED": step.mixed,
         },
     )

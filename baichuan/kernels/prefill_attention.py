@@ -60,22 +60,20 @@ def _attend_block(
     return acc, total, new_largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # it changes from step to step
 def _prefill_attention(
     qkv, slopes, cu_seqlens, context_lengths, tables, k_cache, v_cache, k_scale, v_scale,
-    num_heads, blocks_per_row,
+    num_heads, blocks_per_row, first_row,
     out,
     TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     ALIBI: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MIXED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
-    head, row = tl.program_id(1), tl.program_id(2)
+    head, row = tl.program_id(1), tl.program_id(2) + first_row
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
-    if MIXED:
-        new = tl.where(new == 1, 0, new)  # decode_attention attends
     block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the last queries, which see most keys, start first
     if block >= 0:
         context = tl.load(context_lengths + row)
@@ -119,7 +117,7 @@ def _prefill_attention(
 PREFILL_ATTENTION = KernelSpec(
     _prefill_attention,
     ("qkv", "slopes", "cu_seqlens", "context_lengths", "tables", "k_cache", "v_cache", "k_scale", "v_scale"),
-    ("num_heads", "blocks_per_row"),
+    ("num_heads", "blocks_per_row", "first_row"),
     ("out",),
 )
 
@@ -130,7 +128,7 @@ def prefill_attention(
 ) -> None:  # fmt: skip
     """Causal attention of the step's q, as store_kv left it, to the cache, into `out`.
 
-    Of a mixed step the sequences with one new token are left to decode_attention.
+    The step's first sequences, with a single new token each, are left to decode_attention.
     qkv: [num_tokens, 3 * num_heads * head_dim]; slopes: [num_heads] float32, unread with RoPE;
     out: [num_tokens, num_heads * head_dim]
     """
@@ -140,10 +138,10 @@ def prefill_attention(
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
     quantised = cache.k_scale is not None
     PREFILL_ATTENTION.launch(
-        (cdiv(step.max_new_tokens, block_q), spec.num_heads, step.batch_size),
+        (cdiv(step.max_new_tokens, block_q), spec.num_heads, step.batch_size - step.singles),
         (qkv, slopes, step.cu_seqlens, step.context_lengths, cache.tables, cache.k, cache.v,
          cache.k_scale if quantised else qkv, cache.v_scale if quantised else qkv),
-        (spec.num_heads, cache.tables.shape[1]),
+        (spec.num_heads, cache.tables.shape[1], step.singles),
         (out,),
         {
             "TOKENS_PER_BLOCK": cache.tokens_per_block,
@@ -155,7 +153,6 @@ def prefill_attention(
             "PRECISION": "ieee",
             "BLOCK_Q": block_q,
             "BLOCK_K": block_k,
-            "MIXED": step.mixed,
         },
         num_warps=num_warps,
         num_stages=num_stages,

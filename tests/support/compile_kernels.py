@@ -80,7 +80,7 @@ def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16", ran
     scales = layer.k_scale, layer.v_scale
     cache = LayerCache.whole_rows(rows, CAPACITY, spec, cache_dtype, "cpu", scales, tokens_per_block=64)
     step = Step.of([[1, 2]] * rows, device="cpu")
-    for each in (step, replace(step, mixed=True), step.next(torch.zeros(rows, dtype=torch.int64))):
+    for each in (step, replace(step, singles=1), step.next(torch.zeros(rows, dtype=torch.int64))):
         forward(ops, model, weights, (cache,), spec, each)
 
 

@@ -79,6 +79,7 @@ class _Captured:
             context_lengths=self.context_lengths,
             output_rows=self.output_rows,
             max_new_tokens=1 if size.decode else size.tokens,
+            singles=size.sequences if size.decode else 0,
         )
         self.load(step)
         self.first_logits = run(static)  # compiles kernels and makes library handles, which a capture must not

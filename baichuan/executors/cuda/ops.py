@@ -97,19 +97,19 @@ class CudaOps:
         if not self.switches.own_attention:
             return self.library.attention(qkv, cache, spec, step)
         out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
-        if step.max_new_tokens > 1:
+        if step.singles < step.batch_size:
             store_kv(qkv, self.cos, self.sin, cache, spec, step)
             prefill_attention(qkv, self.slopes, cache, spec, step, out)
-        if step.max_new_tokens == 1 or step.mixed:
+        if step.singles:
             splits = self.splits(step, spec)
             decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, out)
         return out
 
     def splits(self, step: Step, spec: AttentionSpec) -> int:
-        """Into how many splits a decode step's keys are cut."""
+        """Into how many splits the keys of single tokens are cut."""
         if not self.switches.split_keys:
             return 1
-        return choose_splits(step.batch_size * spec.num_heads)
+        return choose_splits(step.singles * spec.num_heads)
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
         up, down, dtype = self.kernel(gate_up, values_of(x)), self.kernel(down_proj, values_of(x)), norm.dtype
