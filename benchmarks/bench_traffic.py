@@ -41,7 +41,7 @@ from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.executors.cuda.comm import join_gpus
 from baichuan.executors.cuda.executor import CudaExecutor
 from baichuan.executors.cuda.ops import Switches
-from baichuan.generation.in_flight import InFlight
+from baichuan.generation.in_flight import CHUNK_TOKENS, InFlight, Policy
 from baichuan.generation.requests import Request, Serving
 from baichuan.parallel.comm import Communicator
 from baichuan.util.files import atomic_path
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
     parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--max_num_tokens", type=int, default=16384, help="tokens of a step at most")
+    parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS, help="of prompts beside running requests")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
     add_weight_copies(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
@@ -199,7 +200,7 @@ def open_in_flight(args: argparse.Namespace, device: torch.device, comm: Communi
         max_output_len=args.longest,
         max_num_tokens=args.max_num_tokens,
     )
-    return model, InFlight(executor, model, build)
+    return model, InFlight(executor, model, build, Policy(args.chunk_tokens))
 
 
 def drawn(args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator, count: int) -> list[Request]:
