@@ -10,15 +10,16 @@ from baichuan.calibration.weight_only import quantise_layers
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
-from baichuan.quant.gptq import DAMPING, RANGES, dequantised, gptq, search_grid
+from baichuan.quant.gptq import DAMPING, descended, gptq, rescaled, rounded, shrunk
+from baichuan.quant.grid import RANGES, dequantised, search_grid
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
 
-CHANNELS = 64
+CHANNELS, TOKENS = 64, 300
 FORM = WeightOnly("int4", 32)
 
 
-def problem(rows=24, tokens=300, seed=0):
+def problem(rows=24, tokens=TOKENS, seed=0):
     """A matrix, and inputs whose channels differ in size and follow one another."""
     rng = np.random.default_rng(seed)
     mixed = rng.standard_normal((CHANNELS, CHANNELS)) + 2 * np.eye(CHANNELS)
@@ -35,24 +36,52 @@ def objective(w, values, hessian):
     return float(np.einsum("ri,ij,rj->", left, hessian.double().numpy(), left))
 
 
-def defined(w, hessian, grid, group_size, bits):
-    """Integers by the definition: each column in turn is rounded from the value that is best given those before it,
-    which comes from the normal equations of all columns that are left."""
-    h = hessian.double().numpy().copy()
+def damped(hessian, tokens):
+    """What the error is measured by, in float64: products of different inputs shrink, the diagonal grows."""
+    h = hessian.double().numpy()
+    kept = tokens / (tokens + len(h))
+    return h * kept + np.diag(np.diag(h) * (1 - kept) + DAMPING * np.trace(h) / len(h))
+
+
+def defined(w, h, grid, group_size, bits):
+    """GPTQ's integers by the definition: each column in turn is rounded from the value that is best given those before
+    it, which comes from the normal equations of all columns that are left."""
     order = np.argsort(-np.diag(h), kind="stable")
-    h += np.eye(len(h)) * DAMPING * np.trace(h) / len(h)
-    w, scale = w.double().numpy(), np.repeat(grid.scale.double().numpy(), group_size, 1)
-    zero = 0 * scale if grid.zero is None else np.repeat(grid.zero.double().numpy(), group_size, 1)
+    w, (scale, zero) = w.double().numpy(), columns_of(grid, group_size)
     q, changed = np.zeros_like(w), np.zeros_like(w)  # changed: w - v of the columns that are done
     for place, column in enumerate(order):
         done, left = order[:place], order[place:]
         moved = np.linalg.solve(h[np.ix_(left, left)], h[np.ix_(left, done)] @ changed[:, done].T)[0]
-        best = w[:, column] + moved
-        with np.errstate(invalid="ignore", divide="ignore"):
-            quotient = np.where(scale[:, column] == 0, 0, best / scale[:, column])
-        q[:, column] = np.clip(np.rint(quotient) + zero[:, column], *RANGES[bits])
+        q[:, column] = to_integers(w[:, column] + moved, scale[:, column], zero[:, column], bits)
         changed[:, column] = w[:, column] - (q[:, column] - zero[:, column]) * scale[:, column]
     return q
+
+
+def descended_by_definition(w, h, q, grid, group_size, bits):
+    """Each integer in turn the one of least error, found by trying them all."""
+    w, (scale, zero) = w.double().numpy(), columns_of(grid, group_size)
+    values = (q - zero) * scale
+    candidates = np.arange(RANGES[bits][0], RANGES[bits][1] + 1)
+    q = q.copy()
+    for column in range(w.shape[1]):
+        errors = []
+        for candidate in candidates:
+            values[:, column] = (candidate - zero[:, column]) * scale[:, column]
+            errors.append(np.einsum("ri,ij,rj->r", w - values, h, w - values))
+        q[:, column] = np.where(scale[:, column] == 0, q[:, column], candidates[np.argmin(errors, 0)])
+        values[:, column] = (q[:, column] - zero[:, column]) * scale[:, column]
+    return q
+
+
+def columns_of(grid, group_size):
+    """Scale and zero of every column, in float64."""
+    scale = np.repeat(grid.scale.double().numpy(), group_size, 1)
+    return scale, 0 * scale if grid.zero is None else np.repeat(grid.zero.double().numpy(), group_size, 1)
+
+
+def to_integers(values, scale, zero, bits):
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(np.rint(np.where(scale == 0, 0, values / scale)) + zero, *RANGES[bits])
 
 
 FORMS = {
@@ -66,18 +95,59 @@ each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 @each_form
-def test_integers_are_those_of_the_definition(form):
+def test_each_step_s_integers_are_those_of_its_definition(form):
+    """float32 may round a value halfway between two integers to the other one, and columns after it follow."""
     w, hessian = problem()
-    group_size = form.group_size or CHANNELS
-    q, grid = gptq(w, hessian, form, torch.float16)
-    assert q.dtype == torch.int8 and grid.scale.shape == (len(w), CHANNELS // group_size)
-    assert RANGES[form.bits][0] <= q.min() and q.max() <= RANGES[form.bits][1]
-    expected = defined(w, hessian, grid, group_size, form.bits)
-    # float32 may round a value halfway between two integers to the other one, and columns after it follow
+    group_size, h = form.group_size or CHANNELS, damped(hessian, TOKENS)
+    ours = shrunk(hessian, TOKENS)
+    assert np.allclose(ours, h, rtol=1e-6)
+    grid = search_grid(w, ours.inverse().diagonal().reciprocal(), form)
+    q = rounded(w, ours, ours.double().inverse(), grid, form)
+    assert_alike(q, defined(w, h, grid, group_size, form.bits), w, h, grid)
+    lower = descended(w, ours, q, grid, form)
+    expected = descended_by_definition(w, h, q.double().numpy(), grid, group_size, form.bits)
+    assert_alike(lower, expected, w, h, grid)
+    assert not torch.equal(lower, q), "the control: GPTQ left something to gain"
+
+
+def assert_alike(q, expected, w, h, grid):
     assert (q.numpy() == expected).mean() > 0.98
-    ours = objective(w, dequantised(q, grid), hessian)
-    assert ours == pytest.approx(objective(w, dequantised(torch.from_numpy(expected), grid), hessian), rel=0.02)
+    errors = [objective(w, dequantised(each, grid), torch.from_numpy(h)) for each in (q, torch.from_numpy(expected))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@each_form
+def test_scales_are_the_best_for_their_integers(form):
+    """After many rounds each row's scales solve the normal equations of the row, by NumPy's least squares."""
+    w, hessian = problem()
+    group_size, ours, h = form.group_size or CHANNELS, shrunk(hessian, TOKENS), damped(hessian, TOKENS)
+    grid = search_grid(w, ours.diagonal(), form)
+    q = rounded(w, ours, ours.double().inverse(), grid, form)
+    start = objective(w, dequantised(q, grid), torch.from_numpy(h))
+    once = rescaled(w, ours, q, grid)
+    assert objective(w, dequantised(q, once), torch.from_numpy(h)) < start
+    for _ in range(50):
+        grid = rescaled(w, ours, q, grid)
+    root = np.linalg.cholesky(h).T  # |root d| squared is d H d
+    steps = q.double().numpy() - columns_of(grid, group_size)[1]
+    for row in (0, 1, 7):
+        of_groups = np.zeros((CHANNELS, CHANNELS // group_size))
+        of_groups[np.arange(CHANNELS), np.arange(CHANNELS) // group_size] = steps[row]
+        best = np.linalg.lstsq(root @ of_groups, root @ w[row].double().numpy(), rcond=None)[0]
+        assert np.allclose(grid.scale[row], best, rtol=1e-3)
+
+
+@each_form
+def test_what_comes_out_is_integers_in_range_and_scales_that_are_finite(form):
+    w, hessian = problem()
+    q, grid = gptq(w, hessian, TOKENS, form, torch.float16)
+    assert q.dtype == torch.int8 and grid.scale.shape == (len(w), CHANNELS // (form.group_size or CHANNELS))
+    assert RANGES[form.bits][0] <= q.min() and q.max() <= RANGES[form.bits][1]
     assert not dequantised(q, grid)[3].any() and torch.isfinite(grid.scale).all()
+    h, plain = damped(hessian, TOKENS), search_grid(w, hessian.diagonal(), form)
+    alone = defined(w, h, plain, form.group_size or CHANNELS, form.bits)
+    ours, theirs = (dequantised(*each) for each in ((q, grid), (torch.from_numpy(alone), plain)))
+    assert objective(w, ours, torch.from_numpy(h)) < 0.97 * objective(w, theirs, torch.from_numpy(h)), "GPTQ alone"
 
 
 @each_form
@@ -87,9 +157,9 @@ def test_the_error_is_far_below_rounding_s_and_needs_the_right_hessian(form):
     if form.precision == "int4":
         rounded = Int4Weight(*quantise_int4(w, form.group_size, torch.float16))
     rounding = objective(w, dequantise(rounded), hessian)
-    assert objective(w, dequantised(*gptq(w, hessian, form, torch.float32)), hessian) < 0.6 * rounding
+    assert objective(w, dequantised(*gptq(w, hessian, TOKENS, form, torch.float32)), hessian) < 0.6 * rounding
     shuffled = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(0))
-    wrong = gptq(w, hessian[shuffled][:, shuffled], form, torch.float32)
+    wrong = gptq(w, hessian[shuffled][:, shuffled], TOKENS, form, torch.float32)
     assert objective(w, dequantised(*wrong), hessian) > rounding, "the control: another matrix's inputs"
 
 
@@ -118,12 +188,28 @@ def test_scales_and_zeros_leave_less_weighted_error_than_any_other_clipping(zero
     assert wrong.sum() > 1.1 * found.sum(), "the control: scales nearby are worse"
 
 
+@pytest.mark.cuda
+@each_form
+def test_a_gpu_finds_the_same(form):
+    """Of several blocks, so that they are replayed, and a shorter last one."""
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.standard_normal((2000, 320)) @ rng.standard_normal((320, 320))).float()
+    w, hessian = torch.from_numpy(rng.standard_normal((96, 320))).float(), x.T @ x / len(x)
+    (q, grid), (on_gpu, gpu_grid) = (
+        gptq(w.to(on), hessian.to(on), 2000, form, torch.float16) for on in ("cpu", "cuda")
+    )
+    assert (q == on_gpu.cpu()).float().mean() > 0.9  # sums in another order, and what follows from a tie
+    errors = [objective(w, dequantised(*each).cpu(), hessian) for each in ((q, grid), (on_gpu, gpu_grid))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
 def test_what_is_not_finite_is_refused():
     w, hessian = problem()
     with pytest.raises(CheckpointError, match="weight is not finite"):
-        gptq(w.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.nan)), hessian, FORM, torch.float16)
+        spoilt = w.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.nan))
+        gptq(spoilt, hessian, TOKENS, FORM, torch.float16)
     with pytest.raises(CheckpointError, match="activation is not finite"):
-        gptq(w, hessian * torch.inf, FORM, torch.float16)
+        gptq(w, hessian * torch.inf, TOKENS, FORM, torch.float16)
 
 
 def found_integers(model, samples, folder, form=FORM):
@@ -153,14 +239,14 @@ def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
     for (layer, name), (q, grid) in found.items():
         hubs = [f"model.layers.{layer}.{hub}" for hub in HUB_LINEARS[name]]
         weight = torch.cat([tensors[f"{hub}.weight"] for hub in hubs])
-        expected = gptq(weight, inputs_squared(hf, modules[hubs[0]], samples), FORM, torch.float16)
+        expected = gptq(weight, *inputs_squared(hf, modules[hubs[0]], samples), FORM, torch.float16)
         assert (q == expected[0]).float().mean() > 0.99  # sums in another order
         rows = dequantised(q, grid).split([len(tensors[f"{hub}.weight"]) for hub in hubs])
         for hub, values in zip(hubs, rows, strict=True):
             modules[hub].weight.data = values
     hf.load_state_dict(tensors)
     unquantised = inputs_squared(hf, modules[hubs[0]], samples)
-    wrong = gptq(weight, unquantised, FORM, torch.float16)[0]
+    wrong = gptq(weight, *unquantised, FORM, torch.float16)[0]
     assert (q == wrong).float().mean() < 0.99, "the control: inputs through the linears before as they were"
     assert list(tmp_path.iterdir()) == [], "the hidden states are deleted"
 
@@ -173,7 +259,7 @@ def inputs_squared(hf, module, samples):
             hf(torch.tensor([sample]))
     handle.remove()
     x = torch.cat(seen)
-    return x.T @ x / len(x)
+    return x.T @ x / len(x), len(x)
 
 
 def test_the_same_texts_give_the_same_integers(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from baichuan.calibration.layers import DenseOps, LayerPasses, Reached, layer_passes
 from baichuan.config import ModelConfig, WeightOnly
 from baichuan.parallel.comm import Solo
-from baichuan.quant.gptq import Grid, dequantised, gptq
+from baichuan.quant.gptq import gptq
+from baichuan.quant.grid import Grid, dequantised
 from baichuan.records import DenseWeight, LayerWeights
 from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS
@@ -44,11 +46,24 @@ def quantise_layers(
         for index, layer in passes.layers():
             for name in LINEARS:
                 weight = getattr(layer, name).weight
-                hessian = observing.mean_squares(layer, name, progress)
-                q, grid = gptq(weight, hessian, form, SCALE_DTYPES[form.precision])
+                with _tensor_cores():
+                    hessian = observing.mean_squares(layer, name, progress)
+                q, grid = gptq(weight, hessian, passes.tokens, form, SCALE_DTYPES[form.precision])
                 write(index, name, q, grid)
                 weight.copy_(dequantised(q, grid))
-            passes.run(plain, layer, progress)
+            with _tensor_cores():
+                passes.run(plain, layer, progress)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Products on a GPU take factors of 11 significant bits: four times as fast, and H differs by 1 / 2500 or less."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class _InputSquares(DenseOps):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
-from baichuan.quant.gptq import Grid
+from baichuan.quant.grid import Grid
 from baichuan.quant.int8_scales import int8_scales, to_int8
 from baichuan.quant.ranges import LayerRanges
 from baichuan.quant.scaled import require_finite, scale_for
