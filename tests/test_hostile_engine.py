@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from baichuan.config import QuantConfig, SamplingConfig
 from baichuan.engine.runtime import open_session
 from baichuan.errors import EngineError
+from baichuan.executors.backend import OpenSettings
 from baichuan.generation.logits import Logits
 from baichuan.parallel.comm import Solo
 from baichuan.records import Step
@@ -36,7 +37,7 @@ def forge(folder: Path, change) -> None:
 
 
 def text(folder: Path) -> list[int]:
-    return open_session(folder, Solo(), device="cpu").generate([[5, 6, 7]], GREEDY, 3)[0].ids
+    return open_session(folder, Solo(), settings=OpenSettings("cpu")).generate([[5, 6, 7]], GREEDY, 3)[0].ids
 
 
 WEIGHTS = ["none", "int8", "int4"]
@@ -61,7 +62,7 @@ def test_every_tensor_has_its_shape_and_type(weights, tmp_path):
             (tmp_path / "config.json").write_bytes(config)
             forge(tmp_path, lambda tensors, name=name, wrong=wrong: tensors.update({name: wrong}))
             with pytest.raises(EngineError, match=f"{name} is .* and must be"):
-                open_session(tmp_path, Solo(), device="cpu")
+                open_session(tmp_path, Solo(), settings=OpenSettings("cpu"))
 
 
 @pytest.mark.parametrize("name", ["layers.0.qkv.weight", "layers.2.down_proj.weight", "norm", "lm_head.weight"])

@@ -103,7 +103,9 @@ def test_streaming_prints_the_same_text(engine, capsys):
 def test_no_weight_copies_reaches_the_executor(engine, tmp_path, monkeypatch):
     """On the CPU there is nothing to keep, so the request is looked at where it arrives."""
     asked, open_executor = [], runtime.open_executor
-    monkeypatch.setattr(runtime, "open_executor", lambda *args: asked.append(args[2]) or open_executor(*args))
+    monkeypatch.setattr(
+        runtime, "open_executor", lambda *args: asked.append(args[2].keep_copies) or open_executor(*args)
+    )
     article = tmp_path / "articles.jsonl"
     article.write_text('{"article": "Rain.", "highlights": "Rain."}\n')
     for more in ([], ["--no_weight_copies"]):

@@ -221,7 +221,7 @@ def test_a_plan_of_any_size_keeps_its_kernels(monkeypatch, tmp_path, gigabytes):
     chunks = -(-int(gigabytes * 1e9) // manifest.CHUNK_BYTES)
     digests = [hashlib.sha256(bytes([number % 256])).hexdigest() for number in range(chunks)]
     spec = EngineSpec(cases.model("v1_7b"), QuantConfig(), cases.limits())
-    job = RankToOpen(tmp_path / "plan", digests, spec, contract().to_json(), Solo(), "auto", True)
+    job = RankToOpen(tmp_path / "plan", digests, spec, contract().to_json(), Solo())
     executor = BACKENDS["tensorrt_rtx"].open_rank(job)
     del executor  # as at the end of the process
     kept = list((tmp_path / "baichuan" / "tensorrt_rtx").iterdir())

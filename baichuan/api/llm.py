@@ -21,6 +21,7 @@ from baichuan.engine.folder import check_world, read_engine
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import ConfigError, UnsupportedError
+from baichuan.executors.backend import OpenSettings
 from baichuan.generation.limits import check_request
 from baichuan.generation.requests import Progress, Request, Serving, Timing
 from baichuan.generation.sampling import numbered_seeds
@@ -67,12 +68,12 @@ class LLM:
         digests: Mapping[Path, Describer] = MappingProxyType({}),
     ):
         require_range("kv_cache_free_gpu_mem_fraction", kv_cache_free_gpu_mem_fraction, 0.01, 1.0)
-        self._cache = kv_cache_free_gpu_mem_fraction, prefix_caching
+        self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
+        self._prefix_caching, self._digests = prefix_caching, digests
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_engine(Path(engine_dir))
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
-        self._device, self._keep_copies, self._digests = device, keep_copies, digests
         self._keys = itertools.count()
         self._opened: tuple[Serving, torch.device] | None = None
 
@@ -92,8 +93,9 @@ class LLM:
         Under mpirun every rank calls it.
         """
         if self._opened is None:
-            settings = (self._keep_copies, self._device, self._digests, *self._cache)
-            serving, device = open_serving(self.engine, self.ranks.comm, *settings)
+            serving, device = open_serving(
+                self.engine, self.ranks.comm, self._settings, self._digests, self._prefix_caching
+            )
             self._opened = self.ranks.join(serving), device
             self._traffic = Traffic(self._opened[0], GIVEN_AHEAD * self.engine.build.max_batch_size)
         return self._opened

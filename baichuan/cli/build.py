@@ -21,6 +21,7 @@ from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
+from baichuan.executors.backend import OpenSettings
 from baichuan.executors.base import Executor
 from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import fits_host_memory, free_device_memory
@@ -147,7 +148,7 @@ def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = 
     """The check of a finished engine, on `device`, against the checkpoint itself, in float32."""
 
     def open_rank(engine: Engine, comm: Communicator) -> Executor:
-        return open_executor(engine, comm, device=device)
+        return open_executor(engine, comm, OpenSettings(device))
 
     def check(engine: Engine) -> None:
         if source.folder is None:

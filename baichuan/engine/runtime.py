@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
-from baichuan.executors.backend import RankToOpen
+from baichuan.executors.backend import OpenSettings, RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.executors.device import resolve_device
 from baichuan.generation.in_flight import Policy
@@ -22,56 +22,49 @@ from baichuan.util.manifest import Describer
 
 logger = logging.getLogger(__name__)
 
+DEFAULTS = OpenSettings()
+
 
 def open_session(
     folder: Path,
     comm: Communicator,
     model_version: str | None = None,
-    keep_copies: bool = True,
-    device: str = "auto",
+    settings: OpenSettings = DEFAULTS,
     digests: Mapping[Path, Describer] = MappingProxyType({}),
-    cache_fraction: float = 0.9,
 ) -> Session:
     """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
-    device: one of device.DEVICES.
     digests: of the engine's files, those that are being computed already, by path.
-    keep_copies: whether spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py).
-    cache_fraction: most of the free memory that the KV cache takes, at the first request.
     Raises EngineError for a damaged engine or another number of ranks than it was built for, on every rank alike.
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
     if engine.dummy and comm.rank == 0:
         logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
-    on_cpu = resolve_device(device) == "cpu"
+    on_cpu = resolve_device(settings.device) == "cpu"
     with verified_meanwhile(engine, comm, digests):
-        executor = None if on_cpu else open_executor(engine, comm, keep_copies, device, cache_fraction)
+        executor = None if on_cpu else open_executor(engine, comm, settings)
     if executor is None:  # it maps a file in no time, but what that reads ahead would hold up the digests' reading
-        executor = open_executor(engine, comm, keep_copies, device, cache_fraction)
+        executor = open_executor(engine, comm, settings)
     return Session(executor, engine.model, engine.build)
 
 
 def open_serving(
     engine: Engine,
     comm: Communicator,
-    keep_copies: bool = True,
-    device: str = "auto",
+    settings: OpenSettings = DEFAULTS,
     digests: Mapping[Path, Describer] = MappingProxyType({}),
-    cache_fraction: float = 0.9,
     prefix_caching: bool = True,
 ) -> tuple[Serving, torch.device]:
     """The engine as requests.Serving, and where it runs."""
-    session = open_session(engine.folder, comm, None, keep_copies, device, digests, cache_fraction)
+    session = open_session(engine.folder, comm, None, settings, digests)
     policy = Policy(prefix_caching=prefix_caching)
     return serve(session.executor, engine.model, engine.build, policy), session.executor.device
 
 
-def open_executor(
-    engine: Engine, comm: Communicator, keep_copies: bool = True, device: str = "auto", cache_fraction: float = 0.9
-) -> Executor:
+def open_executor(engine: Engine, comm: Communicator, settings: OpenSettings = DEFAULTS) -> Executor:
     """The executor that the engine was built for, over this rank's file, which the caller verifies."""
     path = engine.rank_file(comm.rank)
     digests = engine.files[path.name]["sha256"]
-    job = RankToOpen(path, digests, engine.spec, engine.contract, comm, device, keep_copies, cache_fraction)
+    job = RankToOpen(path, digests, engine.spec, engine.contract, comm, settings)
     return engine.backend.open_rank(job)

@@ -27,6 +27,15 @@ class RankToWrite:
 
 
 @dataclass(frozen=True)
+class OpenSettings:
+    """Where an engine runs, and how much memory it may take."""
+
+    device: str = "auto"  # one of config.DEVICES
+    keep_copies: bool = True  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
+    cache_fraction: float = 0.9  # of the memory that is free at the first request: most that a paged KV cache takes
+
+
+@dataclass(frozen=True)
 class RankToOpen:
     """One rank's file, verified."""
 
@@ -35,9 +44,7 @@ class RankToOpen:
     spec: EngineSpec
     contract: Mapping  # the result of write_rank
     comm: Communicator
-    device: str  # one of device.DEVICES
-    keep_copies: bool  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
-    cache_fraction: float = 0.9  # most of the free memory that a paged KV cache takes
+    settings: OpenSettings = OpenSettings()
 
 
 class Backend(Protocol):

@@ -53,7 +53,7 @@ class TorchBackend:
 
     def open_rank(self, job: RankToOpen) -> Executor:
         """On this rank's GPU or on the CPU."""
-        if resolve_device(job.device) == "cpu":
+        if resolve_device(job.settings.device) == "cpu":
             logger.info("running on the CPU with %d threads", torch.get_num_threads())
             weights = _read(job)
             require_finite(weights, job.spec.model, job.spec.quant, job.comm.rank, job.comm.world_size)
@@ -62,7 +62,7 @@ class TorchBackend:
 
 
 def _pool(job: RankToOpen) -> PoolSettings:
-    return PoolSettings(job.spec.build.tokens_per_block, job.cache_fraction)
+    return PoolSettings(job.spec.build.tokens_per_block, job.settings.cache_fraction)
 
 
 def _read(job: RankToOpen) -> ModelWeights:
@@ -87,5 +87,5 @@ def _open_on_gpu(job: RankToOpen) -> Executor:
         first = torch.zeros(1, 16, device=device)
         gather_rows(first, torch.zeros(1, dtype=torch.int64, device=device))  # the first launch takes half a second
         weights = loading.result()
-    switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.keep_copies)
+    switches = Switches(build.gpt_attention_plugin, build.gemm_plugin, build.multi_block_mode, job.settings.keep_copies)
     return CudaExecutor(spec.model, spec.quant, weights, comm, switches, _pool(job))

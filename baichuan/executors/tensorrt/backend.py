@@ -63,7 +63,7 @@ class TensorRtBackend:
         require_gpus(Contract.from_json(contract), ranks)
 
     def open_rank(self, job: RankToOpen) -> Executor:
-        if job.device == "cpu":
+        if job.settings.device == "cpu":
             raise UnsupportedError(
                 "device cpu cannot run a TensorRT plan; leave --device out, or build with --backend torch"
             )
