@@ -28,6 +28,7 @@ from benchmarks import readme_table
 ROOT = Path(__file__).resolve().parents[1]
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 CHECKPOINTS = {"baichuan-inc/Baichuan-13B-Chat": "v1_13b", "./Baichuan2-7B-Chat": "v2_7b"}
+FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z]\w*(?:-\w+)*")
 SCRIPTS = {f"{script.__name__}.py": script.main for script in (build, run, summarize, hf_baichuan_convert)}
 # What keeps a command short; argparse takes the last value that is given.
 SHORTER = {
@@ -202,7 +203,7 @@ def known_flags() -> dict[str, set[str]]:
             [sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, env={**os.environ}
         )
         assert done.returncode == 0
-        found[name] = set(re.findall(r"(?<![\w-])--?[a-zA-Z]\w*(?:-\w+)*", done.stdout))
+        found[name] = set(re.findall(FLAG, done.stdout))
     return found
 
 
@@ -212,7 +213,7 @@ def test_every_flag_exists(known_flags):
             if re.match(r"--?[a-zA-Z]", word):
                 assert word in known_flags[script_of(words)], f"{script_of(words)} has no {word}"
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    mentioned = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(r"(?<!\S)--?[a-z]\w*", code)}
+    mentioned = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in re.findall(FLAG, code)}
     assert {"--per_channel", "--calib_dataset", "-sq", "--fp8_kv_cache"} <= mentioned
     assert not mentioned - OF_OTHERS - set.union(*known_flags.values())
     assert "--use_weight_only" in known_flags["build.py"] and "--use_weight_only" not in known_flags["run.py"]

@@ -42,9 +42,11 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where it says something: neither False nor None."""
+    """Shows a default only where it says something: not False, None or an empty list."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default == []:
+            return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(action.default)})"
         nothing = action.default is None or action.default is False
