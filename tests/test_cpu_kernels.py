@@ -34,7 +34,7 @@ UNIT = 2.0**-24  # of float32
 DEPTH = 512  # channels of a block in native/tile.h
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 2), (3, 30), (48, 64), (97, 100), (53, 1000), (13, 4128)]  # out, in: rows and channels left over
-TOKENS = (1, 2, 3, 5, 7, FEW_ROWS, FEW_ROWS + 1, 33, 70)
+TOKENS = (1, 2, 3, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 33, 70)
 
 
 def matrix_of(weight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baichuan.executors.cpu.library import library
+from baichuan.executors.cpu.memory import keep_freed_memory
 from baichuan.executors.cpu.native import Kernels
 from baichuan.executors.cpu.ops import CpuOps
 from baichuan.executors.cpu.reference import ReferenceExecutor, ReferenceOps
@@ -15,4 +16,5 @@ class CpuExecutor(ReferenceExecutor):
         compiled = library()
         if compiled is None:
             return super().make_ops(capacity)
+        keep_freed_memory()
         return CpuOps(self.spec, self.comm, capacity, Kernels(compiled))

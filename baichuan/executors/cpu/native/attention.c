@@ -1,4 +1,5 @@
 /* Attention over the KV cache: a few tokens of a sequence one by one, many in panels of WIDTH. */
+#include "attention.h"
 #include "tile.h"
 
 #if LANES == 8
@@ -8,25 +9,6 @@
 #endif
 #define CHUNK       32 /* keys whose values are unpacked at once */
 #define FEW_QUERIES 8  /* more new tokens of a sequence than this go in panels */
-
-/* One layer's cache, k and v [blocks, heads, tokens of a block, dim], and its position encoding. */
-struct cache {
-    void *k, *v;
-    const int32_t *tables;          /* [rows, blocks_per_row]: where a row's blocks lie in k and v */
-    const float *k_scale, *v_scale; /* [1], with an 8-bit cache */
-    const float *cos, *sin;         /* [positions, dim / 2]; NULL without RoPE */
-    const float *slopes;            /* [heads]; NULL without ALiBi */
-    int64_t heads, blocks_per_row, dim;
-    int32_t block_bits; /* a block is for 1 << block_bits tokens */
-    int32_t type;
-};
-
-/* Where one head's key or value of a position begins; the positions of a block follow one another. */
-INLINE char *entry(const struct cache *c, void *kept, size_t row, size_t head, size_t position) {
-    size_t block = c->tables[row * c->blocks_per_row + (position >> c->block_bits)];
-    size_t place = ((block * c->heads + head) << c->block_bits) + (position & (((size_t)1 << c->block_bits) - 1));
-    return (char *)kept + bytes_of(c->type, place * c->dim);
-}
 
 static void rotate(const struct cache *c, enum type t, void *head, int64_t position) {
     size_t half = c->dim / 2;
@@ -69,53 +51,6 @@ static void store_tokens(const struct cache *c, const struct rows *qkv, const in
         }
 }
 
-/* One query over the first `context` keys of one head.  q: [dim], scaled; out: [dim], both with zeros up to LANES. */
-INLINE void attend_head(enum type t, const struct cache *c, size_t row, size_t head, size_t context, const float *q,
-                        float *scores, float *out) {
-    size_t dim = c->dim, size = (size_t)1 << c->block_bits;
-    float slope = c->slopes ? c->slopes[head] : 0, highest = -INFINITY;
-    for (size_t first = 0; first < context; first += size) {
-        const char *keys = entry(c, c->k, row, head, first);
-        for (size_t k = 0; k < size && first + k < context; k++) {
-            vf total = {0};
-            for (size_t i = 0; i < dim; i += LANES)
-                total += load_part(t, keys + bytes_of(t, k * dim), i, dim) * LOAD(vf, q + i);
-            float score = scores[first + k] = sum(total) - slope * (float)(context - 1 - first - k);
-            highest = score > highest ? score : highest;
-        }
-    }
-    vf totals = {0};
-    for (size_t k = 0; k < context; k += LANES) {
-        vf p = exponential(load_part(F32, scores, k, context) - highest);
-        store(F32, scores, k, p, context - k < LANES ? context - k : LANES);
-        totals += load_part(F32, scores, k, context);
-    }
-    float inverse = 1 / sum(totals);
-    memset(out, 0, up_to(dim, LANES) * sizeof *out);
-    for (size_t first = 0; first < context; first += size) {
-        const char *values = entry(c, c->v, row, head, first);
-        size_t n = context - first < size ? context - first : size;
-        for (size_t k = 0; k < n; k += 4)
-            for (size_t i = 0; i < dim; i += LANES) {
-                vf total = LOAD(vf, out + i);
-                for (size_t j = k; j < k + 4 && j < n; j++)
-                    total += load_part(t, values + bytes_of(t, j * dim), i, dim) * (scores[first + j] * inverse);
-                memcpy(out + i, &total, sizeof total);
-            }
-    }
-}
-
-static void attend_typed(const struct cache *c, size_t row, size_t head, size_t context, const float *q, float *scores,
-                         float *out) {
-    switch (c->type) {
-    case F32: return attend_head(F32, c, row, head, context, q, scores, out);
-    case F16: return attend_head(F16, c, row, head, context, q, scores, out);
-    case BF16: return attend_head(BF16, c, row, head, context, q, scores, out);
-    case INT8: return attend_head(INT8, c, row, head, context, q, scores, out);
-    default: return attend_head(FP8, c, row, head, context, q, scores, out);
-    }
-}
-
 /* One step's tokens. */
 struct queries {
     const struct rows *qkv;
@@ -155,7 +90,7 @@ static void attend_token(const struct cache *c, const struct queries *all, size_
         vf x = load_part(t, query_of(c, all->qkv, token, head), i, dim) * query_scale(c);
         memcpy(q + i, &x, sizeof x);
     }
-    attend_typed(c, all->rows[token], head, all->positions[token] + 1, q, work->scores, out);
+    attend_query(c, all->rows[token], head, all->positions[token] + 1, q, work->scores, out);
     for (size_t i = 0, dim = c->dim; i < dim; i += LANES)
         store(t, y + bytes_of(t, (token * c->heads + head) * dim), i,
               LOAD(vf, out + i) * (c->v_scale ? *c->v_scale : 1), dim - i < LANES ? dim - i : LANES);
@@ -260,7 +195,8 @@ int attend(const struct cache *c, const struct rows *qkv, const int64_t *rows, c
         for (int64_t s = 0; s < sequences; s++) {
             size_t new = starts[s + 1] - starts[s], width = new <= FEW_QUERIES ? 1 : WIDTH;
             size_t parts = up_to(new, width) / width;
-#pragma omp for schedule(dynamic) nowait
+            int64_t chunk = width == 1 ? up_to(c->heads, threads) / threads : 1; /* fetch goes from head to head */
+#pragma omp for schedule(dynamic, chunk) nowait
             for (size_t item = 0; item < parts * c->heads; item++) {
                 size_t head = item % c->heads, at = (parts - 1 - item / c->heads) * width; /* the longest part first */
                 if (!ready) continue;

@@ -1,8 +1,4 @@
-/* Weights and activations as the words of blocks and panels.
-
-   INTEGERS: with its group's largest magnitude below 2^e, a number is round(number * 2^(bits - e)), so that it is exact
-   where its digits end above 2^(e - bits) and else off by 2^(e - bits - 1) at most.  INT4 and INT8 weights are exact.
- */
+/* Weights and activations as the words of blocks and panels. */
 #include "unpack.h"
 
 static size_t common_divisor(size_t a, size_t b) { return b ? common_divisor(b, a % b) : a; }
@@ -20,22 +16,6 @@ struct plan make_plan(const struct matrix *w, enum type x) {
     plan.words = words_of(plan.kind, up_to(w->in, STEP));
     plan.stride = plan.words + (plan.kind == INTEGERS ? up_to(w->in, plan.x_group) / plan.x_group : 0);
     return plan;
-}
-
-/* 2^(bits - e) for numbers of the largest magnitude whose bits are given, below 2^e; its inverse in *scale, which is
-   not a number if one of them is infinite or none. */
-INLINE float power_for(vi largest, int bits, float *scale) {
-    int32_t e = largest_integer(largest) >> 23;
-    if (e < 20) e = 20; /* the smallest numbers become 0 */
-    uint32_t power = (uint32_t)(253 + bits - e) << 23, inverse = (uint32_t)(e + 1 - bits) << 23;
-    if (e == 255) power = 0, inverse = 0x7FC00000;
-    memcpy(scale, &inverse, sizeof inverse);
-    return LOAD(float, &power);
-}
-
-INLINE vi larger_magnitude(vi largest, vf x) {
-    vi magnitude = (vi)absolute(x), pick = magnitude > largest;
-    return (magnitude & pick) | (largest & ~pick);
 }
 
 /* A step of numbers as STEP / 2 words. */

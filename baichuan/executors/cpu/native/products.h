@@ -32,8 +32,6 @@ struct operand {
     void *memory;
 };
 
-INLINE size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 /* A sum is multiplied by the token's scale, then by the row's; INT4's scales are in the sum already. */
 INLINE float operand_scale(const struct matrix *w, const struct operand *x, size_t token) {
     return w->w8a8 || w->type == FP8 ? x->scales[token] : 1;

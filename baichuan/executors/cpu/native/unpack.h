@@ -1,7 +1,26 @@
-/* INT4 and INT8 weights as 16-bit integers, with the scales of their groups. */
+/* Numbers as INTEGERS, with the scales of their groups.
+
+   With its group's largest magnitude below 2^e, a number is round(number * 2^(bits - e)), so that it is exact where its
+   digits end above 2^(e - bits) and else off by 2^(e - bits - 1) at most.  INT4 and INT8 weights are exact. */
 #ifndef UNPACK_H
 #define UNPACK_H
 #include "tile.h"
+
+/* 2^(bits - e) for numbers of the largest magnitude whose bits are given, below 2^e; its inverse in *scale, which is
+   not a number if one of them is infinite or none. */
+INLINE float power_for(vi largest, int bits, float *scale) {
+    int32_t e = largest_integer(largest) >> 23;
+    if (e < 20) e = 20; /* the smallest numbers become 0 */
+    uint32_t power = (uint32_t)(253 + bits - e) << 23, inverse = (uint32_t)(e + 1 - bits) << 23;
+    if (e == 255) power = 0, inverse = 0x7FC00000;
+    memcpy(scale, &inverse, sizeof inverse);
+    return LOAD(float, &power);
+}
+
+INLINE vi larger_magnitude(vi largest, vf x) {
+    vi magnitude = (vi)absolute(x), pick = magnitude > largest;
+    return (magnitude & pick) | (largest & ~pick);
+}
 
 /* INT4: of channel i. */
 INLINE float scale_of(const struct matrix *w, size_t row, size_t i) {

@@ -46,6 +46,8 @@ INLINE size_t bytes_of(enum type t, size_t elements) {
     return t == F32 ? 4 * elements : t == F16 || t == BF16 ? 2 * elements : t == INT4 ? elements / 2 : elements;
 }
 
+INLINE size_t up_to(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE vf load_f16(const void *p) {
