@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import scripts
@@ -13,7 +14,8 @@ from baichuan.errors import EngineError
 from baichuan.parallel import launcher
 from baichuan.parallel.comm import Solo
 from baichuan.parallel.launcher import Launch
-from baichuan.util import affinity, manifest
+from baichuan.util import affinity, aside, manifest, nvidia
+from baichuan.util.aside import DescribedAside
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
 
@@ -97,11 +99,83 @@ def test_what_is_done_ahead_is_this_ranks(engine, tmp_path):
 def test_what_is_done_ahead_imports_no_torch():
     """It would wait for the import that it runs beside."""
     program = (
-        "import sys; from baichuan.cli import ahead; ahead.LIBRARIES += ahead.ON_GPUS; ahead._prepare(None);"
+        "import sys; from baichuan.cli import ahead; ahead._prepare(None)\n"
+        "from triton.runtime.cache import triton_key; triton_key()\n"
         "print('numpy' in sys.modules, 'sentencepiece' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+
+def test_digests_by_another_process_are_those_of_this_one(engine, monkeypatch):
+    path = engine.rank_file(0)
+    described, missing = DescribedAside(path), DescribedAside(path.with_name("missing"))
+    for each in (described, missing):
+        each.begin()
+    assert described.entry() == engine.files[path.name]
+    with pytest.raises(FileNotFoundError):
+        missing.entry()
+    given_up = DescribedAside(path)
+    given_up.begin()
+    given_up.close()
+    assert given_up._process.returncode is not None
+    monkeypatch.setattr(aside.subprocess, "Popen", Mock(side_effect=OSError("no more processes")))
+    alone = DescribedAside(path)
+    alone.begin()
+    assert alone.entry() == engine.files[path.name]
+    alone.close()
+
+
+def test_a_script_has_digests_taken_by_another_process(engine, tmp_path):
+    """Where PyTorch is still to be imported, and damage is told all the same."""
+    given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
+    flip_a_bit(engine.rank_file(0), -1)
+    program = (
+        "import sys, run; from baichuan.util import aside; told = aside.DescribedAside.entry\n"
+        "aside.DescribedAside.entry = lambda self: print('aside') or told(self)\n"
+        f"print(run.main({given!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["aside", "2"] and "SHA-256" in done.stderr, done.stdout + done.stderr
+
+
+class Driver:
+    """Stands for libcuda, of a machine with one GPU."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*values):
+            self.calls.append(name)
+            return 101 if name == "cuDeviceGet" and values[1] > 0 else 0
+
+        call.__name__ = name
+        return call
+
+
+def test_the_driver_starts_a_gpu_or_says_why_not(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda name: driver)
+    nvidia.start_gpu(0)
+    assert driver.calls == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    with pytest.raises(OSError, match="GPU 1: cuDeviceGet gives 101"):
+        nvidia.start_gpu(1)
+
+
+@pytest.mark.cuda
+def test_pytorch_finds_the_gpu_started():
+    """Its context is the one that was made, so that memory is not taken twice."""
+    program = (
+        "import threading; from baichuan.util.nvidia import start_gpu\n"
+        "thread = threading.Thread(target=start_gpu, args=(0,)); thread.start(); thread.join()\n"
+        "import torch, ctypes; x = torch.ones(3, device='cuda').sum().item()\n"
+        "driver, current, retained = ctypes.CDLL('libcuda.so.1'), ctypes.c_void_p(), ctypes.c_void_p()\n"
+        "driver.cuCtxGetCurrent(ctypes.byref(current)); driver.cuDevicePrimaryCtxRetain(ctypes.byref(retained), 0)\n"
+        "print(x, current.value == retained.value)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["3.0", "True"], done.stderr
 
 
 def test_modules_are_imported_while_something_else_is_done():
@@ -127,7 +201,8 @@ def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
 COUNT = """
 import gc, sys
 passes = []
-gc.callbacks.append(lambda *_: passes.append("torch" in sys.modules and "torch.export" not in sys.modules))
+importing = lambda: "torch" in sys.modules and "torch.export" not in sys.modules
+gc.callbacks.append(lambda *_: passes.append(importing() and gc.isenabled()))
 """
 
 

@@ -28,7 +28,7 @@ from baichuan.generation.sampling import numbered_seeds
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt
 from baichuan.text.tokenizer import Tokenizer
-from baichuan.util.manifest import Describer
+from baichuan.util.manifest import Description
 
 Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: its text
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
@@ -65,7 +65,7 @@ class LLM:
         prefix_caching: bool = True,
         model_version: str | None = None,
         ranks: Ranks | None = None,
-        digests: Mapping[Path, Describer] = MappingProxyType({}),
+        digests: Mapping[Path, Description] = MappingProxyType({}),
     ):
         require_range("kv_cache_free_gpu_mem_fraction", kv_cache_free_gpu_mem_fraction, 0.01, 1.0)
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)

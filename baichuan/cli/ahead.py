@@ -4,16 +4,17 @@ imports for a later part of a command."""
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from baichuan.parallel.launcher import Launch
-from baichuan.util.manifest import Describer
+from baichuan.util import manifest, nvidia
+from baichuan.util.aside import DescribedAside
 
-LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch
-ON_GPUS = ("triton",)
+LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch, nor does Triton
 KERNELS = "baichuan.executors.cuda.executor"
 FLOAT_MODEL = "baichuan.hf_model.modeling"  # imports transformers
 GPU_CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
@@ -34,20 +35,25 @@ class Ahead:
                 ranks = sorted(Path(folder).glob("*_rank*.engine"), key=lambda path: (len(path.name), path.name))
                 own = ranks[launched.rank % len(ranks) :][:1] if ranks else []
                 paths += [path for path in own if path.is_file()]
-        self.digests = {path: Describer(path) for path in paths}
+        describer = manifest.Describer if "torch" in sys.modules else DescribedAside  # is an import to come?
+        self.digests = {path: describer(path) for path in paths}
         gpu = launched.local_rank if paths and device != "cpu" and GPU_CONTROL.exists() else None
-        self._preparing = threading.Thread(target=_prepare, args=(gpu,), daemon=True)
+        self._threads = [threading.Thread(target=_prepare, args=(gpu,), daemon=True)]
+        if gpu is not None:
+            self._threads.append(threading.Thread(target=_start_gpu, args=(gpu,), daemon=True))
 
     def __enter__(self) -> Ahead:
         for describer in self.digests.values():
             describer.begin()
-        self._preparing.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         for describer in self.digests.values():
             describer.close()
-        self._preparing.join()
+        for thread in self._threads:
+            thread.join()
 
 
 @contextmanager
@@ -69,16 +75,22 @@ def _import(modules: Iterable[str]) -> None:
 
 
 def _prepare(gpu: int | None) -> None:
-    """gpu: its index, to be started too"""
-    _import(LIBRARIES if gpu is None else LIBRARIES + ON_GPUS)
-    if gpu is not None:
-        with suppress(Exception):
-            _start_gpu(gpu)
+    """gpu: the index of the one that will run, if one will"""
+    _import(LIBRARIES)
+    if gpu is None:
+        return
+    with suppress(Exception):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # a digest of Triton's files, which the first kernel would wait for
+    with suppress(Exception):
+        import torch  # waits for the main thread, which imports it
+
+        if gpu < torch.cuda.device_count():
+            torch.zeros(1, device=f"cuda:{gpu}")
+            importlib.import_module(KERNELS)
 
 
 def _start_gpu(index: int) -> None:
-    import torch  # waits for the main thread, which imports it
-
-    if index < torch.cuda.device_count():
-        torch.zeros(1, device=f"cuda:{index}")
-        importlib.import_module(KERNELS)
+    with suppress(OSError):
+        nvidia.start_gpu(index)

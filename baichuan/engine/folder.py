@@ -170,7 +170,7 @@ def check_world(engine: Engine, comm: Communicator, model_version: str | None = 
 
 @contextmanager
 def verified_meanwhile(
-    engine: Engine, comm: Communicator, digests: Mapping[Path, manifest.Describer] = MappingProxyType({})
+    engine: Engine, comm: Communicator, digests: Mapping[Path, manifest.Description] = MappingProxyType({})
 ) -> Iterator[None]:
     """Check this rank's file, its size first and its digests while the block reads it.
 

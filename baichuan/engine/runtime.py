@@ -18,7 +18,7 @@ from baichuan.generation.requests import Serving
 from baichuan.generation.serve import serve
 from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator
-from baichuan.util.manifest import Describer
+from baichuan.util.manifest import Description
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def open_session(
     comm: Communicator,
     model_version: str | None = None,
     settings: OpenSettings = DEFAULTS,
-    digests: Mapping[Path, Describer] = MappingProxyType({}),
+    digests: Mapping[Path, Description] = MappingProxyType({}),
 ) -> Session:
     """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
@@ -53,7 +53,7 @@ def open_serving(
     engine: Engine,
     comm: Communicator,
     settings: OpenSettings = DEFAULTS,
-    digests: Mapping[Path, Describer] = MappingProxyType({}),
+    digests: Mapping[Path, Description] = MappingProxyType({}),
     prefix_caching: bool = True,
 ) -> tuple[Serving, torch.device]:
     """The engine as requests.Serving, and where it runs."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from baichuan.errors import EngineError
 from baichuan.util.affinity import cores
@@ -15,6 +16,13 @@ from baichuan.util.affinity import cores
 CHUNK_BYTES = 64 << 20
 MOST_THREADS = 16
 READ_BYTES = 8 << 20  # each thread's buffer: a thread that hashes asks for Python's lock twice for each
+
+
+class Description(Protocol):
+    """Of a file, being made meanwhile."""
+
+    def entry(self) -> dict:
+        """The result of `describe`, as soon as it is there."""
 
 
 class Describer:
@@ -89,7 +97,7 @@ def require_size(path: Path, entry: dict) -> None:
         raise EngineError(f"{path} has {size} bytes instead of {entry['bytes']}; it is truncated, build it again")
 
 
-def verify(path: Path, entry: dict, describer: Describer | None = None) -> None:
+def verify(path: Path, entry: dict, describer: Description | None = None) -> None:
     """Raise EngineError unless the file has the size and the digests that `describe` gave.
 
     describer: the file's, if its digests are being computed already
