@@ -13,10 +13,12 @@ from kernel_device import DEVICE, relative_error
 from scattered import row_of, scattered
 from torch.nn import functional as F
 
+from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
+from baichuan.kernels.gemm_parts import scale_sums
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import gemv_int
 from baichuan.kernels.kv_store import store_kv
@@ -41,7 +43,7 @@ from baichuan.quant.fp8 import token_scale
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
-from baichuan.records import AttentionSpec, Int4Weight, Step
+from baichuan.records import AttentionSpec, Fp8Weight, Int4Weight, Step
 
 ROUNDED = 1e-3
 FLOAT32 = 2e-6  # float32 sums of a few hundred terms
@@ -369,6 +371,30 @@ def test_gemm_fp8(rows, tile):
         y = gemm(operand, weight, scale, torch.float16, tile)
         assert relative_error(y, expected) < ROUNDED
         assert relative_error(y, expected.roll(1, 1)) > 0.1, "the control: another channel's scale"
+
+
+@pytest.mark.parametrize("x_scales", [1, 19])
+def test_scale_sums(x_scales):
+    sums, x_scale, scale = normal(19, 40, dtype=torch.float32), *(torch.rand(n, device=DEVICE) for n in (x_scales, 40))
+    y = scale_sums(sums, x_scale, scale, torch.float16)
+    expected = sums.double() * x_scale.double().view(-1, 1) * scale.double()
+    assert y.dtype == torch.float16 and relative_error(y, expected) < ROUNDED
+    assert relative_error(y, expected.roll(1, 1)) > 0.1, "the control: another channel's scale"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(96, 160), (40, 96)], ids=["cuBLASLt", "a shape that it does not take"])
+@pytest.mark.parametrize("scales", [1, 130], ids=["one scale", "per token"])
+def test_fp8_products_of_many_tokens(shape, scales):
+    """Those of a library, and our kernel's where it has none, with the same scales."""
+    weight = normal(*shape, seed=1, dtype=torch.float32).to(torch.float8_e4m3fn)
+    x = normal(130, shape[1], dtype=torch.float32).to(torch.float8_e4m3fn)
+    x_scale, scale = torch.rand(scales, device=DEVICE), torch.rand(shape[0], device=DEVICE)
+    kernel = choose_kernel(Fp8Weight(weight, scale, x_scale), Choice(130, torch.float16))
+    y = kernel.run(Operand(StaticScale(x.dtype, x_scale), x, x_scale), torch.float16)
+    expected = x.double() @ weight.double().T * scale.double() * x_scale.double().view(-1, 1)
+    assert relative_error(y, expected) < ROUNDED
+    assert relative_error(y, expected.roll(1, 1)) > 0.1, "the control: another channel's scale"
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96

@@ -98,7 +98,7 @@ def multiply(
     inputs: of the kernel, the first x [x_rows, in_features], among the others weight [out_features, ...];
     y: [num_tokens, out_features]; sum_dtype: of the parts; factors: x_scale and scale; scales: which are applied
     """
-    (x_rows, in_features), (num_rows, out_features) = inputs[0].shape, y.shape
+    (x_rows, in_features), out_features = inputs[0].shape, y.shape[1]
     target = y if tile.splits == 1 else torch.empty(tile.splits, *y.shape, dtype=sum_dtype, device=y.device)
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     kernel.launch(
@@ -110,13 +110,29 @@ def multiply(
         num_warps=tile.num_warps,
         num_stages=stages_that_fit(tile, inputs[0], inputs[kernel.inputs.index("weight")]),
     )
-    if target is y:
-        return
+    if target is not y:
+        add_parts(target, factors, scales, y)
+
+
+def add_parts(parts: Tensor, factors: tuple[Tensor, Tensor], scales: Mapping[str, bool], y: Tensor) -> None:
+    """Write the sum of the parts, scaled, to y.  parts: [splits, num_tokens, out_features]; the others as above"""
+    splits, num_rows, out_features = parts.shape
     block_m, block_n = min(next_power_of_2(num_rows), 4), 512
     ADD_PARTS.launch(
         (cdiv(num_rows, block_m), cdiv(out_features, block_n)),
-        (target, *factors),
+        (parts, *factors),
         (num_rows, out_features),
         (y,),
-        {"SPLITS": tile.splits, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
+        {"SPLITS": splits, "BLOCK_M": block_m, "BLOCK_N": block_n, **scales},
     )
+
+
+def scale_sums(sums: Tensor, x_scale: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """sums * x_scale * scale in out_dtype, for sums that a library made.
+
+    sums: [num_tokens, out_features] float32; x_scale: [1] or [num_tokens]; scale: [out_features]
+    """
+    y = torch.empty_like(sums, dtype=out_dtype)
+    scales = {"COLUMN_SCALES": True, "X_SCALE": True, "ROW_SCALES": x_scale.numel() > 1}
+    add_parts(sums[None], (x_scale, scale), scales, y)
+    return y

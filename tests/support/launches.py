@@ -2,7 +2,8 @@
 python tests/support/launches.py > tests/support/launches.txt
 
 Tensors are on PyTorch's device "meta" and launches are written down instead of run, so that the model's own sizes cost
-nothing.  A line is a launch: kernel, grid, constants, w(arps) and s(tages), arguments.  `product` is PyTorch's.
+nothing.  A line is a launch: kernel, grid, constants, w(arps) and s(tages), arguments.  `product` and
+`fp8_sums` are PyTorch's.
 """
 
 from __future__ import annotations
@@ -83,11 +84,20 @@ def launches(version: str, quant: str, step: str, variant: str) -> list[str]:
 
     weights, spec = Shapes(model, config).rank(), attention_spec(model, 0, 1)
     copies = DenseCopies(1 << 40 if variant == "copies" else 0)
+
+    def fp8_sums(x, weight):
+        lines.append(f"fp8_sums {_argument(x)} {_argument(weight)}")
+        return torch.empty(x.shape[0], weight.shape[0], device=META)
+
     ops = CudaOps(spec, Solo(), CAPACITY, META, Switches(own_gemm=variant != "PyTorch's products"), copies)
     scales = weights.layers[0].k_scale, weights.layers[0].v_scale
     kv_dtype = KV_DTYPES[config.kv_cache] or torch.float16
     cache = LayerCache.whole_rows(rows, CAPACITY, spec, kv_dtype, META, scales, tokens_per_block=64)
-    with patch.object(KernelSpec, "launch", launch), patch.object(cuda_linear, "product", product):
+    with (
+        patch.object(KernelSpec, "launch", launch),
+        patch.object(cuda_linear, "product", product),
+        patch.object(cuda_linear, "fp8_sums", fp8_sums),
+    ):
         forward(ops, model, weights, (cache,), spec, Step.of([[0] * new] * rows, device=META))
     return lines
 

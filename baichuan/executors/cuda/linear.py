@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from baichuan.executors.cuda.dense_copies import DenseCopies
-from baichuan.executors.cuda.products import fp8_product, int8_product, product
+from baichuan.executors.cuda.products import fp8_in_library, fp8_product, fp8_sums, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
+from baichuan.kernels.gemm_parts import scale_sums
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.gemv_int import BYTE_CHANNELS, NIBBLE_CHANNELS, gemv_int
 from baichuan.kernels.operand import (
@@ -42,7 +43,7 @@ from baichuan.weights.types import product_of
 # Up to this many tokens our kernel is faster than cuBLAS with a weight that is dequantised for the one product.
 GEMM_ROWS = 256
 INT16_ROWS = 2048  # the same for an INT8 weight and x as 16-bit integers
-DENSE_ROWS = 64  # up to this many our kernel is faster than cuBLAS with a dense weight
+DENSE_ROWS = 64  # up to this many our kernel is faster than cuBLAS with a dense weight or one in e4m3
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
     """On the tensor cores even for one token, which measures faster than a GEMV."""
     q, scale, form = weight.weight, weight.scale, _fp8_form(weight)
-    if choice.own_kernels:
+    if choice.own_kernels and (choice.num_tokens <= DENSE_ROWS or not fp8_in_library(q)):
         return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+    if choice.own_kernels:
+        return LinearKernel(
+            form, lambda x, out_dtype: scale_sums(fp8_sums(x.values, q), *x.scaled[1:], scale, out_dtype)
+        )
     return LinearKernel(form, lambda x, out_dtype: fp8_product(*x.scaled, q, scale, out_dtype))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,9 +40,22 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out_d
     x: [num_tokens, in_features]; x_scale: [1] or [num_tokens]; weight: [out_features, in_features];
     scale: [out_features]
     """
-    if x.shape[1] % 16 or weight.shape[0] % 16:  # what cuBLASLt asks for
-        total = x.float() @ weight.float().t()
-    else:
-        one = torch.ones((), device=x.device)
-        total = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
-    return (total * x_scale.view(-1, 1) * scale).to(out_dtype)
+    return (fp8_sums(x, weight) * x_scale.view(-1, 1) * scale).to(out_dtype)
+
+
+def fp8_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ in float32 for e4m3 matrices."""
+    if not fp8_in_library(weight):
+        return x.float() @ weight.float().t()
+    one = _one(x.device)
+    return torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
+
+
+def fp8_in_library(weight: Tensor) -> bool:
+    """Whether cuBLASLt takes this e4m3 matrix."""
+    return weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+
+
+@lru_cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
