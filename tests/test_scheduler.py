@@ -65,7 +65,7 @@ class Model:
             self.cache[target] = list(self.block(source))
         chosen = []
         for piece in plan.pieces if plan else ():
-            self.compute(piece.job, piece.start, piece.start + piece.count)
+            self.compute(piece.job, piece.start, piece.start + piece.length)
             if piece.chooses:
                 chosen += self.choose(piece.job)
         self.unread.append(chosen)
@@ -236,7 +236,7 @@ def test_running_requests_never_wait_for_a_long_prompt():
     for step in range(1, 14):
         plan = scheduler.plan()
         assert plan.pieces[0].job is first and plan.pieces[0].decodes
-        assert plan.pieces[1].count == (8 if step < 13 else 4)
+        assert plan.pieces[1].length == (8 if step < 13 else 4)
         assert plan.pieces[1].chooses == (step == 13)
 
 
@@ -244,7 +244,7 @@ def test_without_a_chunk_running_requests_wait_until_no_prompt_is_left():
     scheduler = Scheduler(BlockPool(100, 4), Budget(4, 6))
     for key in range(3):
         scheduler.add(request(key, [1] * 5))
-    counts = [[(piece.job.request.key, piece.count) for piece in scheduler.plan().pieces] for _ in range(4)]
+    counts = [[(piece.job.request.key, piece.length) for piece in scheduler.plan().pieces] for _ in range(4)]
     assert counts == [[(0, 5), (1, 1)], [(1, 4), (2, 2)], [(2, 3)], [(0, 1), (1, 1), (2, 1)]]
 
 

@@ -259,7 +259,7 @@ class _KeptLogits:
         """logits: of the piece's tokens, or of the last alone"""
         request = piece.job.request
         if request.prompt_logits and not piece.decodes:
-            end = min(piece.start + piece.count, len(request.prompt))
+            end = min(piece.start + piece.length, len(request.prompt))
             if end > self._seen:  # else it is computed again
                 self._prompt.append(logits[self._seen - piece.start : end - piece.start].cpu().clone())
                 self._seen = end

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from baichuan.generation.blocks import BlockPool, names_of
 from baichuan.generation.requests import Request
@@ -46,14 +47,13 @@ class Job:
     named: int = 0  # blocks of the tables that the pool knows by name
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A job's part of a step: `count` tokens of each of its rows, from position `start` on."""
+class Piece(NamedTuple):
+    """A job's part of a step: `length` tokens of each of its rows, from position `start` on."""
 
     job: Job
     start: int
-    count: int
-    decodes: bool  # its one token is the one that was chosen last; else they are ids[start : start + count]
+    length: int
+    decodes: bool  # its one token is the one that was chosen last; else they are ids[start : start + length]
     chooses: bool  # a new token is chosen from the last one's logits
 
 
@@ -106,17 +106,17 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step; None when nothing is left to compute, or all of it waits for extend()."""
         admitted = self._admit()
-        prompts = any(not job.decoding for job in self.running)
         pieces: list[Piece] = []
         copies: list[tuple[int, int]] = []
-        if not prompts or self.budget.chunk is not None:
+        rows = 0
+        if self.budget.chunk is not None or all(job.decoding for job in self.running):
             for job in list(self.running):
                 if job.decoding and job.made < job.request.max_new_tokens:
                     new_copies = self._grow(job)
                     if new_copies is not None:
                         copies += new_copies
                         pieces.append(Piece(job, job.computed, 1, True, True))
-        rows = sum(len(piece.job.tables.rows) for piece in pieces)
+                        rows += len(job.tables.rows)
         left = self.budget.tokens - rows
         if rows and self.budget.chunk is not None:
             left = min(left, self.budget.chunk)
@@ -139,7 +139,8 @@ class Scheduler:
     def extend(self, job: Job, token: int) -> None:
         """The host knows the next of the job's new tokens."""
         job.ids.append(token)
-        self._name_blocks(job)
+        if len(job.ids) % self.pool.tokens_per_block == 0:
+            self._name_blocks(job)
 
     def fork(self, job: Job, parents: Sequence[int]) -> None:
         """Row r of the job continues what its row parents[r] was."""
@@ -180,6 +181,8 @@ class Scheduler:
 
         None if the job itself had to give up its blocks.
         """
+        if len(job.slots) == 1 and job.computed % self.pool.tokens_per_block:
+            return ()  # its last block has room
         needed = job.tables.needed(job.computed, job.computed + 1)
         if not needed:
             return ()
@@ -199,10 +202,11 @@ class Scheduler:
 
     def _planned(self, piece: Piece) -> None:
         job = piece.job
-        job.computed += piece.count
+        job.computed += piece.length
         job.made += piece.chooses
         job.decoding = job.computed >= len(job.ids) or piece.decodes
-        self._name_blocks(job)
+        if not piece.decodes or job.computed % self.pool.tokens_per_block == 0:
+            self._name_blocks(job)
 
     def _name_blocks(self, job: Job) -> None:
         """Let the job's full blocks be found: those whose tokens are known and computed."""

@@ -67,16 +67,16 @@ class StepBuilder:
         outputs: list[int] = []
         rows: list[tuple[int, int]] = []
         for piece in plan.pieces:
-            end, width = piece.start + piece.count, len(piece.job.tables.rows)
+            end, width = piece.start + piece.length, len(piece.job.tables.rows)
             if piece.decodes:
                 slots += piece.job.slots[:width]
             else:
                 known += piece.job.ids[piece.start : end]
             for _ in range(width):
                 positions += range(piece.start, end)
-                lengths.append(piece.count)
+                lengths.append(piece.length)
                 contexts.append(end)
-            wanted = piece.count if piece.job.request.prompt_logits and not piece.decodes else width
+            wanted = piece.length if piece.job.request.prompt_logits and not piece.decodes else width
             rows.append((len(outputs), wanted))
             outputs += range(len(positions) - wanted, len(positions))
         starts = [0]
