@@ -162,40 +162,48 @@ class InFlight:
         )
 
     def _launch(self, plan: Plan) -> _Launched:
+        """Compute the plan's step, and choose its tokens on the device."""
         for job in plan.admitted:
-            request, history = job.request, job.ids
-            if request.sampling.num_beams > 1:
-                search = BeamSearch(request.sampling, [request.prompt], request.max_new_tokens, request.keep_logits)
-                self._searches[job] = search
-            else:
-                self._sampler.begin(job.slots[0], request.sampling, history, len(history) - len(request.prompt))
+            self._begin(job)
         step, rows = self._steps.build(plan)
         logits = self._logits(step)
-        sampled: list[Piece] = []
-        places: list[int] = []  # the sampled pieces' rows of the logits
+        sampled: list[Job] = []
+        places: list[int] = []  # their rows of the logits
         for piece, (first, count) in zip(plan.pieces, rows, strict=True):
-            own = logits[first : first + count]
-            if piece.job in self._kept:
-                self._kept[piece.job].see(piece, own)
-            if piece.job in self._searches:
-                if piece.chooses:
-                    self._search(piece.job, own[-len(piece.job.tables.rows) :])
-            elif piece.chooses:
-                sampled.append(piece)
+            job, own = piece.job, logits[first : first + count]
+            if job in self._kept:
+                self._kept[job].see(piece, own)
+            if not piece.chooses:
+                if job.decoding:  # a prompt that is only scored has been computed to its end
+                    self._end(job, "length")
+            elif job in self._searches:
+                self._search(job, own[-len(job.tables.rows) :])
+            else:
+                sampled.append(job)
                 places.append(first + count - 1)
-            elif piece.job.decoding:  # a prompt that is only scored
-                self._end(piece.job, "length")
-        jobs = [piece.job for piece in sampled]
-        tokens, prefills = None, not plan.pieces[-1].decodes
+        prefills = not plan.pieces[-1].decodes
         made = sum(piece.job.request.sampling.num_beams for piece in plan.pieces if piece.chooses)
         self.timing.new_tokens += made
         self.timing.decode_tokens += 0 if prefills else made
-        if jobs:
-            chosen = logits if len(places) == len(logits) else logits[self._steps.on_device(places)]
-            slots = [job.slots[0] for job in jobs]
-            tokens = self._sampler(chosen, slots)
-            self._steps.chose(jobs, slots, tokens)
-        return _Launched(jobs, Readback(tokens) if tokens is not None else None, prefills, not plan.pieces[0].decodes)
+        tokens = self._sample(sampled, logits, places) if sampled else None
+        return _Launched(sampled, tokens, prefills, prompts_alone=not plan.pieces[0].decodes)
+
+    def _begin(self, job: Job) -> None:
+        """The job has got its slots: for the first time, or again after it gave up its blocks."""
+        request, history = job.request, job.ids
+        if request.sampling.num_beams > 1:
+            search = BeamSearch(request.sampling, [request.prompt], request.max_new_tokens, request.keep_logits)
+            self._searches[job] = search
+        else:
+            self._sampler.begin(job.slots[0], request.sampling, history, len(history) - len(request.prompt))
+
+    def _sample(self, jobs: list[Job], logits: Tensor, places: list[int]) -> Readback:
+        """The jobs' next tokens, each from its place among the logits' rows, on their way to the host."""
+        chosen = logits if len(places) == len(logits) else logits[self._steps.on_device(places)]
+        slots = [job.slots[0] for job in jobs]
+        tokens = self._sampler(chosen, slots)
+        self._steps.chose(jobs, slots, tokens)
+        return Readback(tokens)
 
     def _search(self, job: Job, logits: Tensor) -> None:
         """Extend a job's beams at once: their next step depends on which of them go on."""

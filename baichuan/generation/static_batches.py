@@ -79,7 +79,11 @@ def _kind(request: Request) -> tuple:
 
 
 class _Batch:
-    """Requests that run together.  `rows`: the rows of those that have not ended, by key."""
+    """Requests that run together.  `rows`: the rows of those that have not ended, by key.
+
+    Tokens are told as they come, and a request's end with its last one.  Beam searches, whose tokens are known at the
+    end, and requests with logits, which come at the end, last as long as their batch.
+    """
 
     def __init__(self, session: StaticSession, requests: Sequence[Request]):
         first, self._requests = requests[0], requests
@@ -113,15 +117,18 @@ class _Batch:
         return news
 
     def _hear(self, tokens: list[int | None]) -> None:
-        """Session's on_tokens."""
+        """A step's tokens, one for each row of the batch; None where an end id came, or had come before."""
         for key, row in list(self.rows.items()):
             token = tokens[row]
             new = () if token is None else (token,)
             self._made[row] += len(new)
-            full = self._made[row] == self._requests[row].max_new_tokens
-            reason = "stop" if token is None else "length" if full else None
-            if self._with_logits:  # which come at the batch's end, and the reason with them
-                reason = None
+            reason = None
+            if token is None:
+                reason = "stop"
+            elif self._made[row] == self._requests[row].max_new_tokens:
+                reason = "length"
+            if self._with_logits:
+                reason = None  # it comes with the logits
             if new or reason:
                 self._news.append(Progress(key, new, reason))
             if reason:

@@ -104,7 +104,8 @@ def integer_tensors(
         of_dtype = quant.weights == "int4" and example.dtype.is_floating_point  # a scale is in the model's dtype
         convert = cast(dtype if of_dtype else example.dtype, "")
         pieces = [Piece(fields[field_name], each, convert) for fields in matrices for each in rows]
-        width = example.shape[-1]  # in which one column may stand for several inputs
+        # A column of the field stands for several input channels: two of packed integers, a group of scales and zeros.
+        width = example.shape[-1]
         columns = start * width // in_features, stop * width // in_features
         tensors.append(from_pieces(f"layers.{layer}.{name}.{field_name}", pieces, columns))
     return tensors

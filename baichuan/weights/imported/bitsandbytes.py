@@ -77,12 +77,12 @@ def _four_bits(module: str, parts: Parts, shape: tuple[int, int]) -> TensorSourc
     absmax = _Absmax(module, parts, state, -(-rows * columns // size))
 
     def read(start: int, stop: int) -> Tensor:
-        first, last = start * columns, stop * columns  # in numbers
+        first, last = start * columns, stop * columns  # these rows' numbers, of all numbers of the matrix
         octets = packed.read(first // 2, last // 2)[:, 0]
         indices = torch.stack((octets >> 4, octets & 0xF), dim=-1).flatten()
-        scales = absmax.read(first // size, -(-last // size)).repeat_interleave(size)
-        scales = scales[first - first // size * size :][: last - first]
-        return (numbers[indices.long()] * scales).view(stop - start, columns)
+        scales = absmax.read(first // size, -(-last // size)).repeat_interleave(size)  # of each number of whole blocks
+        before = first % size  # a row may begin within a block
+        return (numbers[indices.long()] * scales[before : before + last - first]).view(stop - start, columns)
 
     return TensorSource(shape, torch.float32, read)
 

@@ -64,17 +64,17 @@ def dequantised(
     tensors: Mapping[str, TensorSource], form: Format, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorSource]:
     """The tensors with each quantised matrix in place of its parts.  shapes: of the model, by the hub's names."""
-    modules = {name.removesuffix(".weight") for name in shapes}
-    parts: dict[str, dict[str, TensorSource]] = {}
+    places = {f"{name.removesuffix('.weight')}.{end}": (name, end) for name in shapes for end in form.ends}
+    parts: dict[str, dict[str, TensorSource]] = {}  # of each matrix, by the ends of their names
     others = {}
-    for name, source in tensors.items():
-        end = next((end for end in form.ends if name.removesuffix(f".{end}") in modules and name.endswith(end)), None)
-        if end is None:
-            others[name] = source
+    for tensor, source in tensors.items():
+        if tensor in places:
+            name, end = places[tensor]
+            parts.setdefault(name, {})[end] = source
         else:
-            parts.setdefault(name.removesuffix(f".{end}"), {})[end] = source
-    for module, found in parts.items():
-        name, shape = f"{module}.weight", shapes[f"{module}.weight"]
+            others[tensor] = source
+    for name, found in parts.items():
+        module, shape = name.removesuffix(".weight"), shapes[name]
         if "weight" in found and found["weight"].dtype.is_floating_point:
             others |= {f"{module}.{end}": source for end, source in found.items()}  # left as it was
         elif len(shape) != 2:
