@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import goldens
 import pytest
@@ -137,17 +138,25 @@ def test_resources_are_asked_for_first(tmp_path, monkeypatch):
 
 
 def test_an_engine_that_no_gpu_here_can_run_is_refused_or_warned_of(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.WARNING, logger="baichuan")  # a script that ran before in this process may have raised it
-    huge = dict(max_batch_size=4096, max_input_len=1 << 20)
+    """A sequence must fit; of those that may run at once some can wait, where the KV cache is paged."""
+    caplog.set_level(logging.INFO, logger="baichuan")  # a script that ran before in this process may have raised it
+    long, many = dict(max_input_len=1 << 20), dict(max_batch_size=4096, max_input_len=1 << 20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny_engine.build(tmp_path / "a", VERSION, **huge)  # it may run elsewhere
+    with monkeypatch.context() as small:
+        small.setattr(builder, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=1 << 26)))
+        tiny_engine.build(tmp_path / "a", VERSION, **long)  # it may run elsewhere
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "GB when it runs at full size and this machine has" in warning
+    assert "GB when it runs a single sequence and this machine has" in warning
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
-    with pytest.raises(UnsupportedError, match="at full size and the GPU has 85.90 GB; use more ranks"):
-        tiny_engine.build(tmp_path / "b", VERSION, **huge)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 26, 1 << 26))
+    with pytest.raises(UnsupportedError, match="a single sequence and the GPU has 0.07 GB; use more ranks"):
+        tiny_engine.build(tmp_path / "b", VERSION, **long)
     assert not list((tmp_path / "b").iterdir())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    tiny_engine.build(tmp_path / "c", VERSION, **many)
+    assert "the GPU has 85.90 GB: as many sequences run at once as fit, and the others wait" in caplog.text
+    with pytest.raises(UnsupportedError, match="at full size and the GPU has"):
+        tiny_engine.build(tmp_path / "d", VERSION, **many, backend="tensorrt_rtx")
 
 
 def test_what_is_planned_is_what_is_written_and_reported(tmp_path):

@@ -20,7 +20,7 @@ from baichuan.engine.folder import Engine, publish, rank_file_name, staging, wri
 from baichuan.errors import UnsupportedError
 from baichuan.executors.backend import RankToWrite
 from baichuan.executors.device import resolve_device
-from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory
+from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory, sequence_kv_cache_bytes
 from baichuan.executors.registry import BACKENDS
 from baichuan.text.settings import copy_text_files
 from baichuan.util import manifest
@@ -99,14 +99,18 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
         total, holder = torch.cuda.mem_get_info()[1], "the GPU"
     else:
         total, holder = psutil.virtual_memory().total, "this machine"
-    if max(sizes) + cache > total:
+    least = sequence_kv_cache_bytes(request.model, request.quant, request.build) if backend.paged else cache
+    if max(sizes) + least > total:
+        load = "runs a single sequence" if backend.paged else "runs at full size"
         message = (
-            f"one rank needs {(max(sizes) + cache) / 1e9:.2f} GB when it runs at full size and {holder} has "
-            f"{total / 1e9:.2f} GB; use more ranks, smaller limits or a quantisation"
+            f"one rank needs {(max(sizes) + least) / 1e9:.2f} GB when it {load} and {holder} has {total / 1e9:.2f} GB; "
+            "use more ranks, smaller limits or a quantisation"
         )
         if on_gpu:
             raise UnsupportedError(message)
         logger.warning("%s, or run the engine elsewhere", message)
+    elif max(sizes) + cache > total:
+        logger.info("%s has %.2f GB: as many sequences run at once as fit, and the others wait", holder, total / 1e9)
 
 
 def _write_ranks(

@@ -22,6 +22,11 @@ def full_kv_cache_bytes(model: ModelConfig, quant: QuantConfig, build: BuildConf
     return kv_cache_bytes(model, quant, build.world_size, build.max_rows, build.max_seq_len)
 
 
+def sequence_kv_cache_bytes(model: ModelConfig, quant: QuantConfig, build: BuildConfig) -> int:
+    """One rank's KV cache for the longest sequence of the build."""
+    return kv_cache_bytes(model, quant, build.world_size, 1, build.max_seq_len)
+
+
 def fits_host_memory(size: int) -> bool:
     """Whether `size` bytes of host memory are available."""
     return size <= psutil.virtual_memory().available
