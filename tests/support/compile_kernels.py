@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from launches import QUANTS
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda import linear as cuda_linear
@@ -26,16 +27,6 @@ from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
 from benchmarks.random_weights import RandomWeights
 
-QUANTS = {
-    "float16": QuantConfig(),
-    "int8": QuantConfig("int8", kv_cache="int8"),
-    "int4": QuantConfig("int4", kv_cache="fp8"),
-    "int4 in groups": QuantConfig("int4", group_size=32),
-    "int4 with zeros": QuantConfig("int4", group_size=128, zero_points=True),
-    "smooth_quant": QuantConfig("smooth_quant", per_token=True, per_channel=True),
-    "fp8": QuantConfig("fp8"),
-    "fp8 per token": QuantConfig("fp8", per_token=True, per_channel=True),
-}
 ROWS = (1, 3, 10, 20, 40, 100, 300)
 CAPACITY = 32
 SLOT_BYTES = 1 << 20
@@ -103,7 +94,7 @@ def main(capability: int, shared_memory: int) -> None:
             "float16",
             "int8",
             "int4",
-            "smooth_quant",
+            "smooth_quant per token",
             *(("fp8", "fp8 per token") if capability >= 89 else ()),
         ):
             run("v2_13b", QUANTS[quant], rows, ranks=ranks)
