@@ -75,7 +75,13 @@ def test_what_would_be_ignored_is_refused(text, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), (b"", "fewer than two tokens"), (b"ab\xff", "UTF-8 at byte 2")]
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"", "fewer than two tokens"),
+        (b"ab\xff", "UTF-8 at byte 2"),
+        (b"a" * ((8 << 20) + 1), "larger than 8388608 bytes"),  # whose tokens would take gigabytes at no limit
+    ],
 )
 def test_a_file_without_text_is_refused(content, message, tmp_path):
     path = tmp_path / "text.txt"

@@ -17,10 +17,10 @@ from typing import Any
 
 from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
+from baichuan.text.parquet import parquet_rows
 from baichuan.text.rows import csv_rows, lines
 from baichuan.util.files import open_regular
 
-ROWS_AT_ONCE = 256
 SETTINGS: dict[str, tuple[type, ...]] = {
     "max_output_len": (int,),
     "num_beams": (int,),
@@ -156,11 +156,8 @@ def _cell(place: str, name: str, cell: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    with open_regular(path) as source, pyarrow.parquet.ParquetFile(source) as file:
-        rows = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+    rows = parquet_rows(path, lambda schema: schema.names)
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

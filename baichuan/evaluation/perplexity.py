@@ -18,7 +18,7 @@ from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.files import atomic_path, read_at_most
 from baichuan.util.progress import Progress
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 8 << 20  # SentencePiece takes 60 bytes for each
 RESULTS_NAME = "perplexity.json"
 
 

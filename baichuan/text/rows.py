@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from baichuan.errors import ConfigError
+from baichuan.text.parquet import MAX_ROW_BYTES, parquet_rows
 from baichuan.util.files import open_regular
 
-MAX_ROW_BYTES = 4 << 20  # a line, or an object of a JSON array: no article is as long
 READ_CHARACTERS = 1 << 16
-ROWS_AT_ONCE = 16  # of a parquet file, where a small page can hold many long texts
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = tuple[str, dict]  # (its place, for messages; its columns)
@@ -184,12 +183,7 @@ def csv_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    with open_regular(path) as source, pyarrow.parquet.ParquetFile(source) as file:
-        batches = file.iter_batches(ROWS_AT_ONCE, columns=_columns(file.schema_arrow))
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(parquet_rows(path, _columns)))
 
 
 def _columns(schema: Any) -> list[str]:

@@ -13,7 +13,7 @@ from tests.fuzz import mutate_bytes as damage
 # Flags that would start processes or threads, which stay for the cases after, or load a library that takes seconds.
 LEFT_OUT = {"--threads", "--help", "-h", "--version", "--parallel_build", "--processes", "-p"}
 # A flag that leads out of the folder is the user's own word, unlike a name in a file.
-TEXTS = [text for text in damage.TEXTS if not text.startswith("../")]
+TEXTS = [text for text in damage.TEXTS if not text.startswith(("../", "/"))]
 SMALL = ["0", "1", "2", "3", "4", "7", "-1", "0.5", "1.0"]
 
 
