@@ -35,7 +35,7 @@ def test_kills_leave_the_old_content_or_the_new():
         [sys.executable, "-m", "tests.kill", "--kills", "24"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    assert done.stdout.count(" kills: ") == 7 and "SIGKILL" in done.stdout and "FAULT" not in done.stdout
+    assert done.stdout.count(" kills: ") == 11 and "SIGKILL" in done.stdout and "FAULT" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before PyTorch is imported
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,18 +24,26 @@ from tests.fuzz.pool import in_child
 from tests.kill.writers import WRITERS, Writer, leftovers_hold
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LAST_PART = 0.3  # of a run
+FINISHED, EARLY = "finished", "not begun"  # of a run that a signal came too late, or too early for
+MAX_TRIES = 6  # signals for a kill
 NOT_BEGUN = 70  # exit code of a child that the signal met before the script
 RUN_S = 180.0  # for a run that nobody kills
 WAIT_S = 10.0  # for a process to end, and for its workers to be gone
 
 
 def start(writer: Writer, number: int, folder: Path) -> int:
-    """The process of run 0 or 1, in a session of its own."""
+    """The process of run 0 or 1, in a session of its own; returns when the script begins."""
+    begun, beginning = os.pipe()
     process = os.fork()
     if process:
+        os.close(beginning)
+        os.read(begun, 1)
+        os.close(begun)
         return process
     code = NOT_BEGUN
     try:
+        os.close(begun)
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -42,6 +51,7 @@ def start(writer: Writer, number: int, folder: Path) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         names = {"in": folder / "in", "out": folder / "out"}
+        os.close(beginning)
         code = writer.main([each.format(**names) for each in writer.runs[number].split()])
         sys.stdout.flush()
     except BaseException:  # what Python would print as a traceback
@@ -85,10 +95,13 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def kill(writer: Writer, folder: Path, chance: Random, seconds: float, whole: list) -> str:
-    """Kill run 1 at a random instant; returns what became of it.  Raises AssertionError for what must not be."""
-    by, before = chance.choice(SIGNALS), set(leftovers(folder))  # of earlier kills
+    """Kill a run at a random instant; returns what became of it.  Raises AssertionError for what must not be."""
+    by, before, content = chance.choice(SIGNALS), set(leftovers(folder)), writer.content(folder / "out")
     process = start(writer, chance.randrange(2), folder)
-    time.sleep(chance.uniform(0, 1.1 * seconds))
+    place = chance.random()
+    instant = time.monotonic() + seconds * (place if chance.randrange(2) else 1 - place * LAST_PART)
+    while time.monotonic() < instant and not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
     os.kill(process, by)
     code = wait(process, WAIT_S + 2 * seconds)
     said = (folder / "output").read_text(errors="replace")
@@ -99,31 +112,56 @@ def kill(writer: Writer, folder: Path, chance: Random, seconds: float, whole: li
     assert "Traceback" not in said or "run_script" not in said, f"{by.name}: {said[-1500:]}"
     begun = code not in (-by, NOT_BEGUN)  # the signal came before the script began
     assert code == 0 or not begun or (code == 2 and by != signal.SIGKILL), f"{by.name}: exit code {code}: {said}"
-    assert writer.final(writer.content(folder / "out"), whole), f"{by.name}: the content is neither old nor new"
+    assert writer.final(writer.content(folder / "out"), content, whole), f"{by.name}: neither the old content nor new"
     assert by == signal.SIGKILL or not begun or set(leftovers(folder)) <= before, f"{by.name}: left {leftovers(folder)}"
-    return "finished" if code == 0 else by.name
+    return FINISHED if code == 0 else EARLY if code == NOT_BEGUN or (code == -by != -signal.SIGKILL) else by.name
 
 
 def attack(writer: Writer, kills: int, folder: Path, seed: str) -> tuple[Counter, list[str]]:
-    """Kills of one writer: what became of them, and what must not be."""
-    whole, seconds = [], 0.0
+    """Kills of one writer: what became of them, and what must not be.
+
+    A run that has finished before its signal, or that has not begun, is none of the kills; half of the signals come in
+    the last part of a run, where it writes.
+    """
+    whole = []
     for number in (0, 1):
+        if writer.anew:
+            empty(folder / "out")
         start_s = time.monotonic()
         assert wait(start(writer, number, folder), RUN_S) == 0, (folder / "output").read_text()
         seconds = time.monotonic() - start_s
         whole.append(writer.content(folder / "out"))
-    became, faults = Counter(), []
-    for number in range(kills):
+    became, faults, number = Counter(), [], 0
+    while middle(became) < kills and number < MAX_TRIES * kills:
+        if writer.anew and writer.content(folder / "out") == whole[0]:
+            empty(folder / "out")
         try:
-            became[kill(writer, folder, Random(f"{seed}/{writer.name}/{number}"), seconds, whole)] += 1
+            start_s = time.monotonic()
+            found = kill(writer, folder, Random(f"{seed}/{writer.name}/{number}"), seconds, whole)
+            if found == FINISHED:
+                seconds = (seconds + time.monotonic() - start_s) / 2
         except Exception as error:  # a reader's exception is a fault as well
-            became["fault"] += 1
+            found = "fault"
             faults.append(f"{writer.name}, kill {number} of seed {seed}: {type(error).__name__}: {error}")
+        became[found] += 1
+        number += 1
+    if middle(became) < kills:
+        faults.append(f"{writer.name}: of {number} signals too few came in the middle of a run")
     time.sleep(0.3)  # an unfinished file is young for so long
     assert wait(start(writer, 1, folder), RUN_S) == 0, (folder / "output").read_text()
     if left := leftovers(folder):
         faults.append(f"{writer.name}: the next run left {left}")
     return became, faults
+
+
+def middle(became: Counter) -> int:
+    """Signals that came in the middle of a run."""
+    return became.total() - became[FINISHED] - became[EARLY]
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 def make(writers: list[Writer], folders: dict[str, Path]) -> None:
@@ -135,22 +173,24 @@ def make(writers: list[Writer], folders: dict[str, Path]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills in the middle of a run (default: 50)")
     parser.add_argument("--seed", default="1", help="the same seed draws the same instants (default: 1)")
     parser.add_argument("--writer", action="append", choices=[each.name for each in WRITERS], help="only this one")
     args = parser.parse_args()
     writers = [each for each in WRITERS if not args.writer or each.name in args.writer]
-    total, faults = sum(writer.share for writer in writers), []
+    shares, total, faults = sum(writer.share for writer in writers), Counter(), []
     base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="kill-", dir=base) as scratch:
         folders = {writer.name: Path(scratch) / str(number) for number, writer in enumerate(writers)}
         in_child(partial(make, writers, folders))
         preload()
         for writer in writers:
-            kills = -(-args.kills * writer.share // total)
+            kills = -(-args.kills * writer.share // shares)
             became, found = attack(writer, kills, folders[writer.name], args.seed)
             faults += found
-            print(f"{writer.name:16} {kills:4} kills: {dict(became)}", flush=True)
+            total += became
+            print(f"{writer.name:16} {middle(became):4} kills: {dict(became)}", flush=True)
+    print(f"{'all':16} {middle(total):4} kills: {dict(total)}", flush=True)
     for fault in faults:
         print(f"FAULT: {fault}", flush=True)
     return 1 if faults else 0

@@ -18,6 +18,9 @@ BUILT = "--model_dir {in}/source --output_dir {out}/x --no_self_check --max_inpu
 RUN = "--engine_dir {in}/engine --max_output_len 4 --input_tokens {in}/p.csv --top_k"
 SAMPLED = f"{RUN} 0 --top_p 0 --random_seed 3 --temperature 3.0"
 CALIBRATED = "-i {in}/source -o {out} -kv -p 1 --calib_size 2 --calib_dataset {in}/source/a.jsonl --calib_max_length"
+WEIGHTS = "-i {in}/source -o {out} -p 1 --calib_size 2 --calib_dataset {in}/source/a.jsonl --calib_max_length 9"
+INT4 = f"{WEIGHTS} --use_weight_only --weight_only_group_size 0"
+TEXT = "--test_trt_llm --engine_dir {in}/engine --eval_ppl --max_ite 4 --dataset_path {in}/a.txt --output_dir {out}/x"
 SUMMARY = "--test_trt_llm --engine_dir {in}/engine --batch_size 1 --max_ite 2 --dataset_path {in}/a.jsonl"
 
 
@@ -29,7 +32,8 @@ class Writer:
     runs: tuple[str, str]
     make: Callable[[Path], None]  # writes what they read
     content: Callable[[Path], object]  # what a reader finds; an exception where that is neither run's
-    final: Callable[[object, list[object]], bool] = lambda found, whole: found in whole
+    final: Callable[[object, object, list[object]], bool] = lambda found, before, whole: found in whole
+    anew: bool = False  # a run goes on with what is there: once that is whole, it is removed
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,17 +58,23 @@ def report(folder: Path) -> tuple[int, int]:
     return length, len(lines)
 
 
-def results(folder: Path) -> int:
-    """Lines that are results: the last may be incomplete, as the file grows."""
+def results(folder: Path) -> frozenset[str]:
+    """Keys of the lines that are results: the last may be incomplete, as the file grows."""
     content = (folder / "x.jsonl").read_bytes() if (folder / "x.jsonl").exists() else b""
     keys = [json.loads(line)["key"] for line in content.split(b"\n")[:-1]]
     assert len(keys) == len(set(keys))
-    return len(keys)
+    return frozenset(keys)
+
+
+def score(folder: Path) -> str:
+    """The scores without the engine's path."""
+    [side] = json.loads((folder / "x/perplexity.json").read_text())["sides"]
+    return side["perplexity"]
 
 
 def with_prompts(folder: Path) -> None:
     good.engine(folder)
-    (folder / "prompts.txt").write_text("".join(f"Rain in {place}\n" for place in range(12)))
+    (folder / "prompts.txt").write_text("".join(f"Rain in {place}\n" for place in range(60)))
 
 
 PARALLEL = "--world_size 2 --parallel_build --max_output_len"
@@ -80,6 +90,12 @@ WRITERS = [
            f"{SAMPLED} --output_csv {{out}}/x.csv"), good.engine, files),
     Writer("run to logits", 3, run.main, (f"{RUN} 1 --output_logits_npy {{out}}/x.npy",
            f"{SAMPLED} --output_logits_npy {{out}}/x.npy"), good.engine, files),
-    Writer("run to .jsonl", 3, run.main, (f"{JSONL} --resume", f"{JSONL} --resume"), with_prompts, results,
-           lambda found, whole: isinstance(found, int)),
+    Writer("convert -sq", 2, hf_baichuan_convert.main, (f"{WEIGHTS} -sq 0.5", f"{WEIGHTS} -sq 0.8"), good.calibrated,
+           files),
+    Writer("convert by GPTQ", 2, hf_baichuan_convert.main, (INT4, f"{INT4} --weight_only_symmetric"), good.calibrated,
+           files),
+    Writer("score a text", 2, summarize.main, (f"{TEXT} --max_input_length 4", f"{TEXT} --max_input_length 8"),
+           good.engine, score),
+    Writer("run to .jsonl", 4, run.main, (f"{JSONL} --resume", f"{JSONL} --resume"), with_prompts, results,
+           lambda found, before, whole: before <= found <= whole[0], anew=True),
 ]  # fmt: skip
