@@ -136,6 +136,10 @@ def calibrated(folder: Path) -> None:
     binary(folder, "-kv")
 
 
+def calibrated_int4(folder: Path) -> None:
+    binary(folder, "--use_weight_only", "--weight_only_group_size", "0")
+
+
 def smoothed(folder: Path) -> None:
     binary(folder, "-sq", "0.5")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.fuzz import mutate_bytes as damage
 from tests.fuzz.mutate_archives import NPZ, TORCH, Mutator, npy
+from tests.fuzz.mutate_tables import parquet
 
 INTEGERS = [-1, 0, 1, 2, 3, 5, 255, 4096, 1 << 24, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63)]
 FLOATS = [0.0, -0.0, 1.5, -1.0, 1e-300, 1e300, math.nan, math.inf, -math.inf]
@@ -99,6 +100,48 @@ def json_lines(chance: Random, content: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+WIDTHS = [("F64", "I64", "U64"), ("F32", "I32", "U32"), ("F16", "BF16", "I16", "U16"), ("I8", "U8", "BOOL", "F8_E4M3")]
+ENDS = [
+    "bias",
+    "SCB",
+    "g_idx",
+    "qzeros",
+    "weight_zero_point",
+    "weight.absmax",
+    "lora_A.weight",
+    "lora_magnitude_vector",
+]
+
+
+def safetensors_entry(chance: Random, content: bytes) -> bytes:
+    """A tensor that a reader of the format accepts, but of another shape, type or name."""
+    size = int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8 : 8 + size])
+        name = chance.choice([name for name in header if name != "__metadata__"])
+        entry = header[name]
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        width = (stop - start) // max(1, math.prod(shape))
+        match chance.randrange(5):
+            case 0:
+                kinds = next(kinds for kinds in WIDTHS if entry["dtype"] in kinds)
+                entry["dtype"] = chance.choice(kinds)
+            case 1:
+                entry["shape"] = chance.choice(([*shape, 1], [1, *shape], [math.prod(shape)], shape[1:] + shape[:1]))
+            case 2:
+                header = {name: entry | {"shape": [], "data_offsets": [0, width]}}
+                content = content[: 8 + size + width]
+            case 3:
+                header[name.rpartition(".")[0] + "." + chance.choice(ENDS)] = header.pop(name)
+            case 4:
+                number = math.prod(shape)
+                entry |= {"shape": [number * width], "dtype": "U8"}
+        packed = dumped(header)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration):
+        return safetensors(chance, content)
+    return len(packed).to_bytes(8, "little") + packed + content[8 + size :]
+
+
 def safetensors(chance: Random, content: bytes) -> bytes:
     """The header, and sometimes its length."""
     size = int.from_bytes(content[:8], "little")
@@ -163,13 +206,14 @@ def lines(chance: Random, content: bytes) -> bytes:
 
 
 JSON = (json_document, json_document, json_document)
-SHARD = (safetensors, safetensors, safetensors, numbers_in_data)
+SHARD = (safetensors, safetensors, safetensors_entry, safetensors_entry, numbers_in_data)
 # By how a file's name ends; each is chosen as often as damage that knows nothing of formats.
 BY_NAME: dict[str, tuple[Mutator, ...]] = {
     ".json": (*JSON, *damage.TEXT),
     ".jsonl": (json_lines, json_lines, json_lines, lines, *damage.TEXT),
     ".csv": (lines, lines, lines, *damage.TEXT),
     ".txt": (lines, *damage.TEXT),
+    ".parquet": (parquet, parquet, parquet, parquet, *damage.ANY),
     ".ini": (lines, lines, lines, lines, *damage.TEXT),
     ".safetensors": (*SHARD, *SHARD, *damage.ANY),
     ".engine": (*SHARD, *SHARD, *damage.ANY),

@@ -33,7 +33,7 @@ RUN = "--engine_dir {in}/engine --max_output_len 2"
 BY_IDS = f"{RUN} --input_tokens {{in}}/p.csv"
 BY_FILE = f"{RUN} --prompt_file"
 SUMMARY = "--test_trt_llm --engine_dir {in}/engine --output_len 2 --max_ite 1 --batch_size 2 --dataset_path {in}"
-TEXT = "--test_trt_llm --engine_dir {in}/engine --eval_ppl --max_ite 2 --dataset_path {in}/a.txt"
+TEXT = "--test_trt_llm --engine_dir {in}/engine --eval_ppl --max_ite 2 --dataset_path {in}/a.txt --output_dir {out}/x"
 HF = "--test_hf --hf_model_dir {in} --output_len 2 --max_ite 1 --dataset_path {in}/a.jsonl"
 
 
@@ -108,6 +108,8 @@ _ALL = [
     Target("build SmoothQuant", 8, build.main, f"{_SQ} {BUILT}", good.smoothed, "1-gpu/*", reseal_ini),
     Target("build INT8 cache and check", 2, build.main, f"--bin_model_dir {{in}}/1-gpu --int8_kv_cache {CHECKED}",
            good.calibrated, "1-gpu/*", reseal_ini),
+    Target("build calibrated INT4", 4, build.main, f"--bin_model_dir {{in}}/1-gpu {INT4} {BUILT}",
+           good.calibrated_int4, "1-gpu/*", reseal_ini),
     Target("build FP8", 6, build.main, f"{NPZ} {BUILT}", good.calibrated, "1-gpu/*.npz"),
     Target("build with an adapter", 4, build.main, f"--model_dir {{in}} --lora_dir {{in}}/lora {BUILT}",
            good.with_adapter, "lora/*"),
