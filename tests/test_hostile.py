@@ -152,8 +152,11 @@ def test_a_report_that_was_changed(key, value, tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(values))
     assert report.main([str(path)] * 2) == 0
-    path.write_text(json.dumps(values | {key: value}))
+    (tmp_path / "long.json").write_text(json.dumps(values | {"articles": "9" * 10_000}))
     capsys.readouterr()
+    assert report.main([str(path), str(tmp_path / "long.json")]) == 2
+    assert "[...]" in (said := capsys.readouterr().err) and len(said) < 2500
+    path.write_text(json.dumps(values | {key: value}))
     assert report.main([str(path)] * 2) == 2
     assert "was changed after summarize.py wrote it" in capsys.readouterr().err
 

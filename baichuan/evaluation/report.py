@@ -23,7 +23,7 @@ from baichuan.evaluation.rouge import KINDS, LABELS
 from baichuan.evaluation.summary import Evaluation, SampleResult
 from baichuan.evaluation.text_table import table
 from baichuan.evaluation.wording import report_title, shown
-from baichuan.text.printable import one_line, printable
+from baichuan.text.printable import printable, sentence
 from baichuan.util.files import read_at_most
 from baichuan.util.publishing import publish_folder, staged_folder
 
@@ -202,7 +202,7 @@ def main(paths: Sequence[str]) -> int:
         runs = [read_results(Path(path)) for path in paths]
         check_comparable(runs)
     except BaichuanError as error:
-        print(f"report: error: {one_line(str(error))}", file=sys.stderr)
+        print(f"report: error: {sentence(str(error))}", file=sys.stderr)
         return 2
     print(printable(comparison_table(runs)))
     return 0

@@ -104,6 +104,8 @@ def zip_archive(inner: dict[str, tuple[Mutator, ...]]) -> Mutator:
                 members = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
         except Exception:  # damaged by an earlier mutation
             return damage.flip_bits(chance, content)
+        if not members:  # an earlier one was the last
+            return damage.insert_random(chance, content)
         place = chance.randrange(len(members))
         name, data = members[place]
         method, flag = zipfile.ZIP_STORED, 0
