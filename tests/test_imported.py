@@ -198,6 +198,14 @@ def test_baichuans_own_form_of_four_bits_is_read(tmp_path):
         assert found.equal(expected[module])
 
 
+def doubled(times: int = 60) -> tuple:
+    """A small pickle whose value would take for ever to print."""
+    value: tuple = ()
+    for _ in range(times):
+        value = (value, value)
+    return value
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -207,8 +215,12 @@ def test_baichuans_own_form_of_four_bits_is_read(tmp_path):
         lambda state: [*state[:4], [torch.zeros(3), state[4][1]], *state[5:]],
         lambda state: [*state[:4], [state[4][0], 7], *state[5:]],
         lambda state: [state[0], (64, 10**12), *state[2:]],
+        lambda state: [*state[:3], doubled(), *state[4:]],
+        lambda state: [*state[:5], doubled(), state[6]],
+        lambda state: [state[0], (64, doubled()), *state[2:]],
     ],
 )
+@pytest.mark.timeout(20)
 def test_a_damaged_list_is_refused(change, tmp_path):
     name = f"{LAYER}self_attn.o_proj.weight.quant_state"
     with pytest.raises(CheckpointError, match="damaged|quant_state says shape"):
