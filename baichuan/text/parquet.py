@@ -70,7 +70,8 @@ class _Bounds:
 def _bounds(path: Path, source: BinaryIO, metadata: Any, columns: set[str]) -> _Bounds:
     """What may be read of a file whose pages may be read at all."""
     size = path.stat().st_size
-    bounds, pages, widest = _Bounds(path, FREE_BYTES + RATIO * size), 0, {}
+    bounds, pages = _Bounds(path, FREE_BYTES + RATIO * size), 0
+    widest: dict[int, int] = {}
     bounds.count(ROW_BYTES * metadata.num_rows)
     repeated = {index for index in range(metadata.num_columns) if metadata.schema.column(index).max_repetition_level}
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
