@@ -84,3 +84,19 @@ def test_beams_run_with_their_like(serving):
     ids, _ = run(serving)
     [alone] = golden_sessions.session(VERSION).generate([beams.prompt], beams.sampling, 6)
     assert ids[0] == ids[2] == alone.ids and ids[1] == expected(33, 4)
+
+
+def test_a_batch_that_is_interrupted_ends_with_an_error_and_the_next_begins(serving, monkeypatch):
+    for length in (7, 33, 128):
+        serving.add(request(length))
+    serving.step()
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(serving._session.executor, "forward", interrupted)
+        serving.step()
+    ids, last = run(serving, steps=60)
+    assert serving.unfinished == 0 and ids[128] == expected(128)
+    assert "interrupted" in last[7].error and "interrupted" in last[33].error
+
+
+def interrupted(step):
+    raise KeyboardInterrupt

@@ -51,7 +51,13 @@ class StaticBatches:
         if not self._batch and self._waiting:
             self._batch = _Batch(self._session, self._take())
         if self._batch and self._batch.rows:
-            self._news += self._batch.step()
+            try:
+                self._news += self._batch.step()
+            except BaseException:  # tokens have been told already, so that the batch cannot begin again
+                error = "its batch failed or was interrupted; ask for it again"
+                self._news += [Progress(key, error=error) for key in self._batch.rows]
+                self._batch = None
+                raise
         if self._batch and not self._batch.rows:  # ended, or cancelled before its end
             self._before += self._session.timing
             self._batch = None
