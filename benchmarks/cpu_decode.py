@@ -23,7 +23,7 @@ from baichuan.executors.cpu.executor import CpuExecutor
 from baichuan.generation.session import Session
 from baichuan.hf_model.config import BaichuanConfig
 from baichuan.hf_model.modeling import BaichuanForCausalLM
-from baichuan.records import Step
+from baichuan.records import ModelWeights, Step
 from benchmarks.llama_cpp_peer import GGUF_TYPES, LlamaCpp, installed, write_gguf
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
@@ -85,7 +85,7 @@ def report(precision: str, best: dict[tuple[str, str], float]) -> None:
 def ours(args: argparse.Namespace, precision: str, stack: ExitStack) -> Callable[[], dict[str, float]]:
     dtype, quant = CASES[precision]
     model = small_model(args, dtype)
-    executor = CpuExecutor(model, quant, RandomWeights(model, quant, "cpu").rank())
+    executor = CpuExecutor(model, quant, mapped(RandomWeights(model, quant, "cpu").rank(), stack))
     session = Session(executor, model, BuildConfig(max_batch_size=BATCH))
 
     def measure() -> dict[str, float]:
@@ -99,6 +99,13 @@ def ours(args: argparse.Namespace, precision: str, stack: ExitStack) -> Callable
         return rates | {f"prefill of {len(PREFILL)}": len(PREFILL) / (time.perf_counter() - start)}
 
     return measure
+
+
+def mapped(weights: ModelWeights, stack: ExitStack) -> ModelWeights:
+    """The weights in a file that is mapped, as an engine's and llama.cpp's are: its pages are larger than memory's."""
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "weights")
+    torch.save(weights, path)
+    return torch.load(path, mmap=True, weights_only=False)
 
 
 def transformers(args: argparse.Namespace, precision: str) -> Callable[[], dict[str, float]]:
@@ -126,8 +133,10 @@ def llama_cpp(args: argparse.Namespace, precision: str, stack: ExitStack) -> Cal
 
     def measure() -> dict[str, float]:
         _, step = peer.times(PROMPT, args.steps)
+        batch = min(peer.chunk(PROMPT[:BATCH]) for _ in range(args.steps))  # of one sequence, with logits of one token
         prefill, _ = peer.times(PREFILL, 1)
-        return {"decode": 1 / step, f"prefill of {len(PREFILL)}": len(PREFILL) / prefill}
+        rates = {"decode": 1 / step, f"batch {BATCH}": BATCH / batch}
+        return rates | {f"prefill of {len(PREFILL)}": len(PREFILL) / prefill}
 
     return measure
 

@@ -106,6 +106,12 @@ class LlamaCpp:
             self._llama.eval([int(self._last_logits().argmax())])
         return prefill, (time.perf_counter() - start) / steps
 
+    def chunk(self, ids: Sequence[int]) -> float:
+        """Seconds of these tokens after what was evaluated, all at once."""
+        start = time.perf_counter()
+        self._llama.eval(ids)
+        return time.perf_counter() - start
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after the last of the ids, [vocab_size]."""
         self._llama.reset()
