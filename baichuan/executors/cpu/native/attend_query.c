@@ -1,8 +1,8 @@
 /* Attention of one query, at the memory's speed: the cache is read in order and fetched ahead, across its blocks. */
 #include "attention.h"
 
-#define FETCH   4  /* keys that are multiplied at once */
-#define AHEAD   16 /* keys that are fetched ahead */
+#define FETCH   4  /* keys, or values, that are multiplied at once */
+#define AHEAD   24 /* that are fetched ahead */
 #define VECTORS 8  /* registers of sums of values */
 
 /* Fetches FETCH keys of the head from `position` on, which runs on to its values and the next head's keys. */
@@ -11,6 +11,12 @@ INLINE void fetch(enum type t, const struct cache *c, size_t row, size_t head, s
     if (position >= 2 * context) head += head + 1 < (size_t)c->heads;
     const char *from = entry(c, kept, row, head, position % context);
     for (size_t byte = 0; byte < bytes_of(t, FETCH * c->dim); byte += 64) __builtin_prefetch(from + byte);
+}
+
+/* How many keys or values are next, in blocks of `size`, where `left` are left. */
+INLINE size_t taken(size_t size, size_t left) {
+    size_t most = size < FETCH ? size : FETCH;
+    return left < most ? left : most;
 }
 
 /* scores[j] = q · key j, for n keys */
@@ -42,9 +48,8 @@ INLINE void attend_head(enum type t, const struct cache *c, size_t row, size_t h
                         float *scores, float *out) {
     size_t dim = c->dim, size = (size_t)1 << c->block_bits;
     float slope = c->slopes ? c->slopes[head] : 0, highest = -INFINITY;
-    for (size_t first = 0, n; first < context; first += n) { /* FETCH keys, or what is left of a block */
-        n = size < FETCH ? size : FETCH;
-        n = context - first < n ? context - first : n;
+    for (size_t first = 0, n; first < context; first += n) {
+        n = taken(size, context - first);
         const char *keys = entry(c, c->k, row, head, first);
         fetch(t, c, row, head, context, first + AHEAD);
         if (n == FETCH) multiply_keys(t, dim, keys, FETCH, q, scores + first);
@@ -66,11 +71,10 @@ INLINE void attend_head(enum type t, const struct cache *c, size_t row, size_t h
     for (size_t k = 0; k < context; k++) scores[k] *= inverse;
     memset(out, 0, up_to(dim, LANES) * sizeof *out);
     for (size_t first = 0, n; first < context; first += n) {
-        n = size < AHEAD ? size : AHEAD;
-        n = context - first < n ? context - first : n;
+        n = taken(size, context - first);
         const char *values = entry(c, c->v, row, head, first);
-        for (size_t j = 0; j < n; j += FETCH) fetch(t, c, row, head, context, context + first + AHEAD + j);
         size_t i = 0;
+        fetch(t, c, row, head, context, context + first + AHEAD);
         for (; i + VECTORS * LANES <= dim; i += VECTORS * LANES)
             add_values(t, dim, values, scores + first, n, i, VECTORS, out);
         for (; i < dim; i += LANES) add_values(t, dim, values, scores + first, n, i, 1, out);
