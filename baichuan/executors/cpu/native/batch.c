@@ -1,8 +1,8 @@
 /* y = x @ Wᵀ for a batch of tokens by exact products of bytes.
 
    An activation is a 16-bit integer (unpack.h), x = 256 h + l with h in [-128, 127] and l in [0, 255].  Processors
-   multiply bytes without a sign by bytes with one: an INT4 weight s, less its zero, becomes u = s + bias, which is both, and
-   sum(s x) = 256 sum(u h) + sum(l u) - bias sum(x);  an INT8 weight s and u = s + 128 give
+   multiply bytes without a sign by bytes with one.  An INT4 weight s, less its zero, becomes u = s + bias, which is both:
+   sum(s x) = 256 sum(u h) + sum(l u) - bias sum(x).  INT8 weights s and u = s + 128 give
    sum(s x) = 256 sum(u h) + sum(l s) - 256 sum(128 h). */
 #include "unpack.h"
 
@@ -25,7 +25,7 @@ struct stripe {
 /* Up to TOKENS tokens. */
 struct panel {
     char *bytes;     /* [channels / EIGHT, 2, TOKENS, EIGHT]: h of each, then l */
-    vi *offsets;     /* [groups of W] of [TOKENS, 2]: what is subtracted above, of one half of the channels and of the other */
+    vi *offsets;     /* [groups of W] of [TOKENS, 2]: less what is subtracted above, of each half of the channels */
     vf *scales;      /* [channels / DEPTH] of [TOKENS, 2]: each twice */
     size_t channels; /* a multiple of DEPTH, zeros after the last */
 };
@@ -124,7 +124,7 @@ INLINE void transpose(__m512i x[TOKENS]) {
     UNROLL for (int i = 0; i < 4; i++) exchange(x + 2 * i, x + 2 * i + 1, 1);
 }
 
-/* To tokens first to first + n of y. */
+/* To y, from token `first` on. */
 static void write_rows(const struct matrix *w, size_t row, const vf sums[BATCH_ROWS], size_t first, size_t tokens,
                        const struct rows *y) {
     size_t n = w->out - row < BATCH_ROWS ? w->out - row : BATCH_ROWS;
@@ -142,8 +142,8 @@ static void write_rows(const struct matrix *w, size_t row, const vf sums[BATCH_R
 }
 
 /* sums = the rows of a stripe times a panel; for `rate` see add_group. */
-INLINE void multiply_stripe(const struct matrix *w, enum type t, const struct plan *plan, const char *ahead, size_t rate,
-                            const struct stripe *s, const struct panel *panel, vf sums[BATCH_ROWS]) {
+INLINE void multiply_stripe(const struct matrix *w, enum type t, const struct plan *plan, const char *ahead,
+                            size_t rate, const struct stripe *s, const struct panel *panel, vf sums[BATCH_ROWS]) {
     size_t in = w->in, group = plan->group;
     for (size_t r = 0; r < BATCH_ROWS; r += TILE, ahead += in / EIGHT * rate) {
         UNROLL for (int a = 0; a < TILE; a++) sums[r + a] = (vf){0};
@@ -213,7 +213,8 @@ static void pack_channels(const struct matrix *w, const struct plan *plan, const
         for (size_t k = i; k < end; k += STEP) {
             vf step[2] = {load_part(x->type, row, k, in), (vf){0}};
             if (k + LANES < in) step[1] = load_part(x->type, row, k + LANES, in);
-            __m512i a = _mm512_cvtps_epi32((__m512)(step[0] * power)), b = _mm512_cvtps_epi32((__m512)(step[1] * power));
+            __m512i a = _mm512_cvtps_epi32((__m512)(step[0] * power));
+            __m512i b = _mm512_cvtps_epi32((__m512)(step[1] * power));
             __m512i both = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(a));
             both = _mm512_inserti64x4(both, _mm512_cvtepi32_epi16(b), 1);
             store_bytes(w->type, both, to->bytes + (2 * k + token) * TOKENS);
