@@ -171,7 +171,10 @@ class Step:
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
     max_new_tokens: int  # no sequence adds more; 1 = decode, exactly one token per sequence
     max_context_length: int  # upper bound of context_lengths
-    singles: int = 0  # so many sequences, the first ones, add exactly one token each; batch_size = decode
+    # So many sequences, the first ones, add exactly one token each; batch_size = decode.  Of a captured step an upper
+    # bound, and num_singles, [1] int32, is the number; a decode step needs none.
+    singles: int = 0
+    num_singles: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -204,9 +207,12 @@ class Step:
             torch.arange(sum(lengths)) if all_outputs else (starts[1:] - 1).clamp_min(0),
             starts,
             torch.tensor(contexts),
+            torch.tensor([leading_ones(lengths)]),
         )
         there = torch.cat(parts).to(device)  # in one copy: each waits for the GPU
-        tokens, positions, outputs, starts, context_lengths = there.split([part.shape[0] for part in parts])
+        tokens, positions, outputs, starts, context_lengths, num_singles = there.split(
+            [part.shape[0] for part in parts]
+        )
         return Step(
             tokens=tokens,
             positions=positions,
@@ -216,6 +222,7 @@ class Step:
             max_new_tokens=max(lengths) if min(lengths) else max(lengths + [2]),  # not decode if one is empty
             max_context_length=max(contexts),
             singles=leading_ones(lengths),
+            num_singles=num_singles.int(),
         )
 
     def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
@@ -240,6 +247,7 @@ class Step:
             max_new_tokens=1,
             max_context_length=self.max_context_length + 1,
             singles=tokens.shape[0],
+            num_singles=None,
         )
 
 

@@ -13,6 +13,7 @@ from kernel_device import DEVICE, relative_error
 from scattered import row_of, scattered
 from torch.nn import functional as F
 
+from baichuan.executors.cuda.graph import Size, _Captured
 from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
@@ -473,6 +474,29 @@ def test_attention_prefill_chunk_decode(rotary, kv, dtype):
         keys = torch.cat([k for k, _ in attention.history[row]]).transpose(0, 1)
         stored = dequantise_kv(kept[:, :length], attention.cache.k_scale)
         assert relative_error(stored, keys) < 1e-6 or rotary and relative_error(stored, keys) < 3e-3
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_captured_mixed_step_is_the_step(rotary):
+    """Single tokens beside a chunk, padded to the size of a graph: what is padding is neither read nor stored."""
+    lengths, past = [1, 1, 14], [9, 20, 5]
+    attention = Attention(rotary, None, torch.float16, len(lengths))
+    before, step = (
+        Step.of([[0] * n for n in past], device=DEVICE),
+        Step.of([[0] * n for n in lengths], past, device=DEVICE),
+    )
+    for each in (before, step):
+        qkv = normal(len(each.tokens), 3 * HEADS * DIM, seed=len(each.tokens))
+        expected, padding = attention.expected(qkv, each), 0
+        if each.mixed:
+            size = Size.of(each)
+            assert size == Size(32, 16, 4) and size.mixed
+            each, padding = _Captured(each, size).static, size.tokens - len(qkv)
+        qkv = torch.cat([qkv, torch.full((padding, qkv.shape[1]), torch.nan, dtype=qkv.dtype, device=DEVICE)])
+        result = attention.prefill(qkv, each)[: len(expected)]
+        assert relative_error(result, expected) < bound(torch.float16)
+    for row, (length, more) in enumerate(zip(past, lengths, strict=True)):
+        assert (row_of(attention.cache, row)[0][:, length + more :].float() == UNTOUCHED).all()
 
 
 def test_decode_attention_leaves_padding_alone():

@@ -82,7 +82,8 @@ class StepBuilder:
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        parts = slots, known, positions, starts, contexts, outputs
+        singles = leading_ones(lengths)
+        parts = slots, known, positions, starts, contexts, outputs, [singles]
         packed = self.on_device([value for part in parts for value in part]).split([len(part) for part in parts])
         tokens = torch.cat((self._last[packed[0]], packed[1]))
         self._step = Step(
@@ -93,7 +94,8 @@ class StepBuilder:
             output_rows=packed[5],
             max_new_tokens=max(lengths),
             max_context_length=max(contexts),
-            singles=leading_ones(lengths),
+            singles=singles,
+            num_singles=packed[6].int(),
         )
         self._jobs, self._chosen = [], None
         return self._step, rows

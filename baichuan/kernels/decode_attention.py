@@ -96,12 +96,19 @@ def _attend_new_token(q, k_kept, v_kept, total, result, peak):
 
 
 @triton.jit
+def _if_single(num_singles, row, context, HEAD_DIM: tl.constexpr):
+    """(context, dimensions to write) of a row with one new token; 0 and 0 of a prompt's and of padding"""
+    single = row < tl.load(num_singles)
+    return tl.where(single, context, 0), tl.where(single, HEAD_DIM, 0)
+
+
+@triton.jit
 def _decode_attention(
-    qkv, cos, sin, slopes, context_lengths, tables, k_scale, v_scale,
+    qkv, cos, sin, slopes, num_singles, context_lengths, tables, k_scale, v_scale,
     num_heads, blocks_per_row,
     k_cache, v_cache, out, parts, part_sums,
     TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Writes out where SPLITS is 1, else each split's result to parts and its peak and total to part_sums.
@@ -114,6 +121,9 @@ def _decode_attention(
     dim_mask = dims < HEAD_DIM
     # Lengths, tables and older keys and values were written long before the previous kernel: nothing waits for them.
     context = tl.load(context_lengths + row)
+    written = HEAD_DIM
+    if MIXED:
+        context, written = _if_single(num_singles, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
     if start < context:
@@ -173,12 +183,12 @@ def _decode_attention(
         wait_for_inputs(OVERLAP)
         if SPLITS == 1:  # a row of padding, whose context is empty
             nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
-            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dim_mask)
+            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dims < written)
 
 
 DECODE_ATTENTION = KernelSpec(
     _decode_attention,
-    ("qkv", "cos", "sin", "slopes", "context_lengths", "tables", "k_scale", "v_scale"),
+    ("qkv", "cos", "sin", "slopes", "num_singles", "context_lengths", "tables", "k_scale", "v_scale"),
     ("num_heads", "blocks_per_row"),
     ("k_cache", "v_cache", "out", "parts", "part_sums"),
 )
@@ -186,16 +196,19 @@ DECODE_ATTENTION = KernelSpec(
 
 @triton.jit
 def _combine_splits(
-    parts, part_sums, context_lengths,
+    parts, part_sums, num_singles, context_lengths,
     num_heads,
     out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + row)
+    written = HEAD_DIM
+    if MIXED:
+        context, written = _if_single(num_singles, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
     used = splits * share < context
@@ -208,10 +221,12 @@ def _combine_splits(
     total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
     result = tl.sum(values * weight[:, None], 0) / total
     target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + target, result.to(out.dtype.element_ty), dims < HEAD_DIM)
+    tl.store(out + target, result.to(out.dtype.element_ty), dims < written)
 
 
-COMBINE_SPLITS = KernelSpec(_combine_splits, ("parts", "part_sums", "context_lengths"), ("num_heads",), ("out",))
+COMBINE_SPLITS = KernelSpec(
+    _combine_splits, ("parts", "part_sums", "num_singles", "context_lengths"), ("num_heads",), ("out",)
+)
 
 
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
@@ -258,9 +273,11 @@ def decode_attention(
     assert cache.tokens_per_block % block_k == 0, "the keys of a load lie in one block of the cache"
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
     shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
+    shape["MIXED"] = step.mixed
+    num_singles = step.num_singles if step.mixed and step.num_singles is not None else step.context_lengths
     DECODE_ATTENTION.launch(
         (splits, heads, rows),
-        (qkv, cos, sin, slopes, step.context_lengths, cache.tables, k_scale, v_scale),
+        (qkv, cos, sin, slopes, num_singles, step.context_lengths, cache.tables, k_scale, v_scale),
         (heads, cache.tables.shape[1]),
         (cache.k, cache.v, out, parts, sums),
         {
@@ -275,7 +292,7 @@ def decode_attention(
     if splits > 1:
         COMBINE_SPLITS.launch(
             (heads, rows),
-            (parts, sums, step.context_lengths),
+            (parts, sums, num_singles, step.context_lengths),
             (heads,),
             (out,),
             shape,

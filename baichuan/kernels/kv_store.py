@@ -23,17 +23,17 @@ def as_cached(x, scale, dtype: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit(do_not_specialize=["first_row"])  # it changes from step to step
+@triton.jit
 def _store_kv(
-    qkv, cos, sin, cu_seqlens, context_lengths, tables, k_scale, v_scale,
-    num_heads, blocks_per_row, first_row,
+    qkv, cos, sin, num_singles, cu_seqlens, context_lengths, tables, k_scale, v_scale,
+    num_heads, blocks_per_row,
     q_out, k_cache, v_cache,
     TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, HALF_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
-    head, row = tl.program_id(1), tl.program_id(2) + first_row
+    head, row = tl.program_id(1), tl.program_id(2) + tl.load(num_singles)
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -71,8 +71,8 @@ def _store_kv(
 
 STORE_KV = KernelSpec(
     _store_kv,
-    ("qkv", "cos", "sin", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
-    ("num_heads", "blocks_per_row", "first_row"),
+    ("qkv", "cos", "sin", "num_singles", "cu_seqlens", "context_lengths", "tables", "k_scale", "v_scale"),
+    ("num_heads", "blocks_per_row"),
     ("q_out", "k_cache", "v_cache"),
 )
 
@@ -83,11 +83,12 @@ def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, spec: Att
     The step's first sequences, with a single new token each, are left to decode_attention.
     qkv: [num_tokens, 3 * num_heads * head_dim]; cos, sin: [capacity, head_dim / 2] float32, unread without RoPE.
     """
+    assert step.num_singles is not None, "a step with prompts"
     k_scale, v_scale = (qkv if scale is None else scale for scale in (cache.k_scale, cache.v_scale))
     STORE_KV.launch(
         (cdiv(step.max_new_tokens, BLOCK_TOKENS), spec.num_heads, step.batch_size - step.singles),
-        (qkv, cos, sin, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
-        (spec.num_heads, cache.tables.shape[1], step.singles),
+        (qkv, cos, sin, step.num_singles, step.cu_seqlens, step.context_lengths, cache.tables, k_scale, v_scale),
+        (spec.num_heads, cache.tables.shape[1]),
         (qkv, cache.k, cache.v),
         {
             "TOKENS_PER_BLOCK": cache.tokens_per_block,

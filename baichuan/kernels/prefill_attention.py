@@ -60,10 +60,10 @@ def _attend_block(
     return acc, total, new_largest
 
 
-@triton.jit(do_not_specialize=["first_row"])  # it changes from step to step
+@triton.jit
 def _prefill_attention(
-    qkv, slopes, cu_seqlens, context_lengths, tables, k_cache, v_cache, k_scale, v_scale,
-    num_heads, blocks_per_row, first_row,
+    qkv, slopes, num_singles, cu_seqlens, context_lengths, tables, k_cache, v_cache, k_scale, v_scale,
+    num_heads, blocks_per_row,
     out,
     TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     ALIBI: tl.constexpr, QUANTISED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -71,7 +71,7 @@ def _prefill_attention(
 ):  # fmt: skip
     start_dependents(OVERLAP)
     wait_for_inputs(OVERLAP)
-    head, row = tl.program_id(1), tl.program_id(2) + first_row
+    head, row = tl.program_id(1), tl.program_id(2) + tl.load(num_singles)
     first = tl.load(cu_seqlens + row)
     new = tl.load(cu_seqlens + row + 1) - first
     block = tl.cdiv(new, BLOCK_Q) - 1 - tl.program_id(0)  # the last queries, which see most keys, start first
@@ -116,8 +116,19 @@ def _prefill_attention(
 
 PREFILL_ATTENTION = KernelSpec(
     _prefill_attention,
-    ("qkv", "slopes", "cu_seqlens", "context_lengths", "tables", "k_cache", "v_cache", "k_scale", "v_scale"),
-    ("num_heads", "blocks_per_row", "first_row"),
+    (
+        "qkv",
+        "slopes",
+        "num_singles",
+        "cu_seqlens",
+        "context_lengths",
+        "tables",
+        "k_cache",
+        "v_cache",
+        "k_scale",
+        "v_scale",
+    ),
+    ("num_heads", "blocks_per_row"),
     ("out",),
 )
 
@@ -137,11 +148,12 @@ def prefill_attention(
     block_k = min(block_k, cache.tokens_per_block)
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))
     quantised = cache.k_scale is not None
+    assert step.num_singles is not None, "a step with prompts"
     PREFILL_ATTENTION.launch(
         (cdiv(step.max_new_tokens, block_q), spec.num_heads, step.batch_size - step.singles),
-        (qkv, slopes, step.cu_seqlens, step.context_lengths, cache.tables, cache.k, cache.v,
+        (qkv, slopes, step.num_singles, step.cu_seqlens, step.context_lengths, cache.tables, cache.k, cache.v,
          cache.k_scale if quantised else qkv, cache.v_scale if quantised else qkv),
-        (spec.num_heads, cache.tables.shape[1], step.singles),
+        (spec.num_heads, cache.tables.shape[1]),
         (out,),
         {
             "TOKENS_PER_BLOCK": cache.tokens_per_block,

@@ -1,7 +1,8 @@
 """Steps captured once as CUDA graphs and replayed: the host's work on a step is then a few launches.
 
-Decode steps and the prefill of short prompts are captured, each at few sizes, which steps of other sizes are padded to:
-there the GPU would wait for the host, which launches hundreds of kernels a step.
+Decode steps, the prefill of short prompts and mixed steps are captured, each at few sizes, which steps of other sizes
+are padded to: there the GPU would wait for the host, which launches hundreds of kernels a step.  Of mixed steps there
+are most sizes; one is captured when it comes for the second time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 from baichuan.records import Step
 
 MAX_PREFILL = 512  # tokens: of longer steps the GPU has more work than the host
+MAX_MIXED = 1024  # tokens
+MAX_PROMPTS = 16  # beside single tokens
+MOST_GRAPHS = 128  # each takes a few MB; further mixed steps run without
 
 
 def padded_batch_size(batch_size: int) -> int:
@@ -34,25 +38,40 @@ def padded_prefill(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
+def multiple_of(number: int, unit: int) -> int:
+    """The number rounded up."""
+    return -(-number // unit) * unit
+
+
 @dataclass(frozen=True)
 class Size:
     """Of a captured step."""
 
     tokens: int
     sequences: int
-    decode: bool  # one token a sequence
+    prompts: int  # of the sequences, at most; 0 = decode, one token a sequence
+
+    @property
+    def mixed(self) -> bool:
+        return 0 < self.prompts < self.sequences
 
     @staticmethod
     def of(step: Step) -> Size | None:
         """The size that the step is padded to; None where it is not to be captured."""
-        if step.output_rows.shape[0] != step.batch_size:
+        tokens, rows = step.tokens.shape[0], step.batch_size
+        if step.output_rows.shape[0] != rows:
             return None
-        sequences = padded_batch_size(step.batch_size)
         if step.max_new_tokens == 1:
-            return Size(sequences, sequences, True)
-        if step.mixed or step.tokens.shape[0] > MAX_PREFILL:  # mixed steps come in too many sizes
+            sequences = padded_batch_size(rows)
+            return Size(sequences, sequences, 0)
+        if not step.mixed:
+            sequences = padded_batch_size(rows)
+            return Size(padded_prefill(tokens), sequences, sequences) if tokens <= MAX_PREFILL else None
+        if tokens > MAX_MIXED or rows - step.singles > MAX_PROMPTS:
             return None
-        return Size(padded_prefill(step.tokens.shape[0]), sequences, False)
+        prompts = MAX_PROMPTS if rows - step.singles > 4 else 4
+        sequences = max(padded_batch_size(step.singles + prompts), 16)
+        return Size(multiple_of(tokens, 32), sequences, prompts)
 
 
 class _Captured:
@@ -62,36 +81,46 @@ class _Captured:
     tokens of padding belong to no sequence.
     """
 
-    def __init__(self, run: Callable[[Step], Tensor], step: Step, size: Size, pool):
+    logits: Tensor  # these two from capture() on
+    graph: torch.cuda.CUDAGraph
+
+    def __init__(self, step: Step, size: Size):
         device = step.tokens.device
         self.size = size
         self.tokens = torch.zeros(size.tokens, dtype=torch.int64, device=device)
         self.context_lengths = torch.zeros(size.sequences, dtype=torch.int32, device=device)
         self.output_rows = torch.zeros(size.sequences, dtype=torch.int64, device=device)
         self.cu_seqlens = torch.arange(size.sequences + 1, dtype=torch.int32, device=device)  # what decode steps have
+        self.num_singles = torch.zeros(1, dtype=torch.int32, device=device)
         self.rows = 0
         self.loaded_rows: Tensor | None = None
-        static = replace(
+        self.static = replace(
             step,
             tokens=self.tokens,
             positions=self.tokens,  # the kernels take positions from context_lengths
             cu_seqlens=self.cu_seqlens,
             context_lengths=self.context_lengths,
             output_rows=self.output_rows,
-            max_new_tokens=1 if size.decode else size.tokens,
-            singles=size.sequences if size.decode else 0,
+            max_new_tokens=size.tokens if size.prompts else 1,
+            singles=size.sequences - size.prompts,
+            num_singles=self.num_singles if size.prompts else None,
         )
         self.load(step)
-        self.first_logits = run(static)  # compiles kernels and makes library handles, which a capture must not
+
+    def capture(self, run: Callable[[Step], Tensor], pool, out: Tensor | None) -> None:
+        """Record a run.  out: where its logits are kept; None = where the graph makes them."""
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits = run(static)
+            logits = run(self.static)
+            self.logits = logits if out is None else out.copy_(logits)
 
     def load(self, step: Step) -> None:
         rows = step.batch_size
         self.tokens[: step.tokens.shape[0]].copy_(step.tokens)
         self.context_lengths[:rows].copy_(step.context_lengths)
-        if not self.size.decode:
+        if self.size.prompts:
+            assert step.num_singles is not None, "a step with prompts"
+            self.num_singles.copy_(step.num_singles)
             self.cu_seqlens[: rows + 1].copy_(step.cu_seqlens)
             self.cu_seqlens[rows + 1 :].copy_(step.cu_seqlens[-1:].expand(self.size.sequences - rows))
         if step.output_rows is not self.loaded_rows:
@@ -107,6 +136,8 @@ class StepGraphs:
 
     def __init__(self):
         self._captured: dict[Size, _Captured] = {}
+        self._met: set[Size] = set()  # of mixed steps
+        self._out: Tensor | None = None  # the logits of mixed steps: each graph's own would take a GB together
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[Step], Tensor], step: Step) -> Tensor:
@@ -115,9 +146,20 @@ class StepGraphs:
         if size is None:
             return run(step)
         captured = self._captured.get(size)
+        if captured is None and size.mixed and (size not in self._met or len(self._captured) >= MOST_GRAPHS):
+            self._met.add(size)
+            return run(step)
         if captured is None:
-            captured = self._captured[size] = _Captured(run, step, size, self._pool)
-            return captured.first_logits[:rows]
+            captured = _Captured(step, size)
+            logits = run(captured.static)  # compiles kernels and makes library handles, which a capture must not
+            captured.capture(run, self._pool, self._room_for(logits) if size.mixed else None)
+            self._captured[size] = captured
+            return logits[:rows]
         captured.load(step)
         captured.graph.replay()
         return captured.logits[:rows]
+
+    def _room_for(self, logits: Tensor) -> Tensor:
+        if self._out is None or len(self._out) < len(logits):
+            self._out = torch.empty_like(logits)
+        return self._out[: len(logits)]
