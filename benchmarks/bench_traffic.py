@@ -298,6 +298,8 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
     waiting = list(zip(requests, came, strict=True))[::-1]
     made, full = 0, (0, 0.0)  # full: (tokens, seconds) until rows run empty
     while waiting or serving.unfinished:
+        if waiting:  # whoever comes while the GPU has enough to do is in the next step
+            time.sleep(engine.own.spare_s)
         now = time.perf_counter() - start
         while waiting and waiting[-1][1] <= now:
             serving.add(waiting.pop()[0])

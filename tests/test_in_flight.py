@@ -14,6 +14,7 @@ from golden_sessions import GREEDY, run
 from baichuan.config import BuildConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.executors.kv_cache import PoolSettings
+from baichuan.generation import pace
 from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.generation.requests import Request
 from baichuan.parallel.comm import Solo, run_ranks
@@ -228,3 +229,25 @@ def test_after_an_interrupted_step_nothing_of_it_is_believed(late, monkeypatch):
 
 def interrupted(step):
     raise KeyboardInterrupt
+
+
+def test_there_is_time_for_requests_until_shortly_before_a_step_ends(monkeypatch):
+    """Steps of 20 ms that the host plans in 2 ms; those with prompts, which take longer, do not count."""
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    engine = one_step_ahead(serving(max_batch_size=1))
+    engine.add(request(7, 30))
+    for step in range(pace.REMEMBERED + 3):
+        assert engine.spare_s == 0, "too little is known"
+        engine.step()
+        engine._pace.launched(0.002)
+        clock[0] += 0.02 if step else 0.05
+    engine.step()
+    assert engine.spare_s == pytest.approx(0.02 - 0.002 - pace.MARGIN_S)
+    clock[0] += 0.03
+    assert engine.spare_s == 0
+    clock[0] -= 0.03
+    engine.add(request(7, 30, key="another"))
+    assert engine.spare_s == 0, "nobody else could join while one waits"
+    engine.reads_late = False
+    assert engine.spare_s == 0

@@ -23,6 +23,7 @@ from baichuan.generation.beam import BeamSearch
 from baichuan.generation.blocks import BlockPool
 from baichuan.generation.limits import request_error
 from baichuan.generation.logits import Logits
+from baichuan.generation.pace import Pace
 from baichuan.generation.readback import Readback
 from baichuan.generation.requests import Progress, Request, Timing
 from baichuan.generation.sampling import Sampler
@@ -70,6 +71,7 @@ class InFlight:
         self._unread: _Launched | None = None
         self._marked_s = 0.0
         self.timing = Timing()
+        self._pace = Pace()
 
     @property
     def unfinished(self) -> int:
@@ -116,8 +118,10 @@ class InFlight:
     def _step(self) -> list[Progress]:
         if self._unread and self._unread.prompts_alone and not self._prompts_left:
             self._read()  # first tokens, which nobody gains from waiting for
+        begun = time.perf_counter()
         plan = self.scheduler.plan() if self._ready else None
         launched = self._launch(plan) if plan else None
+        self._pace.launched(time.perf_counter() - begun)
         if self._unread:
             self._read()
         elif launched and launched.prefills:
@@ -140,6 +144,16 @@ class InFlight:
                 kept.forget_after(len(job.ids) - len(job.request.prompt))
 
     @property
+    def spare_s(self) -> float:
+        """Seconds that a caller may wait for more requests before step(), while the GPU has something to do.
+
+        They are in the next step then.  0 where none could be, as others wait, and on a CPU.
+        """
+        if not self._unread or not self.reads_late or self.scheduler.waiting:
+            return 0.0
+        return max(self._pace.spare_s(), 0.0)
+
+    @property
     def _prompts_left(self) -> bool:
         return bool(self.scheduler.waiting) or any(not job.decoding for job in self.scheduler.running)
 
@@ -149,6 +163,7 @@ class InFlight:
         launched, self._unread = self._unread, None
         self._hear(launched)
         self._account(launched)
+        self._pace.ended(not launched.prefills)
         self.timing.decode_steps += not launched.prefills
 
     def _error(self, request: Request) -> str | None:
