@@ -11,7 +11,8 @@ the arrival of the first third of the requests to that of the last: before, the 
 run empty.  (a) runs empty, too, as long as the longest continuations last: "full" is the rate until then.
 
 Both rates are over those of a static batch of the same rows with every length at the mean, in the same run; its rate
-counts the time of its prompts, too.  Lengths that differ cost attention more: whoever looks at the rows at any time
+counts the time of its prompts, too.  As rows run empty at the end, it is compared with a static batch of as many rows
+as decode in a step on average, too.  Lengths that differ cost attention more: whoever looks at the rows at any time
 finds long continuations more often than short ones.  "context" is the tokens a row attends to, on average over steps.
 Both are also over the rate of --static_batches static batches of requests of these lengths, as many rows as the cache
 holds at their longest, each of which lasts as long as its longest continuation.  Before all that, a prompt of 1000
@@ -87,6 +88,7 @@ class Result:
     requests_per_s: float
     first_token_ms: list[float]  # at PERCENTILES
     between_tokens_ms: list[float]
+    rows: float  # that decode in a step, on average
     context: float  # tokens that a row attends to, on average
     cache_share: float  # of the blocks, at the fullest
     preemptions: int
@@ -163,6 +165,11 @@ def measure(args: argparse.Namespace, model: ModelConfig, engine: Engine, tp_siz
     print(TITLES, flush=True)
     results = [run(engine, "all at once", requests, [0.0] * len(requests))]
     show(results[0], uniform)
+    rows = max(round(results[0].rows), 1)
+    same = static_rate(engine, [alike(args, model, generator) for _ in range(rows)])
+    facts["uniform_of_average_rows"] = same
+    print(f"    {rows} rows decode in a step on average; a static batch of so many: {same:.0f} tokens/s, ", end="")
+    print(f"of which it is {results[0].tokens_per_s / same:.2f}", flush=True)
     for share in args.shares if args.arrivals else ():
         rate = share * (results[0].full_tokens_per_s or results[0].tokens_per_s) / args.mean_output
         came = generator.exponential(1 / rate, args.arrivals).cumsum().tolist()
@@ -238,13 +245,15 @@ def warm_up(engine: Engine, model: ModelConfig, args: argparse.Namespace, genera
     static_rate(
         engine, [replace(each, max_new_tokens=1 + more) for more, each in enumerate(rows)]
     )  # row after row ends
-    traffic = drawn(args, model, generator, 2 * args.rows)
-    static_rate(engine, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
-    for request in traffic[: args.rows // 4]:  # fewer rows, joined one by one
-        engine.serving.add(replace(request, key=("late", request.key), max_new_tokens=8))
-        engine.serving.step()
-        engine.serving.step()
-    engine.drain()
+    for _ in range(3):
+        traffic = drawn(args, model, generator, 2 * args.rows)
+        static_rate(engine, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
+    for steps in (1, 2, 4):  # fewer rows, joined one by one
+        for request in drawn(args, model, generator, args.rows // 2):
+            engine.serving.add(replace(request, max_new_tokens=min(request.max_new_tokens, 80)))
+            for _ in range(steps):
+                engine.serving.step()
+        engine.drain()
 
 
 def static_rate(engine: Engine, requests: Sequence[Request]) -> float:
@@ -282,14 +291,14 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
     """came: when each request arrives, in seconds from the start, in order."""
     serving, scheduler, pool = engine.serving, engine.own.scheduler, engine.own.scheduler.pool
     preemptions, fullest, planning, planned = scheduler.preemptions, 0, [0.0], scheduler.plan
-    attended = np.zeros(2)  # (tokens, rows) summed over steps
+    attended = np.zeros(3)  # (tokens, rows, 1) summed over steps that decode
 
     def plan():
         begun = time.perf_counter()
         value = planned()
         planning[0] += time.perf_counter() - begun
         contexts = [piece.start + 1 for piece in value.pieces if piece.decodes] if value else []
-        attended[:] += sum(contexts), len(contexts)
+        attended[:] += sum(contexts), len(contexts), bool(contexts)
         return value
 
     scheduler.plan = plan  # type: ignore[method-assign]
@@ -325,6 +334,7 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
         requests_per_s=len(requests) / seconds,
         first_token_ms=percentiles(first),
         between_tokens_ms=percentiles(between),
+        rows=attended[1] / max(attended[2], 1),
         context=attended[0] / max(attended[1], 1),
         cache_share=fullest / pool.blocks,
         preemptions=scheduler.preemptions - preemptions,

@@ -70,7 +70,7 @@ class Size:
         if tokens > MAX_MIXED or rows - step.singles > MAX_PROMPTS:
             return None
         prompts = MAX_PROMPTS if rows - step.singles > 4 else 4
-        sequences = max(padded_batch_size(step.singles + prompts), 16)
+        sequences = max(1 << (step.singles + prompts - 1).bit_length(), 16)  # those of padding cost next to nothing
         return Size(multiple_of(tokens, 32), sequences, prompts)
 
 
