@@ -9,7 +9,7 @@ import torch
 
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
-from baichuan.parallel.comm import Solo
+from baichuan.parallel.comm import Solo, run_ranks
 from benchmarks import bench_traffic
 
 TINY = ModelConfig("v1_7b", 64, 2, 4, 96, 50)
@@ -58,3 +58,14 @@ def test_a_run(monkeypatch, tmp_path, capsys, on_the_cpu):
         assert 0 < each["first_token_ms"][0] <= each["first_token_ms"][2] and each["tokens_per_s"] > 0
         assert 0 < each["cache_share"] <= 1 and 0 < each["planning_share"] < 1
         assert each["between_tokens_ms"][0] <= each["between_tokens_ms"][2]
+
+
+def test_two_ranks_serve_together(monkeypatch, tmp_path, capsys, on_the_cpu):
+    """Rank 0 measures; the other computes its share of the same steps, or neither would end."""
+    flags = ["--rows", 3, "--requests", 5, "--arrivals", 0, "--static_batches", 0, "--mean_input", 9]
+    flags += ["--mean_output", 4, "--longest", 20, "--json", tmp_path / "out.json"]
+    args = arguments(monkeypatch, *flags)
+    assert run_ranks(2, lambda comm: bench_traffic.bench(args, comm)) == [0, 0]
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert (values["tp_size"], values["results"][0]["requests"]) == (2, 5)
+    assert capsys.readouterr().out.count("all at once") == 1
