@@ -70,11 +70,7 @@ class Engine:
 
     serving: Serving  # of all ranks
     own: InFlight  # this rank's part of it, whose counters are read
-
-    def drain(self) -> None:
-        while self.serving.unfinished:
-            self.serving.step()
-        torch.cuda.synchronize()
+    static: Serving  # of all ranks, over the same weights and cache: nothing decodes before all prompts are computed
 
 
 @dataclass(frozen=True)
@@ -139,9 +135,9 @@ def bench(args: argparse.Namespace, host: Communicator) -> int:
     require_gpu("bench_traffic.py", "bench_cpu.py measures the CPU")
     device, comm = join_gpus(host)
     ranks = Ranks(comm)
-    model, own = open_in_flight(args, device, comm)
-    serving = ranks.join(own)
-    ranks.lead(lambda: measure(args, model, Engine(serving, own), comm.world_size))
+    model, own, static = open_in_flight(args, device, comm)
+    engine = Engine(ranks.join(own), own, ranks.join(static))
+    ranks.lead(lambda: measure(args, model, engine, comm.world_size))
     return 0
 
 
@@ -154,7 +150,8 @@ def measure(args: argparse.Namespace, model: ModelConfig, engine: Engine, tp_siz
     lengths = [(len(each.prompt), each.max_new_tokens) for each in requests]
     print(f"lengths: mean {np.mean(lengths, axis=0).round(1)}, longest {np.max(lengths, axis=0)}")
     warm_up(engine, model, args, generator)
-    uniform = static_rate(engine, [alike(args, model, generator) for _ in range(args.rows)])
+    static_rate(engine.static, [replace(alike(args, model, generator), max_new_tokens=2) for _ in range(args.rows)])
+    uniform = static_rate(engine.static, [alike(args, model, generator) for _ in range(args.rows)])
     print(f"a static batch of {args.rows} x {args.mean_input} + {args.mean_output} tokens: {uniform:.0f} tokens/s")
     first, second = shared_prefix(engine, model, generator, min(SHARED_TOKENS, args.longest - 1))
     print(f"a shared prefix: first token after {1e3 * first:.1f} ms, then {1e3 * second:.1f}: {second / first:.2f} x")
@@ -166,7 +163,7 @@ def measure(args: argparse.Namespace, model: ModelConfig, engine: Engine, tp_siz
     results = [run(engine, "all at once", requests, [0.0] * len(requests))]
     show(results[0], uniform)
     rows = max(round(results[0].rows), 1)
-    same = static_rate(engine, [alike(args, model, generator) for _ in range(rows)])
+    same = static_rate(engine.static, [alike(args, model, generator) for _ in range(rows)])
     facts["uniform_of_average_rows"] = same
     print(f"    {rows} rows decode in a step on average; a static batch of so many: {same:.0f} tokens/s, ", end="")
     print(f"of which it is {results[0].tokens_per_s / same:.2f}", flush=True)
@@ -193,7 +190,9 @@ def show(result: Result, uniform: float) -> None:
     print(f"{result.line} | {ratios[0]:.2f}, {ratios[1]:.2f}", flush=True)
 
 
-def open_in_flight(args: argparse.Namespace, device: torch.device, comm: Communicator) -> tuple[ModelConfig, InFlight]:
+def open_in_flight(
+    args: argparse.Namespace, device: torch.device, comm: Communicator
+) -> tuple[ModelConfig, InFlight, InFlight]:
     dtype = args.precision if args.precision == "bfloat16" else "float16"
     model = PRESETS[args.model_version]
     model = replace(model, dtype=dtype, num_layers=args.num_layers or model.num_layers)
@@ -207,7 +206,9 @@ def open_in_flight(args: argparse.Namespace, device: torch.device, comm: Communi
         max_output_len=args.longest,
         max_num_tokens=args.max_num_tokens,
     )
-    return model, InFlight(executor, model, build, Policy(args.chunk_tokens))
+    policies = Policy(args.chunk_tokens), Policy(None, prefix_caching=False)
+    own, static = (InFlight(executor, model, build, policy) for policy in policies)
+    return model, own, static
 
 
 def drawn(args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator, count: int) -> list[Request]:
@@ -243,26 +244,32 @@ def warm_up(engine: Engine, model: ModelConfig, args: argparse.Namespace, genera
     """Compile kernels and capture the graphs of steps of all sizes that traffic has."""
     rows = [alike(args, model, generator) for _ in range(args.rows)]
     static_rate(
-        engine, [replace(each, max_new_tokens=1 + more) for more, each in enumerate(rows)]
+        engine.serving, [replace(each, max_new_tokens=1 + more) for more, each in enumerate(rows)]
     )  # row after row ends
     for _ in range(3):
         traffic = drawn(args, model, generator, 2 * args.rows)
-        static_rate(engine, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
+        static_rate(engine.serving, [replace(each, max_new_tokens=min(each.max_new_tokens, 40)) for each in traffic])
     for steps in (1, 2, 4):  # fewer rows, joined one by one
         for request in drawn(args, model, generator, args.rows // 2):
             engine.serving.add(replace(request, max_new_tokens=min(request.max_new_tokens, 80)))
             for _ in range(steps):
                 engine.serving.step()
-        engine.drain()
+        drain(engine.serving)
 
 
-def static_rate(engine: Engine, requests: Sequence[Request]) -> float:
+def drain(serving: Serving) -> None:
+    while serving.unfinished:
+        serving.step()
+    torch.cuda.synchronize()
+
+
+def static_rate(serving: Serving, requests: Sequence[Request]) -> float:
     """New tokens per second of requests that all start at once."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for request in requests:
-        engine.serving.add(request)
-    engine.drain()
+        serving.add(request)
+    drain(serving)
     return sum(request.max_new_tokens for request in requests) / (time.perf_counter() - start)
 
 
@@ -281,7 +288,7 @@ def static_batches(
         batch = drawn(args, model, generator, rows)
         new = max(request.max_new_tokens for request in batch)
         start = time.perf_counter()
-        static_rate(engine, [replace(request, max_new_tokens=new) for request in batch])
+        static_rate(engine.static, [replace(request, max_new_tokens=new) for request in batch])
         passed += time.perf_counter() - start
         made += sum(request.max_new_tokens for request in batch)
     return made / passed
@@ -368,7 +375,7 @@ def shared_prefix(
             torch.cuda.synchronize()
             start = time.perf_counter()
             engine.serving.add(Request(more, (*prompt, more), GREEDY, 1))
-            engine.drain()
+            drain(engine.serving)
             times.append(time.perf_counter() - start)
     return times[2], times[3]
 

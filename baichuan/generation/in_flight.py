@@ -21,17 +21,18 @@ from baichuan.config import BuildConfig, ModelConfig
 from baichuan.executors.base import PagedExecutor
 from baichuan.generation.beam import BeamSearch
 from baichuan.generation.blocks import BlockPool
+from baichuan.generation.kept_logits import KeptLogits
 from baichuan.generation.limits import request_error
 from baichuan.generation.logits import Logits
 from baichuan.generation.pace import Pace
 from baichuan.generation.readback import Readback
 from baichuan.generation.requests import Progress, Request, Timing
 from baichuan.generation.sampling import Sampler
-from baichuan.generation.scheduler import Budget, Job, Piece, Plan, Scheduler
+from baichuan.generation.scheduler import Budget, Job, Plan, Scheduler
 from baichuan.generation.steps import StepBuilder
 
 STEP_TOKENS = 16384  # of a step, where the engine has no max_num_tokens
-CHUNK_TOKENS = 512  # of prompts beside running requests: a step of so many takes a few times as long as one of decoding
+CHUNK_TOKENS = 256  # of prompts beside running requests: a step of so many takes about twice as long as one of decoding
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class InFlight:
         self._ready = False
         self._logits = Logits(executor, build)
         self._searches: dict[Job, BeamSearch] = {}
-        self._kept: dict[Job, _KeptLogits] = {}
+        self._kept: dict[Job, KeptLogits] = {}
         self._jobs: dict[Hashable, Job] = {}  # the unfinished, in order of arrival
         self._news: dict[Hashable, Progress] = {}
         self._unread: _Launched | None = None
@@ -101,7 +102,7 @@ class InFlight:
         self.timing.prompt_tokens += len(request.prompt)
         job = self._jobs[request.key] = self.scheduler.add(request)
         if request.keep_logits or request.prompt_logits:
-            self._kept[job] = _KeptLogits()
+            self._kept[job] = KeptLogits()
 
     def cancel(self, key: Hashable) -> None:
         if job := self._jobs.get(key):
@@ -151,7 +152,7 @@ class InFlight:
         """
         if not self._unread or not self.reads_late or self.scheduler.waiting:
             return 0.0
-        return max(self._pace.spare_s(), 0.0)
+        return max(self._pace.spare_s(self._unread.prefills), 0.0)
 
     @property
     def _prompts_left(self) -> bool:
@@ -163,7 +164,7 @@ class InFlight:
         launched, self._unread = self._unread, None
         self._hear(launched)
         self._account(launched)
-        self._pace.ended(not launched.prefills)
+        self._pace.ended(launched.prefills)
         self.timing.decode_steps += not launched.prefills
 
     def _error(self, request: Request) -> str | None:
@@ -268,34 +269,3 @@ class InFlight:
             self.timing.prefill_s += passed
         else:
             self.timing.decode_s += passed
-
-
-class _KeptLogits:
-    """The logits of a request that wants them, on the CPU."""
-
-    def __init__(self):
-        self._prompt: list[Tensor] = []  # of tokens of the prompt, each [tokens, vocab_size]
-        self._chosen: list[Tensor] = []  # that new tokens were chosen from, each [vocab_size]
-        self._seen = 0  # tokens of the prompt
-
-    def see(self, piece: Piece, logits: Tensor) -> None:
-        """logits: of the piece's tokens, or of the last alone"""
-        request = piece.job.request
-        if request.prompt_logits and not piece.decodes:
-            end = min(piece.start + piece.length, len(request.prompt))
-            if end > self._seen:  # else it is computed again
-                self._prompt.append(logits[self._seen - piece.start : end - piece.start].cpu().clone())
-                self._seen = end
-        if request.keep_logits and piece.chooses and request.sampling.num_beams == 1:
-            self._chosen.append(logits[-1].cpu().clone())
-
-    def forget_after(self, chosen: int) -> None:
-        """Keep the rows of so many chosen tokens."""
-        del self._chosen[chosen:]
-
-    def rows(self, chosen: int, searched: Tensor | None, keep: bool) -> Tensor | None:
-        """As Serving.step says.  chosen: new tokens, the end id included; searched: a beam search's own rows"""
-        made = searched if searched is not None else torch.stack(self._chosen[:chosen]) if self._chosen else None
-        if not self._prompt:
-            return made
-        return torch.cat([*self._prompt, *([made[1:]] if made is not None and keep else [])])

@@ -13,23 +13,26 @@ class Pace:
     """What steps have taken lately, and when the one that runs began."""
 
     def __init__(self):
-        self._steps_s: deque[float] = deque(maxlen=REMEMBERED)  # of decode steps, the shortest there are
+        self._steps_s = {prefills: deque[float](maxlen=REMEMBERED) for prefills in (False, True)}
         self._host_s: deque[float] = deque(maxlen=REMEMBERED)  # to plan and launch a step
         self._began_s = 0.0
 
     def launched(self, host_s: float) -> None:
         self._host_s.append(host_s)
 
-    def ended(self, decodes: bool) -> None:
-        """A step has ended, which decoded alone or not; the next begins, as it was launched before."""
+    def ended(self, prefills: bool) -> None:
+        """A step has ended, which computed parts of prompts or none; the next, launched before, begins."""
         now = time.perf_counter()
-        if decodes:
-            self._steps_s.append(now - self._began_s)
+        self._steps_s[prefills].append(now - self._began_s)
         self._began_s = now
 
-    def spare_s(self) -> float:
-        """Seconds until the host must begin to plan; not above 0 where too little is known."""
-        if len(self._steps_s) < REMEMBERED:
+    def spare_s(self, prefills: bool) -> float:
+        """Seconds until the host must begin to plan; not above 0 where too little is known.
+
+        The step that runs takes no less than the shortest of the last ones of its kind.
+        """
+        steps_s = self._steps_s[prefills]
+        if len(steps_s) < REMEMBERED:
             return 0.0
-        due = self._began_s + min(self._steps_s) - max(self._host_s) - MARGIN_S
+        due = self._began_s + min(steps_s) - max(self._host_s) - MARGIN_S
         return due - time.perf_counter()

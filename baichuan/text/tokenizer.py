@@ -23,7 +23,7 @@ ROLE_PIECE = re.compile(r"<[^<>\s]+>")  # a checkpoint may give its roles other 
 def check_ids(ids: Iterable[int], vocab_size: int, name: str = "the input") -> None:
     """Raise ConfigError unless every id has a row in an embedding of `vocab_size` rows."""
     for token in ids:
-        if not (isinstance(token, Integral) and 0 <= token < vocab_size):
+        if not ((type(token) is int or isinstance(token, Integral)) and 0 <= token < vocab_size):  # the first is quick
             raise ConfigError(
                 f"{name} holds the id {token}, which is not in 0 to {vocab_size - 1}; "
                 "take it out (a <pad> that a tokenizer adds at the end has no embedding)"

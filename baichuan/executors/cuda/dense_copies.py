@@ -11,7 +11,7 @@ from baichuan.records import DenseWeight, Int4Weight, Int8Weight, ModelWeights
 
 # From this many tokens on a product with a copy is faster than the kernel that reads the integers
 # (docs/performance.md).
-COPY_ROWS = {Int8Weight: 129, Int4Weight: 129}
+COPY_ROWS = {Int8Weight: 65, Int4Weight: 129}
 
 
 class DenseCopies:
