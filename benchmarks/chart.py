@@ -35,6 +35,7 @@ PRECISIONS = {
     "smooth_quant": "SmoothQuant",
     "smooth_quant_per_token": "SmoothQuant, per token",
     "fp8": "FP8",
+    "fp8_per_token": "FP8, per token and per channel",
 }
 PEER = "vLLM 0.24, the same model; for 8-bit products its FP8 Llama-13B"
 PEER_FP8 = {1: 5.31, 64: 9.5, 256: 24.2, 1024: 84.5}
