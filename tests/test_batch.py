@@ -139,11 +139,25 @@ def test_what_is_missing_is_done_and_what_is_there_is_kept(engine, tmp_path, tor
 def test_somebody_elses_file_is_not_cut(tmp_path, theirs):
     (tmp_path / "notes.txt").write_bytes(theirs)
     try:
-        with result_file(tmp_path / "notes.txt", resume=True):
+        with result_file(tmp_path / "notes.txt", resume=True, keys=()):
             assert START.startswith(theirs)  # what a killed run may leave
     except ConfigError as error:
         assert "line 1 is no result" in str(error)
         assert (tmp_path / "notes.txt").read_bytes() == theirs
+
+
+def test_results_of_no_prompt_of_this_run_take_no_memory(tmp_path):
+    path, line = tmp_path / "out.jsonl", '{{"key": "{}", "request": "0"{}}}\n'
+    path.write_text(line.format("a", "") + "".join(line.format(n, ', "error": "full"') for n in range(100)))
+    with result_file(path, resume=True, keys={"a", "b"}) as results:
+        assert results.done == {"a": "0"} and len(results._places) == 1
+        results.write({"key": "b", "request": "1"})
+        results.put_in_order(["a", "b"])
+    assert path.read_text() == line.format("a", "") + line.format("b", "").replace("0", "1")
+    for n in range(2, 5):
+        path.write_text(line.format("a", "") + line.format(n, ""))
+        with pytest.raises(ConfigError, match=f"'{n}' for another"), result_file(path, resume=True, keys={"a"}):
+            pass
 
 
 def test_a_killed_run_loses_nothing_that_was_finished(engine, tmp_path):
@@ -208,7 +222,7 @@ def test_what_is_wrong_is_said_before_anything_runs(engine, tmp_path, monkeypatc
 
 def test_two_runs_do_not_write_one_file(engine, tmp_path, capsys):
     prompts, out = write_rows(tmp_path / "p.jsonl", golden_rows(1)), tmp_path / "out.jsonl"
-    with result_file(out, resume=False):
+    with result_file(out, resume=False, keys=()):
         scripts.refused(run.main, flags(engine, prompts, out), "is written by another run", capsys)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class ResultFile:
         self._places: dict[str, tuple[int, int]] = {}  # (offset, length) of each key's newest line
         self._end = 0
 
-    def read(self) -> None:
-        """Take up the results of an earlier run; a line that it did not finish is removed."""
+    def read(self, keys: Container[str]) -> None:
+        """Take up the results of an earlier run for these keys; a line that it did not finish is removed."""
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b""), start=1):
             values = _result(line)
             torn = not line.endswith(b"\n") and line.startswith(START[: len(line)])
@@ -34,9 +34,20 @@ class ResultFile:
                 raise ConfigError(f"output_jsonl {self.path} line {number} is no result; name another file")
             if values is None:
                 break
-            self._took(values, len(line))
+            if values["key"] in keys:
+                self._took(values, len(line))
+            elif "error" in values:  # of a prompt that has been removed
+                self._end += len(line)
+            else:
+                raise self.of_another_run(values["key"])
         self._file.seek(self._end)
         self._file.truncate()
+
+    def of_another_run(self, key: str) -> ConfigError:
+        return ConfigError(
+            f"output_jsonl {self.path} has a result of {key[:100]!r} for another prompt, setting or engine than this "
+            "run's; name another file"
+        )
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add a result: its key, its request, and an error or what was made."""
@@ -68,8 +79,8 @@ class ResultFile:
 
 
 @contextmanager
-def result_file(path: Path, resume: bool) -> Iterator[ResultFile]:
-    """The file at `path`, for this run alone.
+def result_file(path: Path, resume: bool, keys: Container[str]) -> Iterator[ResultFile]:
+    """The file at `path`, for this run alone.  keys: of its prompts.
 
     Raises ConfigError for a file with results that `resume` does not allow to go on with, that is none of ours, that
     another run writes, or that cannot be written.
@@ -89,7 +100,7 @@ def result_file(path: Path, resume: bool) -> Iterator[ResultFile]:
             raise ConfigError(f"output_jsonl {path} has results already; add --resume to go on, or name another file")
         file.seek(0)
         results = ResultFile(path, file)
-        results.read()
+        results.read(keys)
         yield results
 
 

@@ -90,11 +90,8 @@ class Queue:
         self._tokenizer, self._results, self._replicas = llm.text.tokenizer, results, replicas
         self._tasks = {task.key: task for task in tasks}
         for key, request in results.done.items():
-            if key not in self._tasks or self._tasks[key].digest(self._engine) != request:
-                raise ConfigError(
-                    f"output_jsonl {results.path} has a result of {key!r} for another prompt, setting or engine than "
-                    "this run's; name another file"
-                )
+            if self._tasks[key].digest(self._engine) != request:
+                raise results.of_another_run(key)
         self._left = [task for task in reversed(tasks) if task.key not in results.done]
         self._lock = threading.Lock()
         self._started_s: float | None = None

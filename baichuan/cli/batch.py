@@ -89,7 +89,8 @@ def open_queue(args: argparse.Namespace, llm: LLM, replicas: int, open_files: Ex
         return [*system, {"role": "user", "content": text}]
 
     tasks = read_tasks(llm, Path(args.prompt_file), sampling, args.max_output_len, as_chat if args.chat else None)
-    results = open_files.enter_context(result_file(Path(args.output_jsonl), args.resume))
+    keys = {task.key for task in tasks}
+    results = open_files.enter_context(result_file(Path(args.output_jsonl), args.resume, keys))
     queue = Queue(llm, tasks, results, replicas)
     if queue.total < len(tasks):
         logger.info("%d of %d results are in %s already", len(tasks) - queue.total, len(tasks), args.output_jsonl)
