@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import tempfile
@@ -22,17 +23,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
 from baichuan.calibration.convert import convert
 from baichuan.calibration.request import ConvertRequest
 from baichuan.config import DTYPES, ModelConfig, QuantConfig, WeightOnly
-from baichuan.engine.self_check import all_logits
 from baichuan.errors import ConfigError
 from baichuan.evaluation.scoring import agreement_of, negative_log_likelihood
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.quant.weight_only import fitting_group_sizes
+from baichuan.records import Step
 from baichuan.text.texts import encode_texts, read_texts
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.weights.hub.checkpoint import open_checkpoint
@@ -40,6 +43,8 @@ from baichuan.weights.hub.config_json import read_model_config
 from baichuan.weights.rank_tensors import total_bytes
 from benchmarks import real_model
 
+MODES = ((False, False, "per tensor"), (True, False, "pt"), (False, True, "pc"), (True, True, "pt + pc"))
+TOKENS_PER_STEP = 1024  # a weight is dequantised once for so many tokens; bounds the logits' memory
 ALPHAS: tuple[float | Literal["auto"], ...] = (0.5, 0.8, "auto")
 BEGIN = "<!-- {} made by benchmarks/accuracy.py -->\n"
 END = "<!-- end of the tables -->\n"
@@ -80,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calib_size", type=int, default=128)
     parser.add_argument("--eval_dataset", action="append", help="texts to judge by; repeat for several")
     parser.add_argument("--eval_size", type=int, default=32)
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name has one of these in it")
+    parser.add_argument("--only", nargs="+", metavar="REGEX", help="rows whose name has one of these in it")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--mark", help="name of the marks around the tables (default: real or demo)")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables; they are printed in any case")
@@ -135,7 +140,7 @@ def measure_model(
         f"{model.intermediate_size}, vocabulary {model.vocab_size}\n"
     )
     for name, evaluation in evaluations.items():
-        reference = [all_logits(exact, ids) for ids in evaluation]
+        reference = [logits for _, logits in logits_of(exact, evaluation)]
         counts = [sum(map(len, texts)) for texts in (evaluation, calibration)]
         report += (
             f"\n{name}: {len(evaluation)} texts, {counts[0]} tokens; "
@@ -164,7 +169,7 @@ def read_samples(folder: Path, model: ModelConfig, args: argparse.Namespace) -> 
 
 
 def wanted_row(label: str, only: list[str] | None) -> bool:
-    return not only or any(each in label for each in only)
+    return not only or any(re.search(each, label) for each in only)
 
 
 def cases_of(folder: Path, model: ModelConfig, calibration: list, scratch: Path, only=None) -> Iterator[Case]:
@@ -193,19 +198,16 @@ def rows_of(model: ModelConfig) -> Iterator[tuple[str, QuantConfig, Conversion |
     yield "INT8 KV cache", QuantConfig(kv_cache="int8"), plain, half
     yield "INT8 weight-only, INT8 KV cache", QuantConfig("int8", kv_cache="int8"), plain, half
     for alpha in ALPHAS:
-        for per_token, per_channel, mode in (
-            (False, False, "per tensor"),
-            (True, False, "pt"),
-            (False, True, "pc"),
-            (True, True, "pt + pc"),
-        ):
+        for per_token, per_channel, mode in MODES:
             quant = QuantConfig("smooth_quant", per_token=per_token, per_channel=per_channel)
             yield f"SmoothQuant {alpha}, {mode}", quant, Conversion(alpha), half
         cached = replace(quant, kv_cache="int8")
         yield f"SmoothQuant {alpha}, pt + pc, INT8 KV cache", cached, Conversion(alpha), half
-    yield "FP8", QuantConfig("fp8"), plain, half
+    for per_token, per_channel, mode in MODES:
+        quant = QuantConfig("fp8", per_token=per_token, per_channel=per_channel)
+        yield f"FP8, {mode}", quant, None if per_token and per_channel else plain, half
     yield "FP8 KV cache", QuantConfig(kv_cache="fp8"), plain, half
-    yield "FP8, FP8 KV cache", QuantConfig("fp8", kv_cache="fp8"), plain, half
+    yield "FP8, pt + pc, FP8 KV cache", replace(quant, kv_cache="fp8"), plain, half
 
 
 def source_of(how: Conversion | None, folder: Path, model: ModelConfig, calibration: list, scratch: Path):
@@ -227,8 +229,7 @@ def measure(case: Case, model: ModelConfig, evaluation: list, reference: list) -
     executor = executor_of(case, model)
     positions = targets = 0
     kl = top1 = nll = 0.0
-    for ids, exact in zip(evaluation, reference, strict=True):
-        logits = all_logits(executor, ids)
+    for (ids, logits), exact in zip(logits_of(executor, evaluation), reference, strict=True):
         agreement = agreement_of(exact, logits)
         positions += len(ids)
         kl += len(ids) * agreement.kl
@@ -237,6 +238,16 @@ def measure(case: Case, model: ModelConfig, evaluation: list, reference: list) -
         targets += len(ids) - 1
     tensors = weight.rank_tensors(case.source, replace(model, dtype=case.dtype), case.quant, 0, 1)
     return Figures(kl / positions, top1 / positions, math.exp(nll / targets), total_bytes(tensors))
+
+
+def logits_of(executor: ReferenceExecutor, texts: list) -> Iterator[tuple[list, Tensor]]:
+    """Each text and the logits after each of its tokens, [tokens, vocab_size] float32."""
+    longest = max(map(len, texts))
+    for start in range(0, len(texts), count := max(1, TOKENS_PER_STEP // longest)):
+        some = texts[start : start + count]
+        executor.reset(len(some), longest)
+        logits = executor.forward(Step.of(some, all_outputs=True))
+        yield from zip(some, logits.split([len(ids) for ids in some]), strict=True)
 
 
 def row_of(label: str, figures: Figures) -> str:

@@ -1,7 +1,7 @@
-"""The README's table of versions and precisions: python benchmarks/readme_table.py --write
+"""The README's tables of versions and of precisions: python benchmarks/readme_table.py --write
 
 Bytes are computed from the models' shapes; speeds are docs/performance.json's, GPU memory and build times are
-docs/walk.md's.  A cell without a measurement holds a dash.
+docs/walk.md's, the real model's quality is docs/accuracy.md's.  A cell without a measurement holds a dash.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ HEADS = {
     "README.md": "version | precision | engine, GB | KV cache, GB | GPU, GB | build, s | tok/s, batch 1 | batch 64",
     "README.zh.md": "版本 | 精度 | 引擎，GB | KV cache，GB | 显存，GB | 构建，秒 | token/s，batch 1 | batch 64",
 }
-BEGIN, END = "<!-- made by benchmarks/readme_table.py -->\n", "<!-- end of the table -->\n"
+QUALITY_HEADS = {
+    "README.md": "precision | bits per weight | v2_13b, GB | tok/s, batch 1 | batch 64 | mean KL | perplexity",
+    "README.zh.md": "精度 | 每权重位数 | v2_13b，GB | token/s，batch 1 | batch 64 | 平均 KL | 困惑度",
+}
+BEGIN = "<!-- made by benchmarks/readme_table.py -->\n"
+QUALITY_BEGIN = "<!-- precisions made by benchmarks/readme_table.py -->\n"
+END = "<!-- end of the table -->\n"
 KV_TOKENS = 1000
 FLOAT32_BYTES = 4
 
@@ -51,6 +57,33 @@ PRECISIONS = (
     Precision("INT4", QuantConfig("int4", group_size=32), "int4", "int4"),
     Precision("SmoothQuant", QuantConfig("smooth_quant", per_token=True), "smooth_quant_per_token", "sq per token"),
     Precision("FP8", QuantConfig("fp8"), "fp8", "fp8 from the checkpoint"),
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A precision, which is one row of the real model's table."""
+
+    title: str
+    quant: QuantConfig
+    row: str  # its name in docs/accuracy.md
+    measured: str | None = None  # its name in docs/performance.json
+
+
+INT4 = {size: QuantConfig("int4", group_size=size) for size in (32, 64)}
+SMOOTH = QuantConfig("smooth_quant", per_token=True, per_channel=True)
+QUALITIES = (
+    Quality("float16", QuantConfig(), "float16", "float16"),
+    Quality("INT8", QuantConfig("int8"), "INT8 weight-only", "int8"),
+    Quality("INT8, GPTQ", QuantConfig("int8"), "INT8 by GPTQ", "int8"),
+    *(
+        Quality(f"INT4 g{size}, GPTQ", replace(quant, zero_points=True), f"INT4 by GPTQ, groups of {size}")
+        for size, quant in INT4.items()
+    ),
+    Quality("INT4 g32", INT4[32], "INT4 weight-only, groups of 32", "int4"),
+    Quality("INT4 g64", INT4[64], "INT4 weight-only, groups of 64"),
+    Quality("SmoothQuant", SMOOTH, "SmoothQuant auto, pt + pc", "smooth_quant_per_token"),
+    Quality("FP8", replace(SMOOTH, weights="fp8"), "FP8, pt + pc", "fp8"),
 )
 
 
@@ -114,11 +147,33 @@ def table(head: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str, new: str) -> str:
+def quality_table(head: str) -> str:
+    """Markdown, a row for each precision."""
+    speeds = read_speeds(ROOT / "docs" / "performance.json")
+    accuracy, model = (ROOT / "docs" / "accuracy.md").read_text("utf-8"), PRESETS["v2_13b"]
+    lines = [f"| {head} |", "|---|---:|---:|---:|---:|---:|---:|"]
+    float16 = engine_bytes(model, QuantConfig())
+    weights = model.num_layers * (4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size)
+    for each in QUALITIES:
+        size = engine_bytes(model, each.quant)
+        rates = (speeds.get(("v2_13b", each.measured, batch)) for batch in (1, 64))
+        found = re.search(rf"^\| {re.escape(each.row)} \| ([\d.]+) \| [^|]+ \| ([\d.]+) \|", accuracy, re.MULTILINE)
+        cells = (
+            each.title,
+            f"{16 - 8 * (float16 - size) / weights:.3g}",
+            f"{size / 1e9:.2f}",
+            *(f"{rate:,.0f}" if rate else "–" for rate in rates),
+            *(found.groups() if found else "––"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, new: str, begin: str = BEGIN) -> str:
     """`text` with the table between its marks replaced."""
-    before, _, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
-    return before + BEGIN + new + END + after
+    return before + begin + new + END + after
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,12 +184,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
     for name, head in HEADS.items():
-        new = table(head)
+        versions, precisions = table(head), quality_table(QUALITY_HEADS[name])
         if args.write:
+            text = with_table((ROOT / name).read_text("utf-8"), versions)
             with atomic_path(ROOT / name) as path:
-                path.write_text(with_table((ROOT / name).read_text("utf-8"), new), "utf-8")
+                path.write_text(with_table(text, precisions, QUALITY_BEGIN), "utf-8")
         else:
-            print(new)
+            print(versions, precisions, sep="\n")
     return 0
 
 

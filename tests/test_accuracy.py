@@ -48,9 +48,10 @@ class Trained:
         """The mean KL of the case with other weights."""
         case = self.cases[label]
         executor = ReferenceExecutor(replace(self.model, dtype=case.dtype), case.quant, weights)
-        pairs = list(zip(self.evaluations[dataset], self.references[dataset], strict=True))
-        kls = [accuracy.agreement_of(exact, accuracy.all_logits(executor, ids)).kl * len(ids) for ids, exact in pairs]
-        return sum(kls) / sum(len(ids) for ids, _ in pairs)
+        texts, references = self.evaluations[dataset], self.references[dataset]
+        pairs = list(zip(accuracy.logits_of(executor, texts), references, strict=True))
+        kls = [accuracy.agreement_of(exact, logits).kl * len(ids) for (ids, logits), exact in pairs]
+        return sum(kls) / sum(len(ids) for ids in texts)
 
     def weights(self, label: str) -> ModelWeights:
         case = self.cases[label]
@@ -65,7 +66,9 @@ def trained(tmp_path_factory) -> Trained:
     calibration, evaluations = accuracy.read_samples(folder, model, argparse.Namespace(**flags))
     cases = {case.label: case for case in accuracy.cases_of(folder, model, calibration, tmp_path_factory.mktemp("bin"))}
     exact = accuracy.executor_of(accuracy.Case("", QuantConfig(), weight.WeightSource(folder), "float32"), model)
-    references = {name: [accuracy.all_logits(exact, ids) for ids in texts] for name, texts in evaluations.items()}
+    references = {
+        name: [logits for _, logits in accuracy.logits_of(exact, texts)] for name, texts in evaluations.items()
+    }
     return Trained(model, cases, evaluations, references)
 
 

@@ -257,6 +257,9 @@ def test_the_table_is_the_measurements(name):
     assert table.count("\n") == 22 and re.search(r"^\| v2_7b \| float16 \| 15.01 \|", table, re.MULTILINE)
     changed = table.replace("15.01", "15.02")
     assert readme_table.with_table(text, changed) != text
+    precisions = readme_table.quality_table(readme_table.QUALITY_HEADS[name])
+    assert readme_table.with_table(text, precisions, readme_table.QUALITY_BEGIN) == text
+    assert re.search(r"^\| INT4 g32, GPTQ \| 4.75 \| 10.06 \|", precisions, re.MULTILINE)
 
 
 def test_the_figures_are_the_measurements():
@@ -283,14 +286,13 @@ def test_the_gains_of_groups_are_the_measurements():
 
 def test_the_real_model_s_figures_are_the_measurements():
     accuracy = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
-    rows = {"float16": "float16", "INT8": "INT8 weight-only"}
-    rows |= {f"INT4 by GPTQ, groups of {size}": f"INT4 by GPTQ, groups of {size}" for size in (32, 64)}
-    rows |= {f"INT4 rounded, groups of {size}": f"INT4 weight-only, groups of {size}" for size in (32, 64)}
+    rows = {"float16": "float16", "INT8": "INT8 weight-only", "FP8": "FP8, pt + pc"}
+    rows |= {f"INT4 g{size}, GPTQ": f"INT4 by GPTQ, groups of {size}" for size in (32, 64)}
+    rows |= {f"INT4 g{size}": f"INT4 weight-only, groups of {size}" for size in (32, 64)}
     for ours, measured in rows.items():
         kl, _, perplexity = re.search(rf"^\| {measured} \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", accuracy, re.M).groups()
-        cells = rf" \| {kl} \| {perplexity} \|$"
-        assert re.search(rf"^\| {ours} \| [^|]+" + cells, README, re.M), ours
-        assert re.search(cells, CHINESE, re.M), ours
+        for text in (README, CHINESE):
+            assert re.search(rf"^\| {re.escape(ours)} \|.* \| {kl} \| {perplexity} \|$", text, re.M), ours
 
 
 def test_a_walk_fills_its_cells(tmp_path):

@@ -34,3 +34,5 @@ def test_heads_have_baichuan_s_order():
 def test_rows_are_chosen_by_their_names():
     assert accuracy.wanted_row("INT4 by GPTQ, groups of 32", ["GPTQ"])
     assert not accuracy.wanted_row("INT8 KV cache", ["GPTQ"])
+    assert accuracy.wanted_row("INT8 KV cache", ["^FP8", "^INT8"])
+    assert not accuracy.wanted_row("SmoothQuant 0.5, pt + pc, INT8 KV cache", ["^FP8", "^INT8"])
