@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -87,6 +88,7 @@ QUALITIES = (
 )
 
 
+@cache
 def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
     """Bytes of the tensors of a one-rank engine; the file's header and the tokenizer add about 2 MB."""
     if quant.weights not in ("smooth_quant", "fp8"):

@@ -14,17 +14,31 @@ from baichuan.quant.scaled import LIMITS, quantise, require_finite, scale_for
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = LIMITS[E4M3] / 2**9  # the mantissa, 0.5 to 1, of e4m3's largest number
+CANDIDATES = [2 ** (step / 8) for step in range(8)]  # a channel's scales, times max|row| / 448; twice that is the same
 SMALLEST_EXPONENT = -100  # of a token's scale: far above that of the smallest float32
 
 
 def quantise_channels(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """scale = max|row| / 448,  q = e4m3(row / scale).
+    """q = e4m3(row / scale) with the scale of CANDIDATES that leaves the least |row - q scale|².
 
     rows: [n, in_features] of any floating type -> q [n, in_features] float8_e4m3fn, scale [n] float32.
     Raises CheckpointError for a NaN or an infinity.
     """
-    scale = scale_for(require_finite(rows.abs().amax(-1)), E4M3)
-    return quantise(rows, scale[:, None], E4M3), scale
+    least = scale_for(require_finite(rows.abs().amax(-1, keepdim=True)), E4M3)
+    best = torch.full_like(least, torch.inf, dtype=torch.float64)
+    chosen = least
+    for factor in CANDIDATES:
+        scale = least * factor
+        left = (
+            quantise(rows, scale, E4M3)
+            .float()
+            .mul_(scale)
+            .sub_(rows)
+            .square_()
+            .sum(-1, keepdim=True, dtype=torch.float64)
+        )
+        chosen, best = torch.where(left < best, scale, chosen), torch.minimum(left, best)
+    return quantise(rows, chosen, E4M3), chosen.squeeze(-1)
 
 
 def token_scale(x: Tensor) -> Tensor:
