@@ -68,7 +68,7 @@ class Quality:
     title: str
     quant: QuantConfig
     row: str  # its name in docs/accuracy.md
-    measured: str | None = None  # its name in docs/performance.json
+    measured: str = ""  # its name in docs/performance.json, if it has been
 
 
 INT4 = {size: QuantConfig("int4", group_size=size) for size in (32, 64)}
