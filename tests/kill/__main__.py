@@ -26,7 +26,7 @@ from tests.kill.writers import WRITERS, Writer, leftovers_hold
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LAST_PART = 0.3  # of a run
 FINISHED, EARLY = "finished", "not begun"  # of a run that a signal came too late, or too early for
-MAX_TRIES = 6  # signals for a kill
+MAX_TRIES = 20  # signals for a kill
 NOT_BEGUN = 70  # exit code of a child that the signal met before the script
 RUN_S = 180.0  # for a run that nobody kills
 WAIT_S = 10.0  # for a process to end, and for its workers to be gone
@@ -94,16 +94,20 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path.relative_to(out)) for path in out.rglob("*") if leftovers_hold(out, path)]
 
 
-def kill(writer: Writer, folder: Path, chance: Random, seconds: float, whole: list) -> str:
-    """Kill a run at a random instant; returns what became of it.  Raises AssertionError for what must not be."""
+def kill(writer: Writer, folder: Path, chance: Random, seconds: float, whole: list) -> tuple[str, float]:
+    """Kill a run at a random instant.  seconds: that one takes.  Raises AssertionError for what must not be.
+
+    Returns what became of it, and how long it lived.
+    """
     by, before, content = chance.choice(SIGNALS), set(leftovers(folder)), writer.content(folder / "out")
     process = start(writer, chance.randrange(2), folder)
     place = chance.random()
-    instant = time.monotonic() + seconds * (place if chance.randrange(2) else 1 - place * LAST_PART)
+    start_s = time.monotonic()
+    instant = start_s + seconds * (place if chance.randrange(2) else 1 - place * LAST_PART)
     while time.monotonic() < instant and not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.001)
     os.kill(process, by)
-    code = wait(process, WAIT_S + 2 * seconds)
+    code, lived_s = wait(process, WAIT_S + 2 * seconds), time.monotonic() - start_s
     said = (folder / "output").read_text(errors="replace")
     deadline = time.monotonic() + WAIT_S
     while (alive := members(process)) and time.monotonic() < deadline:
@@ -114,7 +118,9 @@ def kill(writer: Writer, folder: Path, chance: Random, seconds: float, whole: li
     assert code == 0 or not begun or (code == 2 and by != signal.SIGKILL), f"{by.name}: exit code {code}: {said}"
     assert writer.final(writer.content(folder / "out"), content, whole), f"{by.name}: neither the old content nor new"
     assert by == signal.SIGKILL or not begun or set(leftovers(folder)) <= before, f"{by.name}: left {leftovers(folder)}"
-    return FINISHED if code == 0 else EARLY if code == NOT_BEGUN or (code == -by != -signal.SIGKILL) else by.name
+    if code == 0:
+        return FINISHED, lived_s
+    return (by.name if begun or by == signal.SIGKILL else EARLY), lived_s
 
 
 def attack(writer: Writer, kills: int, folder: Path, seed: str) -> tuple[Counter, list[str]]:
@@ -127,8 +133,9 @@ def attack(writer: Writer, kills: int, folder: Path, seed: str) -> tuple[Counter
     for number in (0, 1):
         if writer.anew:
             empty(folder / "out")
+        process = start(writer, number, folder)
         start_s = time.monotonic()
-        assert wait(start(writer, number, folder), RUN_S) == 0, (folder / "output").read_text()
+        assert wait(process, RUN_S) == 0, (folder / "output").read_text()
         seconds = time.monotonic() - start_s
         whole.append(writer.content(folder / "out"))
     became, faults, number = Counter(), [], 0
@@ -136,10 +143,9 @@ def attack(writer: Writer, kills: int, folder: Path, seed: str) -> tuple[Counter
         if writer.anew and writer.content(folder / "out") == whole[0]:
             empty(folder / "out")
         try:
-            start_s = time.monotonic()
-            found = kill(writer, folder, Random(f"{seed}/{writer.name}/{number}"), seconds, whole)
+            found, lived_s = kill(writer, folder, Random(f"{seed}/{writer.name}/{number}"), seconds, whole)
             if found == FINISHED:
-                seconds = (seconds + time.monotonic() - start_s) / 2
+                seconds = (seconds + lived_s) / 2
         except Exception as error:  # a reader's exception is a fault as well
             found = "fault"
             faults.append(f"{writer.name}, kill {number} of seed {seed}: {type(error).__name__}: {error}")
