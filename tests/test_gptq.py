@@ -188,6 +188,16 @@ def test_scales_and_zeros_leave_less_weighted_error_than_any_other_clipping(zero
     assert wrong.sum() > 1.1 * found.sum(), "the control: scales nearby are worse"
 
 
+def test_groups_of_128_calibrated_are_better_than_groups_of_32_rounded():
+    rng = np.random.default_rng(0)
+    mixed = (rng.standard_normal((256, 256)) / 16 + np.eye(256)) * rng.gamma(1, 1, 256)
+    x = torch.from_numpy(rng.standard_normal((2000, 256)) @ mixed).float()
+    w, hessian = torch.from_numpy(rng.standard_normal((48, 256))).float(), x.T @ x / len(x)
+    found = gptq(w, hessian, len(x), WeightOnly("int4", 128), torch.float16)
+    nearest = dequantise(Int4Weight(*quantise_int4(w, 32, torch.float16)))
+    assert objective(w, dequantised(*found), hessian) < 0.8 * objective(w, nearest, hessian)
+
+
 @pytest.mark.cuda
 @each_form
 def test_a_gpu_finds_the_same(form):

@@ -14,8 +14,8 @@ its signed value; the factor 1 / 16 is applied at the end.  A word then meets tw
     (word << 4) & F0..   w6 .  | w4 .  | w2 .  | w0 .       dp4a with the word  x6 x4 x2 x0  of even channels
      word       & F0..   w7 .  | w5 .  | w3 .  | w1 .       dp4a with the word  x7 x5 x3 x1  of odd channels
 
-Where groups have a zero, y = x_scale * sum_groups scale * (sum(w * x) - zero * sum(x)): what the zeros take off is a
-small product of its own with the token's sums, which come with it and are summed before the weights.
+Where groups have a zero, y = x_scale * sum_groups scale * (sum(w * x) - zero * sum(x)): the token's own sums come with
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from baichuan.kernels.operand import Operand
 from baichuan.kernels.peers import Slots, as_bits, constants_of, send_to_peers, slots_at_peers
 from baichuan.kernels.primitives import INTERPRETED, prefetch_beginning, start_dependents, wait_for_inputs
 from baichuan.kernels.silu import gated
-from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv, next_power_of_2
+from baichuan.kernels.spec import GemvBlock, KernelSpec, cdiv
 
 # A thread reads 16 bytes of a row at a time: in_features is a multiple of BYTE_CHANNELS, and a group of 4-bit weights
 # one of NIBBLE_CHANNELS.
@@ -85,29 +85,30 @@ def _as_float(digits, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _group_sums(sums, scales, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                DIGITS: tl.constexpr):  # fmt: skip
-    """The sums of every four words times their group's scale: [BLOCK_N, BLOCK_K / 4] float32.
+def _of_groups(numbers, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The number of every four words' group, from word k on, in float32 and 0 beyond the row: [..., BLOCK_K / 4].
 
-    A group is a multiple of four words.  scales: pointers [BLOCK_N, 1] to each row's first scale
+    A group is a multiple of four words.  numbers: pointer to the first one, or pointers [BLOCK_N, 1] to each row's
+    """
+    first = k + tl.arange(0, BLOCK_K // 4) * 4
+    return tl.load(numbers + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _group_sums(sums, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+    """The sums of every four words, less what zeros take off, times their group's scale: [BLOCK_N, BLOCK_K / 4].
+
+    scales, zeros: pointers [BLOCK_N, 1] to each row's first one; x_sums: with ZERO every four words' part in the sum of
+    the token over their group, [1, BLOCK_K / 4] float32
     """
     fours = ()
     for digit in tl.static_range(DIGITS):
         fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
-    first = k + tl.arange(0, BLOCK_K // 4) * 4
-    scale = tl.load(scales + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0.0)
-    return _as_float(fours, DIGITS) * scale.to(tl.float32)
-
-
-@triton.jit
-def _scaled_zeros(scales, zeros, groups, ZERO: tl.constexpr):
-    """zero * scale of each row's groups: [BLOCK_N, ZERO] float32, 0 beyond the last group.
-
-    scales, zeros: pointers [BLOCK_N, 1] to each row's first one
-    """
-    group = tl.arange(0, ZERO)[None, :]
-    scale = tl.load(scales + group, group < groups, other=0.0).to(tl.float32)
-    return scale * tl.load(zeros + group, group < groups, other=0).to(tl.float32)
+    four = _as_float(fours, DIGITS)
+    if ZERO:
+        four -= _of_groups(zeros, k, words, WORDS_PER_GROUP, BLOCK_K) * x_sums
+    return four * _of_groups(scales, k, words, WORDS_PER_GROUP, BLOCK_K)
 
 
 @triton.jit
@@ -120,12 +121,13 @@ def _row_sums(sums, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(sums, total, w, x_words, scales, k, words, WORDS_PER_GROUP: tl.constexpr, INT4: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+def _add_block(sums, total, w, x_words, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr,
+               ZERO: tl.constexpr, INT4: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+               DIGITS: tl.constexpr):  # fmt: skip
     """(sums, total) with the block of words from word k on: in total, scaled, where there are groups, else in sums."""
     if WORDS_PER_GROUP > 0:
         part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), w, x_words, DIGITS, INT4)
-        total += _group_sums(part, scales, k, words, WORDS_PER_GROUP, BLOCK_N, BLOCK_K, DIGITS)
+        total += _group_sums(part, scales, zeros, x_sums, k, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS)
     else:
         sums = _add_words(sums, w, x_words, DIGITS, INT4)
     return sums, total
@@ -150,65 +152,58 @@ def _gemv_int(
     rows = (weight + row * words)[:, None]
     # Beyond the row's end w may be anything, because x is 0 there.
     w = tl.load(rows + columns[None, :], (columns < words)[None, :])
-    scales, total, row_scale = scale, 0.0, 1.0
+    scales, zeros, total, row_scale, row_zero = scale, zero, 0.0, 1.0, 0.0
     if GROUPED:
         scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
+        zeros = zero + row[:, None] * (words // WORDS_PER_GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
     else:
         row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
+        if ZERO:
+            row_zero = tl.load(zero + n, inside, other=0).to(tl.float32)
     sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
     if GATED:
         up_rows = rows + out_features.to(tl.int64) * words
         w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
-        up_scales, up_total, up_scale = scale, 0.0, 1.0
+        up_scales, up_zeros, up_total, up_scale, up_zero = scale, zero, 0.0, 1.0, 0.0
         if GROUPED:
             up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
+            up_zeros = zeros + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
             up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
         else:
             up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
+            if ZERO:
+                up_zero = tl.load(zero + out_features + n, inside, other=0).to(tl.float32)
         up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
-    if ZERO > 0:
-        groups = words // WORDS_PER_GROUP if GROUPED else 1
-        first_group = row[:, None] * groups
-        scaled_zeros = _scaled_zeros(scale + first_group, zero + first_group, groups, ZERO)
-        if GATED:
-            first_group += out_features.to(tl.int64) * groups
-            up_scaled_zeros = _scaled_zeros(scale + first_group, zero + first_group, groups, ZERO)
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     if WORLD_SIZE > 1:
         targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, y.dtype.element_ty)
     wait_for_inputs(OVERLAP)
-    by_zeros, up_by_zeros = 0.0, 0.0
-    if ZERO > 0:
-        group = tl.arange(0, ZERO)
-        x_sums = tl.load(x_scale + 1 + group, group < groups, other=0.0)[None, :]
-        by_zeros = tl.sum(scaled_zeros * x_sums, 1)
-        if GATED:
-            up_by_zeros = tl.sum(up_scaled_zeros * x_sums, 1)
     for start in range(0, words, BLOCK_K):
         k = start + columns
         later = (k + BLOCK_K < words)[None, :]
-        x_words = ()
+        x_words, x_sums = (), 0.0
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
+        if ZERO and GROUPED:
+            x_sums = _of_groups(x_scale + 1, start, words, WORDS_PER_GROUP, BLOCK_K) * (4 / WORDS_PER_GROUP)
         current = w
         w = tl.load(rows + (k + BLOCK_K)[None, :], later)
-        sums, total = _add_block(sums, total, current, x_words, scales, start, words, WORDS_PER_GROUP, INT4,
-                                 BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+        sums, total = _add_block(sums, total, current, x_words, scales, zeros, x_sums, start, words, WORDS_PER_GROUP,
+                                 ZERO, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
             current = w_up
             w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
-            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, start, words,
-                                           WORDS_PER_GROUP, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, up_zeros, x_sums, start,
+                                           words, WORDS_PER_GROUP, ZERO, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
     factor = tl.load(x_scale)
     if INT4:
         factor *= 0.0625
-    result = tl.sum(total, 1) if GROUPED else _row_sums(sums, DIGITS) * row_scale
-    result -= by_zeros
+    x_sum = tl.load(x_scale + 1) if ZERO and not GROUPED else 0.0
+    result = tl.sum(total, 1) if GROUPED else (_row_sums(sums, DIGITS) - row_zero * x_sum) * row_scale
     if GATED:
-        up = tl.sum(up_total, 1) if GROUPED else _row_sums(up_sums, DIGITS) * up_scale
-        up -= up_by_zeros
+        up = tl.sum(up_total, 1) if GROUPED else (_row_sums(up_sums, DIGITS) - up_zero * x_sum) * up_scale
         result = gated(result * factor, up * factor, y.dtype.element_ty)
     else:
         result *= factor
@@ -287,7 +282,7 @@ def gemv_int(
             "DIGITS": digits,
             "INT4": int4,
             "WORDS_PER_GROUP": 0 if groups == 1 else words // groups,
-            "ZERO": 0 if zero is None else next_power_of_2(groups),
+            "ZERO": zero is not None,
             "GATED": gated,
             "BLOCK_N": block.block_n,
             "BLOCK_K": block.block_k,

@@ -30,7 +30,7 @@ from baichuan.quant.scaled import require_finite
 from baichuan.util.cuda_graph import replayed
 
 DAMPING = 0.1  # times the mean of H's diagonal, added to the diagonal: for texts unlike those of the calibration
-SWEEPS = 2  # further ones leave 1 % less error together
+SWEEPS = 2  # four leave 1 % less error, eight 1.3 %
 BLOCK = 128  # columns whose roundings are passed on to later blocks together
 
 
