@@ -21,6 +21,7 @@ from baichuan.api.llm import LLM
 from baichuan.config import SamplingConfig
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
+from baichuan.executors.backend import OpenSettings
 from baichuan.executors.registry import BACKENDS
 
 VERSION = "v1_7b"
@@ -220,7 +221,7 @@ def test_the_device_reaches_the_executor(engine, monkeypatch):
 
 def test_a_tensorrt_plan_is_not_run_on_the_cpu():
     with pytest.raises(UnsupportedError, match="device cpu cannot run a TensorRT plan; leave --device out"):
-        BACKENDS["tensorrt_rtx"].open_rank(SimpleNamespace(device="cpu"))
+        BACKENDS["tensorrt_rtx"].open_rank(SimpleNamespace(settings=OpenSettings(device="cpu")))
 
 
 # What cannot be done is said before anything is loaded
