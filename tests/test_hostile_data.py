@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import resource
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -232,16 +234,39 @@ def test_a_page_s_size_is_what_the_writer_says(version, dictionary, tmp_path):
     how = dict(compression="snappy", use_dictionary=dictionary, data_page_version=version, write_statistics=False)
     pyarrow.parquet.write_table(table, path, row_group_size=1000, data_page_size=4000, write_batch_size=100, **how)
     metadata, pages = pyarrow.parquet.read_metadata(path), 0
+    said = [group.column(index) for group in map(metadata.row_group, range(3)) for index in range(2)]
     with open(path, "rb") as file:
-        for group in map(metadata.row_group, range(3)):
-            for chunk in map(group.column, range(2)):
-                found = list(parquet._pages(file, chunk))
-                headers = chunk.total_uncompressed_size - sum(unpacked for unpacked, _ in found)
-                assert 10 * len(found) < headers < 100 * len(found)
-                assert sum(values for _, values in found) == chunk.num_values == 1000
-                pages += len(found)
+        for (_, name, fields), chunk in zip(parquet._chunks(path, file), said, strict=True):
+            assert name == chunk.path_in_schema
+            found = list(parquet._pages(file, fields))
+            headers = chunk.total_uncompressed_size - sum(unpacked for unpacked, _ in found)
+            assert 10 * len(found) < headers < 100 * len(found)
+            assert sum(values for _, values in found) == chunk.num_values == 1000
+            pages += len(found)
     assert pages >= 12
     assert [row["a"] for _, row in file_rows(path, "x")] == texts
+
+
+def test_a_parquet_column_that_the_library_dies_of(tmp_path):
+    """A column that may be empty by its statistics and not by its schema: pyarrow's RowGroupMetaData.column aborts."""
+    path, flag, name = tmp_path / "a.parquet", b"\x25\x02", b"\x18\x06prompt"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x", "y"]}), path)
+    content = path.read_bytes()
+    assert content.count(flag + name) == 1
+    path.write_bytes(content.replace(flag + name, b"\x25\x00" + name))
+    program = (
+        f"from pathlib import Path; from baichuan.text.rows import file_rows; list(file_rows(Path({str(path)!r}), 'x'))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert said.returncode == 1 and "ConfigError" in said.stderr.splitlines()[-1], said.stderr
+
+
+def test_a_parquet_footer_of_many_megabytes(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"]}), path)
+    monkeypatch.setattr(parquet, "MAX_FOOTER_BYTES", 100)
+    with pytest.raises(ConfigError, match="has a footer of .* more than 100; write larger groups"):
+        list(file_rows(path, "x"))
 
 
 def test_parquet_headers_that_are_damaged(tmp_path):

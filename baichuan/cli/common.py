@@ -9,6 +9,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ from baichuan.errors import BaichuanError
 from baichuan.parallel.launcher import launch
 from baichuan.text.printable import printable, sentence
 from baichuan.util.affinity import cores, leave_single_core
-from baichuan.util.signals import Terminated, sigterm_raises
+from baichuan.util.signals import Terminated, noticed, sigterm_raises
 from baichuan.util.start import seconds_since_start, without_collections
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
 STOPPED = "stopped by Ctrl-C; nothing unfinished was kept"
+TERMINATED = "stopped by SIGTERM; nothing unfinished was kept"
+SIGNAL_S = 2  # an error so soon after a signal comes from it
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST)
 ENGINE_DIR = "engine_outputs"  # the engine folder without a flag: build.py writes it, the others read it
@@ -199,8 +202,9 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     if bound:
         logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())
     orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends it after a failure
+    came: list[tuple[int, float]] = []
     try:
-        with orderly:
+        with orderly, noticed(signal.SIGINT, signal.SIGTERM) as came:
             use_threads(getattr(args, "threads", None), comm.local_size)
             return body(args, comm)
     except BaichuanError as error:
@@ -208,7 +212,7 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     except KeyboardInterrupt:
         message = STOPPED
     except Terminated:
-        message = "stopped by SIGTERM; nothing unfinished was kept"
+        message = TERMINATED
     except MemoryError:
         message = "the host memory is exhausted; use a smaller batch, shorter lengths or more ranks"
     except torch.OutOfMemoryError:
@@ -217,18 +221,27 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
         message = "nobody reads the output any more, which is cut off"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
     except OSError as error:
-        if error.errno not in USERS_ERRORS + WRONG_PATH:
+        if error.errno not in USERS_ERRORS + WRONG_PATH and not _stopped_by(came):
             _leave_unexpected(comm)
             raise
         remedy = "check the path" if error.errno in WRONG_PATH else "free space or choose another folder"
-        message = f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
+        message = _stopped_by(came) or f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
     except Exception:
-        _leave_unexpected(comm)
-        raise
+        if not _stopped_by(came):
+            _leave_unexpected(comm)
+            raise
+        message = _stopped_by(came)
     rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
     print(f"{parser.prog}: error{rank}: {sentence(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
+
+
+def _stopped_by(came: list[tuple[int, float]]) -> str:
+    """Why the program stopped, where the last signal came just now and not before something that went on; else ''."""
+    if not came or time.monotonic() - came[-1][1] > SIGNAL_S:
+        return ""
+    return STOPPED if came[-1][0] == signal.SIGINT else TERMINATED
 
 
 def _leave_unexpected(comm: Communicator) -> None:

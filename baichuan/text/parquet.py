@@ -1,18 +1,23 @@
 """Rows of a parquet file, in memory that is bounded: a small file may unpack to anything.
 
 A page's header says how much it unpacks to, which the library believes and allocates; so all headers are read first.
-Source: the Apache Parquet format, and Thrift's compact protocol, in which the headers are written.
+Where the pages are stands in the file's footer, which is read here too: asked for a damaged chunk of a column, the
+library ends the process.
+Source: the Apache Parquet format, and Thrift's compact protocol, in which footer and headers are written.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from baichuan.errors import ConfigError
 from baichuan.util.files import open_regular
+
+T = TypeVar("T")
 
 MAX_ROW_BYTES = 4 << 20  # of its texts, or the length of its lists
 ROWS_AT_ONCE = 16  # where pages are small; a dictionary's page can stand for one long text in every row
@@ -23,6 +28,9 @@ FREE_BYTES, RATIO = 64 << 20, 50  # a file may unpack to so much, and so many ti
 ROW_BYTES, VALUE_BYTES = 16, 4  # what a row, and a value of a list, counts at least
 UNPACKED, PACKED, DATA_PAGE, DATA_PAGE_V2 = 2, 3, 5, 8  # fields of a page's header
 HEADER_BYTES = (256, 1 << 16)  # what is read of a page's header, at first and at most
+MAX_FOOTER_BYTES = 4 << 20
+ROW_GROUPS, COLUMNS, METADATA = 4, 1, 3  # fields of the footer, of a group of rows and of a column's chunk
+PATH, PACKED_CHUNK, FIRST_PAGE, DICTIONARY = 3, 7, 9, 11  # fields of that metadata
 
 
 def parquet_rows(path: Path, columns_of: Callable[[Any], list[str]]) -> Iterator[dict[str, Any]]:
@@ -74,17 +82,15 @@ def _bounds(path: Path, source: BinaryIO, metadata: Any, columns: set[str]) -> _
     widest: dict[int, int] = {}
     bounds.count(ROW_BYTES * metadata.num_rows)
     repeated = {index for index in range(metadata.num_columns) if metadata.schema.column(index).max_repetition_level}
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for index in range(group.num_columns):
-            chunk = group.column(index)
-            if chunk.path_in_schema.partition(".")[0] not in columns:
-                continue
-            for unpacked, values in _pages(source, chunk):
-                pages += 1
-                bounds.count(unpacked + (VALUE_BYTES * values if index in repeated else 0))
-                widest[index] = max(widest.get(index, 0), unpacked)
-                if pages > MAX_PAGES:
-                    raise ConfigError(f"{path} has more than {MAX_PAGES} pages; write it with larger ones")
+    for index, name, chunk in _chunks(path, source):
+        if name.partition(".")[0] not in columns:
+            continue
+        for unpacked, values in _pages(source, chunk):
+            pages += 1
+            bounds.count(unpacked + (VALUE_BYTES * values if index in repeated else 0))
+            widest[index] = max(widest.get(index, 0), unpacked)
+            if pages > MAX_PAGES:
+                raise ConfigError(f"{path} has more than {MAX_PAGES} pages; write it with larger ones")
     if sum(widest.values()) > LARGE_PAGES:
         raise ConfigError(f"{path} has pages of more than {LARGE_PAGES} bytes; write it with smaller ones")
     if sum(widest.values()) > SMALL_PAGES:
@@ -93,12 +99,43 @@ def _bounds(path: Path, source: BinaryIO, metadata: Any, columns: set[str]) -> _
     return bounds
 
 
+def _footer(path: Path, source: BinaryIO) -> dict[int, Any]:
+    """The fields of a file's metadata, which lies before its length and the last four bytes."""
+    end = source.seek(-8, os.SEEK_END)
+    length = int.from_bytes(source.read(4), "little")
+    if length > MAX_FOOTER_BYTES:
+        raise ConfigError(f"{path} has a footer of {length} bytes, more than {MAX_FOOTER_BYTES}; write larger groups")
+    source.seek(max(end - length, 0))
+    try:
+        return _Compact(source.read(length)).struct()
+    except IndexError:
+        raise ValueError("the footer is damaged") from None
+
+
+def _chunks(path: Path, source: BinaryIO) -> Iterator[tuple[int, str, dict[int, Any]]]:
+    """Each column's index, path and metadata in each group of rows."""
+    for group in _field(_footer(path, source), ROW_GROUPS, list):
+        for index, column in enumerate(_field(group, COLUMNS, list)):
+            chunk = _field(column, METADATA, dict)
+            parts = [part for part in _field(chunk, PATH, list) if isinstance(part, bytes)]
+            yield index, b".".join(parts).decode(), chunk
+
+
+def _field(fields: Any, number: int, kind: type[T]) -> T:
+    value = fields.get(number) if isinstance(fields, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError("the footer is damaged")
+    return value
+
+
 def _pages(source: BinaryIO, chunk: Any) -> Iterator[tuple[int, int]]:
     """How much each page of a column's chunk unpacks to, in bytes and in values."""
-    place = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < place:
-        place = chunk.dictionary_page_offset
-    end = place + chunk.total_compressed_size
+    place, dictionary = _field(chunk, FIRST_PAGE, int), chunk.get(DICTIONARY)
+    if place < 0:
+        raise ValueError("the footer is damaged")
+    if isinstance(dictionary, int) and 0 < dictionary < place:
+        place = dictionary
+    end = place + _field(chunk, PACKED_CHUNK, int)
     while place < end:
         header, length = _header(source, place)
         unpacked, packed = header.get(UNPACKED), header.get(PACKED)
@@ -137,7 +174,7 @@ class _Compact:
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth > 8:
-            raise ValueError("a page's header is nested too deep")
+            raise ValueError("a footer or a page's header is nested too deep")
         match kind:
             case 1 | 2:
                 return kind == 1
@@ -146,12 +183,22 @@ class _Compact:
             case 4 | 5 | 6:
                 return self._integer()
             case 7:
-                return self._skip(8)
+                return self._bytes(8)
             case 8:
-                return self._skip(self._varint())
+                return self._bytes(self._varint())
+            case 9 | 10:
+                return self._list(depth)
             case 12:
                 return self.struct(depth + 1)
-        raise ValueError("a page's header is damaged")  # lists, sets and maps, which no page's header has
+        raise ValueError("a footer or a page's header is damaged")  # or has a map, which none has
+
+    def _list(self, depth: int) -> list[Any]:
+        head = self._byte()
+        size = head >> 4 if head >> 4 < 15 else self._varint()
+        if size > len(self.content) - self.place:  # each takes at least a byte
+            raise IndexError
+        kind = head & 0xF
+        return [self._byte() if kind in (1, 2) else self._value(kind, depth + 1) for _ in range(size)]
 
     def _byte(self) -> int:
         self.place += 1
@@ -168,7 +215,8 @@ class _Compact:
         value = self._varint()
         return value >> 1 ^ -(value & 1)
 
-    def _skip(self, size: int) -> None:
+    def _bytes(self, size: int) -> bytes:
         self.place += size
         if self.place > len(self.content):
             raise IndexError
+        return self.content[self.place - size : self.place]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -37,6 +39,31 @@ def deferred(*signals: signal.Signals) -> Iterator[None]:
             signal.signal(each, handler)
         for number in sorted(set(came)):
             signal.raise_signal(number)
+
+
+@contextmanager
+def noticed(*signals: signal.Signals) -> Iterator[list[tuple[int, float]]]:
+    """Within the block signals do what they did; the list that is yielded has those that came, and time.monotonic().
+
+    A library that is interrupted may raise another exception than the handler's: PyTorch's slices do.
+    """
+    came: list[tuple[int, float]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        came.append((number, time.monotonic()))
+        handlers[signal.Signals(number)](number, frame)
+
+    handlers = {each: handler for each in signals if callable(handler := signal.getsignal(each))}
+    for each in handlers:
+        signal.signal(each, notice)
+    try:
+        yield came
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 class Terminated(BaseException):
