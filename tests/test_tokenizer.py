@@ -213,6 +213,15 @@ def test_what_is_no_tokenizer_is_refused_in_one_sentence(damage, tmp_path, capfd
     assert capfd.readouterr() == ("", "")  # SentencePiece prints nothing of its own
 
 
+def test_the_library_s_warnings_are_not_printed(tmp_path, capfd):
+    """Of a piece that is a null character."""
+    content, newline = (TINY["tiny_v2"] / "tokenizer.model").read_bytes(), b"\x0a\x01\x0a"  # the piece "\n" of one byte
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content.replace(newline, b"\x0a\x01\x00", 1))
+    Tokenizer(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "tokenizer.model"
     file.touch()

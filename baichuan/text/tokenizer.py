@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from numbers import Integral
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, set_min_log_level
 
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.util.files import read_at_most
@@ -154,6 +154,9 @@ class TextStream:
         piece = self._model.decode(self._window)[self._shown :]
         self._window, self._shown = [], 0
         return piece
+
+
+set_min_log_level(2)  # errors alone: the library prints its warnings of odd pieces past our log
 
 
 def _load(path: Path) -> tuple[SentencePieceProcessor, list[str]]:
