@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import stat
 import tempfile
 import time
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from baichuan.util.signals import deferred
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "a folder, device or pipe is there, which no file can replace", str(path))
     prefix = f".{path.name}.unfinished-"
     remove_abandoned(path.parent, prefix)
-    handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-    temporary = Path(name)
+    handle, temporary = None, None
     try:
+        with deferred(signal.SIGINT, signal.SIGTERM):  # in between, nobody would know the file
+            handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+            temporary = Path(name)
         fcntl.flock(handle, fcntl.LOCK_EX)  # held while this process lives, however it dies
         yield temporary
         with open(temporary, "rb") as file:
@@ -66,8 +71,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
-        os.close(handle)
-        temporary.unlink(missing_ok=True)
+        with deferred(signal.SIGINT, signal.SIGTERM):
+            if handle is not None and temporary is not None:
+                temporary.unlink(missing_ok=True)
+                os.close(handle)
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
