@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from baichuan.api.llm import WARM_UP_TOKENS
 from baichuan.cli.common import Parser, add_weight_copies, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
@@ -37,7 +38,6 @@ from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
-WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)

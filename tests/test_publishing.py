@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from baichuan.util import publishing
+from baichuan.util import files, publishing
 from baichuan.util.files import atomic_path
 from baichuan.util.publishing import publish_folder, staged_folder
 from baichuan.util.signals import Terminated, sigterm_raises
@@ -89,6 +89,25 @@ def test_kills_at_random_instants(folder, by):
     with staged_folder(folder):
         pass
     assert not left_beside(folder)
+
+
+@pytest.mark.parametrize("module, begin", [(publishing, staged_folder), (files, atomic_path)])
+def test_a_signal_just_before_what_is_temporary_is_removed(module, begin, tmp_path, monkeypatch):
+    calls, remove = [], module.remove_temporary
+
+    def interrupted(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(module, "remove_temporary", interrupted)
+    target = tmp_path / "target"
+    if begin is staged_folder:
+        target.mkdir()
+    with pytest.raises(KeyboardInterrupt), begin(target):
+        pass
+    assert len(calls) == 2 and not calls[0].exists()
 
 
 def test_kills_notice_files_that_are_moved_one_by_one(folder):

@@ -20,6 +20,11 @@ from baichuan.util.aside import DescribedAside
 HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
 
 
+def ran(program: str) -> subprocess.CompletedProcess:
+    """The program, run by a Python of its own from the project's folder."""
+    return subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--no_such_flag"]])
 @pytest.mark.parametrize("script", ["build", "run", "summarize", "hf_baichuan_convert"])
 def test_a_script_answers_without_the_libraries_that_it_runs_with(script, flags):
@@ -27,14 +32,14 @@ def test_a_script_answers_without_the_libraries_that_it_runs_with(script, flags)
         f"import sys, {script}\ntry: {script}.main({flags!r})\n"
         f"finally: print(sorted(set(sys.modules) & set({HEAVY!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 def test_the_check_of_modules_can_fail():
     """Negative control: with the work imported, PyTorch is there."""
     program = f"import sys, baichuan.cli.generate; print(sorted(set(sys.modules) & set({HEAVY!r})))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert "torch" in done.stdout
 
 
@@ -103,7 +108,7 @@ def test_what_is_done_ahead_imports_no_torch():
         "from triton.runtime.cache import triton_key; triton_key()\n"
         "print('numpy' in sys.modules, 'sentencepiece' in sys.modules, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
@@ -135,7 +140,7 @@ def test_a_script_has_digests_taken_by_another_process(engine, tmp_path):
         "aside.DescribedAside.entry = lambda self: print('aside') or told(self)\n"
         f"print(run.main({given!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.split() == ["aside", "2"] and "SHA-256" in done.stderr, done.stdout + done.stderr
 
 
@@ -174,7 +179,7 @@ def test_pytorch_finds_the_gpu_started():
         "driver.cuCtxGetCurrent(ctypes.byref(current)); driver.cuDevicePrimaryCtxRetain(ctypes.byref(retained), 0)\n"
         "print(x, current.value == retained.value)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.split() == ["3.0", "True"], done.stderr
 
 
@@ -185,7 +190,7 @@ def test_modules_are_imported_while_something_else_is_done():
         "with imported_meanwhile('no.such.module', 'fractions'): pass\n"
         "print('fractions' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.split() == ["True"] and not done.stderr
 
 
@@ -194,7 +199,7 @@ def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
     readers, plans = "baichuan.weights.hub.checkpoint", "baichuan.executors.tensorrt.api"
     needless = {"huggingface_hub", "transformers", readers, plans}
     program = f"import sys, run; code = run.main({given!r}); print(code, {needless} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.splitlines()[-1] == "0 set()", done.stdout + done.stderr
 
 
@@ -211,7 +216,7 @@ def test_no_garbage_is_collected_while_pytorch_is_imported(engine, tmp_path, alo
     given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
     work = "import torch" if alone else f"import run; run.main({given!r})"
     program = f"{COUNT}{work}\nprint(gc.isenabled(), sum(passes) > 0)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=scripts.ROOT, capture_output=True, text=True)
+    done = ran(program)
     assert done.stdout.splitlines()[-1] == f"True {alone}", done.stdout + done.stderr
 
 

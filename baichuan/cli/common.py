@@ -220,17 +220,11 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     except BrokenPipeError:
         message = "nobody reads the output any more, which is cut off"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
-    except OSError as error:
-        if error.errno not in USERS_ERRORS + WRONG_PATH and not _stopped_by(came):
+    except Exception as error:
+        message = _stopped_by(came) or _users_error(error)
+        if not message:
             _leave_unexpected(comm)
             raise
-        remedy = "check the path" if error.errno in WRONG_PATH else "free space or choose another folder"
-        message = _stopped_by(came) or f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
-    except Exception:
-        if not _stopped_by(came):
-            _leave_unexpected(comm)
-            raise
-        message = _stopped_by(came)
     rank = f" (rank {comm.rank})" if comm.world_size > 1 else ""
     print(f"{parser.prog}: error{rank}: {sentence(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
@@ -242,6 +236,14 @@ def _stopped_by(came: list[tuple[int, float]]) -> str:
     if not came or time.monotonic() - came[-1][1] > SIGNAL_S:
         return ""
     return STOPPED if came[-1][0] == signal.SIGINT else TERMINATED
+
+
+def _users_error(error: Exception) -> str:
+    """What a user can do about a file that could not be read or written; '' for any other error."""
+    if not isinstance(error, OSError) or error.errno not in USERS_ERRORS + WRONG_PATH:
+        return ""
+    remedy = "check the path" if error.errno in WRONG_PATH else "free space or choose another folder"
+    return f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
 
 
 def _leave_unexpected(comm: Communicator) -> None:

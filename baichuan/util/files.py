@@ -56,12 +56,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "a folder, device or pipe is there, which no file can replace", str(path))
     prefix = f".{path.name}.unfinished-"
     remove_abandoned(path.parent, prefix)
-    handle, temporary = None, None
+    temporary = lock = None
     try:
         with deferred(signal.SIGINT, signal.SIGTERM):  # in between, nobody would know the file
-            handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+            lock, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
             temporary = Path(name)
-        fcntl.flock(handle, fcntl.LOCK_EX)  # held while this process lives, however it dies
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives, however it dies
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -71,10 +71,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
-        with deferred(signal.SIGINT, signal.SIGTERM):
-            if handle is not None and temporary is not None:
-                temporary.unlink(missing_ok=True)
-                os.close(handle)
+        try:
+            remove_temporary(temporary)
+        except BaseException:  # a signal's, from just before signals were deferred there
+            remove_temporary(temporary)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def remove_temporary(path: Path | None) -> None:
+    """Remove a file or a folder, if it is still there; signals wait meanwhile."""
+    with deferred(signal.SIGINT, signal.SIGTERM):
+        if path is not None and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path is not None:
+            path.unlink(missing_ok=True)
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
@@ -82,10 +95,7 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
     for path in parent.iterdir():
         if path.name.startswith(prefix) and not path.is_symlink() and _is_abandoned(path):
             logger.info("removing %s, which an interrupted run left", path)
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove_temporary(path)
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -6,14 +6,13 @@ import ctypes
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from baichuan.util.files import remove_abandoned
+from baichuan.util.files import remove_abandoned, remove_temporary
 from baichuan.util.signals import deferred, ignored
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
@@ -31,18 +30,25 @@ def staged_folder(target: Path) -> Iterator[Path]:
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
     parent, prefix = target.parent if beside else target, f".{target.name}.building-"
     remove_abandoned(parent, prefix)
-    with ExitStack() as cleanup:
-        with deferred(signal.SIGINT, signal.SIGTERM):
+    folder = lock = None
+    try:
+        with deferred(signal.SIGINT, signal.SIGTERM):  # in between, nobody would know the folder
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            cleanup.callback(_remove, folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
-        cleanup.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a failed write does not name its file
+        raise
+    finally:
         try:
-            yield folder
-        except OSError as error:
-            error.filename = error.filename or str(target)  # a failed write does not name its file
+            remove_temporary(folder)
+        except BaseException:  # a signal's, from just before signals were deferred there
+            remove_temporary(folder)
             raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:
@@ -65,11 +71,6 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
             for name in replaced - names:
                 (target / name).unlink(missing_ok=True)
         _sync(target.parent)
-
-
-def _remove(folder: Path) -> None:
-    with deferred(signal.SIGINT, signal.SIGTERM):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(staged: Path, target: Path, others: Set[str]) -> bool:

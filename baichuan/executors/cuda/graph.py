@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from baichuan.kernels.spec import cdiv, next_power_of_2
 from baichuan.records import Step
 
 MAX_PREFILL = 512  # tokens: of longer steps the GPU has more work than the host
@@ -24,23 +25,23 @@ MOST_GRAPHS = 128  # each takes a few MB; further mixed steps run without
 def padded_batch_size(batch_size: int) -> int:
     """The batch size that a step of batch_size sequences runs at: few sizes are captured, little is computed twice."""
     if batch_size <= 8:
-        return 1 << (batch_size - 1).bit_length()
+        return next_power_of_2(batch_size)
     for limit, multiple in ((64, 8), (256, 32)):
         if batch_size <= limit:
-            return -(-batch_size // multiple) * multiple
-    return -(-batch_size // 128) * 128
+            return multiple_of(batch_size, multiple)
+    return multiple_of(batch_size, 128)
 
 
 def padded_prefill(tokens: int) -> int:
     """The tokens that a prefill of so many runs at: up to 128 what counts is reading the weights."""
     if tokens <= 128:
-        return max(1 << (tokens - 1).bit_length(), 16)
-    return -(-tokens // 64) * 64
+        return max(next_power_of_2(tokens), 16)
+    return multiple_of(tokens, 64)
 
 
 def multiple_of(number: int, unit: int) -> int:
     """The number rounded up."""
-    return -(-number // unit) * unit
+    return cdiv(number, unit) * unit
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Size:
         if tokens > MAX_MIXED or rows - step.singles > MAX_PROMPTS:
             return None
         prompts = MAX_PROMPTS if rows - step.singles > 4 else 4
-        sequences = max(1 << (step.singles + prompts - 1).bit_length(), 16)  # those of padding cost next to nothing
+        sequences = max(next_power_of_2(step.singles + prompts), 16)  # those of padding cost next to nothing
         return Size(multiple_of(tokens, 32), sequences, prompts)
 
 
