@@ -207,13 +207,13 @@ def test_sigterm_is_an_exception_once():
 
 @pytest.mark.parametrize("by, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_while_leftovers_are_deleted_comes_afterwards(folder, monkeypatch, by, raised):
-    delete = publishing.shutil.rmtree
+    delete = files.shutil.rmtree
 
     def interrupted(path, **flags):
         signal.raise_signal(by)
         delete(path, **flags)
 
-    monkeypatch.setattr(publishing.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(files.shutil, "rmtree", interrupted)
     with pytest.raises(raised), sigterm_raises(), staged_folder(folder) as staged:
         (staged / "file").write_text("new")
     assert not left_beside(folder)
