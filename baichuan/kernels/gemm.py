@@ -36,7 +36,7 @@ def _gemm(
     block_m, block_n = place_of_tile(num_rows, out_features, BLOCK_M, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
+    x_rows = x + (m % num_rows).to(tl.int64)[:, None] * in_features
     w_rows = weight + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * in_features
     first, end = share_of_split(in_features, BLOCK_K)
     prefetch_weight(w_rows, first, in_features)

@@ -117,7 +117,7 @@ def _gemm_int4(
     FLOAT_BIAS: tl.constexpr = FLOAT16_BIAS if tl.float16 == DTYPE else BFLOAT16_BIAS
     BIAS: tl.constexpr = 0.0 if INTERPRETED or tl.float32 == DTYPE else FLOAT_BIAS
     width = in_features // 2
-    x_rows = x + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * in_features
+    x_rows = x + (m % num_rows).to(tl.int64)[:, None] * in_features
     row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
     w_rows = weight + row * width
     first, end = share_of_split(in_features, BLOCK_K)
