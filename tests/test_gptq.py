@@ -10,7 +10,17 @@ from baichuan.calibration.weight_only import quantise_layers
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
-from baichuan.quant.gptq import DAMPING, descended, gptq, rescaled, rounded, shrunk
+from baichuan.quant.gptq import (
+    COMPENSATED,
+    DAMPING,
+    InputMoments,
+    compensating,
+    descended,
+    gptq,
+    rescaled,
+    rounded,
+    shrunk,
+)
 from baichuan.quant.grid import RANGES, dequantised, search_grid
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
@@ -28,6 +38,11 @@ def problem(rows=24, tokens=TOKENS, seed=0):
     w = rng.standard_normal((rows, CHANNELS)) * rng.gamma(1, 1, (rows, 1))
     w[3] = 0
     return torch.from_numpy(w).float(), torch.from_numpy(x.T @ x / tokens).float()
+
+
+def moments(hessian, tokens=TOKENS):
+    """Of inputs that are those of the model of floats."""
+    return InputMoments(hessian, torch.zeros_like(hessian), tokens)
 
 
 def objective(w, values, hessian):
@@ -140,7 +155,7 @@ def test_scales_are_the_best_for_their_integers(form):
 @each_form
 def test_what_comes_out_is_integers_in_range_and_scales_that_are_finite(form):
     w, hessian = problem()
-    q, grid = gptq(w, hessian, TOKENS, form, torch.float16)
+    q, grid = gptq(w, moments(hessian), form, torch.float16)
     assert q.dtype == torch.int8 and grid.scale.shape == (len(w), CHANNELS // (form.group_size or CHANNELS))
     assert RANGES[form.bits][0] <= q.min() and q.max() <= RANGES[form.bits][1]
     assert not dequantised(q, grid)[3].any() and torch.isfinite(grid.scale).all()
@@ -157,9 +172,9 @@ def test_the_error_is_far_below_rounding_s_and_needs_the_right_hessian(form):
     if form.precision == "int4":
         rounded = Int4Weight(*quantise_int4(w, form.group_size, torch.float16))
     rounding = objective(w, dequantise(rounded), hessian)
-    assert objective(w, dequantised(*gptq(w, hessian, TOKENS, form, torch.float32)), hessian) < 0.6 * rounding
+    assert objective(w, dequantised(*gptq(w, moments(hessian), form, torch.float32)), hessian) < 0.6 * rounding
     shuffled = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(0))
-    wrong = gptq(w, hessian[shuffled][:, shuffled], TOKENS, form, torch.float32)
+    wrong = gptq(w, moments(hessian[shuffled][:, shuffled]), form, torch.float32)
     assert objective(w, dequantised(*wrong), hessian) > rounding, "the control: another matrix's inputs"
 
 
@@ -188,12 +203,53 @@ def test_scales_and_zeros_leave_less_weighted_error_than_any_other_clipping(zero
     assert wrong.sum() > 1.1 * found.sum(), "the control: scales nearby are worse"
 
 
+def drifted(tokens=20_000):
+    """(matrix, inputs x, what the model of floats has in their place), the difference being no chance."""
+    w, _ = problem()
+    rng = np.random.default_rng(2)
+    e = rng.standard_normal((tokens, CHANNELS)) @ (rng.standard_normal((CHANNELS, CHANNELS)) / 8 + np.eye(CHANNELS))
+    x = e @ (np.eye(CHANNELS) + rng.standard_normal((CHANNELS, CHANNELS)) / 40) + rng.standard_normal(e.shape) / 20
+    return w, x, e
+
+
+def moments_of(x, e):
+    products = (torch.from_numpy(left.T @ x / len(x)).float() for left in (x, e - x))
+    return InputMoments(*products, len(x))
+
+
+def test_the_matrix_that_makes_up_for_its_inputs_is_ridge_regression_s():
+    """By NumPy's least squares: W e from x, and a penalty of the damping on what is changed."""
+    w, x, e = drifted()
+    known = moments_of(x, e)
+    inverse = shrunk(known.squares, len(x)).double().inverse()
+    penalty = np.sqrt(DAMPING * np.square(x).mean() * len(x)) * np.eye(CHANNELS)
+    exact = w.double().numpy()
+    best = np.linalg.lstsq(np.vstack([x, penalty]), np.vstack([e @ exact.T, penalty @ exact.T]), rcond=None)[0].T
+    change = COMPENSATED * (best - exact)
+    # 20,000 tokens shrink products of different inputs by 0.3 %
+    assert np.linalg.norm(compensating(w, known, inverse).numpy() - exact - change) < 0.05 * np.linalg.norm(change)
+    assert np.linalg.norm(change) > 0.03 * np.linalg.norm(exact), "the control: there is something to make up for"
+
+
+@each_form
+def test_integers_that_make_up_for_their_inputs_give_what_the_floats_give(form):
+    w, x, e = drifted()
+    expected, known = e @ w.double().numpy().T, moments_of(x, e)
+
+    def error(inputs):
+        return np.square(expected - x @ dequantised(*gptq(w, inputs, form, torch.float32)).double().numpy().T).sum()
+
+    assert error(known) < 0.9 * error(moments(known.squares, len(x)))
+    wrong = InputMoments(known.squares, -known.drift, len(x))
+    assert error(wrong) > error(moments(known.squares, len(x))), "the control: made up for the wrong way"
+
+
 def test_groups_of_128_calibrated_are_better_than_groups_of_32_rounded():
     rng = np.random.default_rng(0)
     mixed = (rng.standard_normal((256, 256)) / 16 + np.eye(256)) * rng.gamma(1, 1, 256)
     x = torch.from_numpy(rng.standard_normal((2000, 256)) @ mixed).float()
     w, hessian = torch.from_numpy(rng.standard_normal((48, 256))).float(), x.T @ x / len(x)
-    found = gptq(w, hessian, len(x), WeightOnly("int4", 128), torch.float16)
+    found = gptq(w, moments(hessian, len(x)), WeightOnly("int4", 128), torch.float16)
     nearest = dequantise(Int4Weight(*quantise_int4(w, 32, torch.float16)))
     assert objective(w, dequantised(*found), hessian) < 0.8 * objective(w, nearest, hessian)
 
@@ -206,7 +262,7 @@ def test_a_gpu_finds_the_same(form):
     x = torch.from_numpy(rng.standard_normal((2000, 320)) @ rng.standard_normal((320, 320))).float()
     w, hessian = torch.from_numpy(rng.standard_normal((96, 320))).float(), x.T @ x / len(x)
     (q, grid), (on_gpu, gpu_grid) = (
-        gptq(w.to(on), hessian.to(on), 2000, form, torch.float16) for on in ("cpu", "cuda")
+        gptq(w.to(on), moments(hessian.to(on), 2000), form, torch.float16) for on in ("cpu", "cuda")
     )
     assert (q == on_gpu.cpu()).float().mean() > 0.9  # sums in another order, and what follows from a tie
     errors = [objective(w, dequantised(*each).cpu(), hessian) for each in ((q, grid), (on_gpu, gpu_grid))]
@@ -217,9 +273,9 @@ def test_what_is_not_finite_is_refused():
     w, hessian = problem()
     with pytest.raises(CheckpointError, match="weight is not finite"):
         spoilt = w.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.nan))
-        gptq(spoilt, hessian, TOKENS, FORM, torch.float16)
+        gptq(spoilt, moments(hessian), FORM, torch.float16)
     with pytest.raises(CheckpointError, match="activation is not finite"):
-        gptq(w, hessian * torch.inf, TOKENS, FORM, torch.float16)
+        gptq(w, moments(hessian * torch.inf), FORM, torch.float16)
 
 
 def found_integers(model, samples, folder, form=FORM):
@@ -239,37 +295,40 @@ def found_integers(model, samples, folder, form=FORM):
 
 @pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
 def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
-    """Each linear's Hessian by hooks on the transformers model, whose linears before it have the quantised weights."""
+    """Each linear's inputs by hooks on two transformers models, of which one has quantised weights in the linears
+    before."""
     samples = make_samples(model)
     found = found_integers(model, samples, tmp_path)
-    hf = BaichuanForCausalLM(BaichuanConfig.of(model)).eval()
     tensors = {name: torch.from_numpy(tensor) for name, tensor in make_tensors(model).items()}
-    hf.load_state_dict(tensors)
-    modules = dict(hf.named_modules())
+    exact, quantised = (BaichuanForCausalLM(BaichuanConfig.of(model)).eval() for _ in range(2))
+    for each in (exact, quantised):
+        each.load_state_dict(tensors)
     for (layer, name), (q, grid) in found.items():
         hubs = [f"model.layers.{layer}.{hub}" for hub in HUB_LINEARS[name]]
         weight = torch.cat([tensors[f"{hub}.weight"] for hub in hubs])
-        expected = gptq(weight, *inputs_squared(hf, modules[hubs[0]], samples), FORM, torch.float16)
+        x, e = (inputs_of(hf, hubs[0], samples) for hf in (quantised, exact))
+        expected = gptq(weight, moments_of(x, e), FORM, torch.float16)
         assert (q == expected[0]).float().mean() > 0.99  # sums in another order
         rows = dequantised(q, grid).split([len(tensors[f"{hub}.weight"]) for hub in hubs])
         for hub, values in zip(hubs, rows, strict=True):
-            modules[hub].weight.data = values
-    hf.load_state_dict(tensors)
-    unquantised = inputs_squared(hf, modules[hubs[0]], samples)
-    wrong = gptq(weight, *unquantised, FORM, torch.float16)[0]
-    assert (q == wrong).float().mean() < 0.99, "the control: inputs through the linears before as they were"
+            quantised.get_submodule(hub).weight.data = values
+    for control, inputs in (("the linears before as they were", (e, e)), ("nothing to make up for", (x, x))):
+        wrong = gptq(weight, moments_of(*inputs), FORM, torch.float16)[0]
+        assert (q == wrong).float().mean() < 0.99, f"the control: {control}"
     assert list(tmp_path.iterdir()) == [], "the hidden states are deleted"
 
 
-def inputs_squared(hf, module, samples):
+def inputs_of(hf, name, samples):
+    """What goes into a module: [tokens, in_features] float64."""
     seen = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].detach().flatten(0, -2)))
+    handle = hf.get_submodule(name).register_forward_hook(
+        lambda _, inputs, output: seen.append(inputs[0].flatten(0, -2))
+    )
     with torch.inference_mode():
         for sample in samples:
             hf(torch.tensor([sample]))
     handle.remove()
-    x = torch.cat(seen)
-    return x.T @ x / len(x), len(x)
+    return torch.cat(seen).double().numpy()
 
 
 def test_the_same_texts_give_the_same_integers(tmp_path):

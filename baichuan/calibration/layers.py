@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.model.decoder import attention_spec, decoder_layer
+from baichuan.parallel.comm import Solo
 from baichuan.records import AttentionSpec, DenseWeight, LayerCache, LayerWeights, Step
 from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS, NORMS
@@ -39,10 +40,6 @@ class DenseOps(ReferenceOps):
 
     def linear(self, x, weight):
         return F.linear(x, weight.weight)
-
-
-class Reached(Exception):
-    """Raised by ops that have seen what they were to see, to leave out the rest of a layer."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +60,57 @@ class LayerPasses:
         for index in range(self.model.num_layers):
             yield index, self.buffers.load(index)
 
-    def run(self, ops: ReferenceOps, layer: LayerWeights, progress: Progress, keep: bool = True) -> None:
-        """All samples through the layer, whose output replaces `hidden` with keep.  A step ends where ops raise
-        Reached.  Progress is in tokens."""
+    def run(self, ops: ReferenceOps, layer: LayerWeights, progress: Progress) -> None:
+        """All samples through the layer, whose output replaces `hidden`.  Progress is in tokens."""
         for first, step in self.steps:
-            rows = slice(first, first + len(step.tokens))
-            progress.advance(len(step.tokens))
-            longest = step.max_context_length
-            cache = LayerCache.whole_rows(step.batch_size, longest, self.spec, torch.float32, self.device)
-            x = self.hidden[rows].to(self.device)
+            output = self._step(ops, layer, first, step, progress)
+            self.hidden[first : first + len(output)] = output.to(self.hidden.device)
+
+    def inputs(self, layer: LayerWeights, name: str, progress: Progress) -> Iterator[Tensor]:
+        """What goes into the layer's linear `name`, step by step: [tokens of the step, in_features] float32."""
+        ops = _OpsUpTo(getattr(layer, name), self)
+        for first, step in self.steps:
             try:
-                x, residual = decoder_layer(ops, x, None, layer, cache, self.spec, step, self.model.rms_norm_eps)
-            except Reached:
-                continue
-            if keep:
-                self.hidden[rows] = (x + residual).to(self.hidden.device)
+                self._step(ops, layer, first, step, progress)
+            except _Reached as reached:
+                yield reached.x
+
+    def _step(self, ops: ReferenceOps, layer: LayerWeights, first: int, step: Step, progress: Progress) -> Tensor:
+        """The step's tokens, whose first one is `first` among all, after the layer: [tokens, hidden_size]."""
+        progress.advance(len(step.tokens))
+        cache = LayerCache.whole_rows(step.batch_size, step.max_context_length, self.spec, torch.float32, self.device)
+        x = self.hidden[first : first + len(step.tokens)].to(self.device)
+        x, residual = decoder_layer(ops, x, None, layer, cache, self.spec, step, self.model.rms_norm_eps)
+        return x + residual
+
+    @contextmanager
+    def apart(self, path: Path) -> Iterator[LayerPasses]:
+        """The same passes, whose hidden states begin as these are now and go a way of their own.
+
+        path: a file for them, as layer_passes() has one
+        """
+        with _hidden_states(path, self.tokens, self.model.hidden_size, self.device) as hidden:
+            yield replace(self, hidden=hidden.copy_(self.hidden))
+
+
+class _Reached(Exception):
+    """The input x of the linear that was looked for; what comes after it in the layer is left out."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+
+class _OpsUpTo(DenseOps):
+    """Ops that raise _Reached at one linear."""
+
+    def __init__(self, linear: DenseWeight, passes: LayerPasses):
+        super().__init__(passes.spec, Solo(), passes.longest, passes.device)
+        self._last = linear
+
+    def linear(self, x, weight):
+        if weight is self._last:
+            raise _Reached(x)
+        return super().linear(x, weight)
 
 
 @contextmanager

@@ -1,20 +1,26 @@
-"""Weight-only integers by GPTQ, one linear after another: its inputs come through those before it as quantised."""
+"""Weight-only integers by GPTQ, one linear after another.
+
+The calibration texts go through the model twice, side by side: as it is, and with the layers and linears quantised so
+far.  A linear's integers then also make up for what those before it have changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from baichuan.calibration.layers import DenseOps, LayerPasses, Reached, layer_passes
+from baichuan.calibration.layers import DenseOps, LayerPasses, layer_passes
 from baichuan.config import ModelConfig, WeightOnly
 from baichuan.parallel.comm import Solo
-from baichuan.quant.gptq import gptq
+from baichuan.quant.gptq import InputMoments, gptq
 from baichuan.quant.grid import Grid, dequantised
-from baichuan.records import DenseWeight, LayerWeights
+from baichuan.records import DenseWeight
 from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
@@ -34,25 +40,38 @@ def quantise_layers(
 ) -> None:
     """Hand every linear's integers and their grid to `write`, layer by layer.
 
-    samples: token ids of each text; scratch: a folder for the hidden states, 4 * hidden_size bytes per token;
+    samples: token ids of each text; scratch: a folder for the hidden states, 8 * hidden_size bytes per token;
     device: "cpu" or "cuda"
     """
     with (
-        layer_passes(checkpoint, model, samples, scratch, device) as passes,
-        Progress("quantising", model.num_layers * (len(LINEARS) + 1) * passes.tokens, "token") as progress,
+        layer_passes(checkpoint, model, samples, scratch, device) as quantised,
+        quantised.apart(scratch / "hidden_of_floats") as floats,
+        Progress("quantising", 2 * model.num_layers * (len(LINEARS) + 1) * quantised.tokens, "token") as progress,
     ):
-        observing = _InputSquares(passes)
-        plain = DenseOps(passes.spec, Solo(), passes.longest, device)
-        for index, layer in passes.layers():
+        plain = DenseOps(quantised.spec, Solo(), quantised.longest, device)
+        for index, original in quantised.layers():
+            layer = original
             for name in LINEARS:
-                weight = getattr(layer, name).weight
+                weight = getattr(original, name).weight
                 with _tensor_cores():
-                    hessian = observing.mean_squares(layer, name, progress)
-                q, grid = gptq(weight, hessian, passes.tokens, form, SCALE_DTYPES[form.precision])
+                    inputs = quantised.inputs(layer, name, progress), floats.inputs(original, name, progress)
+                    moments = _moments(zip(*inputs, strict=True), weight.shape[1], quantised)
+                q, grid = gptq(weight, moments, form, SCALE_DTYPES[form.precision])
                 write(index, name, q, grid)
-                weight.copy_(dequantised(q, grid))
+                changed: dict[str, Any] = {name: DenseWeight(dequantised(q, grid))}
+                layer = replace(layer, **changed)
             with _tensor_cores():
-                passes.run(plain, layer, progress)
+                quantised.run(plain, layer, progress)
+                floats.run(plain, original, progress)
+
+
+def _moments(steps: Iterable[tuple[Tensor, Tensor]], in_features: int, passes: LayerPasses) -> InputMoments:
+    """steps: a linear's inputs, and those in the model of floats, both [tokens of a step, in_features]"""
+    squares, drift = (torch.zeros(in_features, in_features, device=passes.device) for _ in range(2))
+    for x, exact in steps:
+        squares.addmm_(x.t(), x)
+        drift.addmm_((exact - x).t(), x)
+    return InputMoments(squares.div_(passes.tokens), drift.div_(passes.tokens), passes.tokens)
 
 
 @contextmanager
@@ -64,25 +83,3 @@ def _tensor_cores() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-class _InputSquares(DenseOps):
-    """Ops that sum x xᵀ over the inputs of one linear, and stop there."""
-
-    def __init__(self, passes: LayerPasses):
-        super().__init__(passes.spec, Solo(), passes.longest, passes.device)
-        self.passes = passes
-
-    def mean_squares(self, layer: LayerWeights, name: str, progress: Progress) -> Tensor:
-        """mean(x xᵀ) over all tokens that go into the layer's linear `name`: [in_features, in_features] float32."""
-        self.watched: DenseWeight = getattr(layer, name)
-        width = self.watched.shape[1]
-        self.total = torch.zeros(width, width, device=self.passes.device)
-        self.passes.run(self, layer, progress, keep=False)
-        return self.total.div_(self.passes.tokens)
-
-    def linear(self, x, weight):
-        if weight is self.watched:
-            self.total.addmm_(x.t(), x)
-            raise Reached
-        return super().linear(x, weight)
