@@ -1,4 +1,5 @@
-"""The README's tables of versions and of precisions: python benchmarks/readme_table.py --write
+"""The README's tables of versions and of precisions, and docs/performance.md's of GPUs:
+python benchmarks/readme_table.py --write
 
 Bytes are computed from the models' shapes; speeds are docs/performance.json's, GPU memory and build times are
 docs/walk.md's, the real model's quality is docs/accuracy.md's.  A cell without a measurement holds a dash.
@@ -35,9 +36,12 @@ QUALITY_HEADS = {
     "README.md": "precision | bits per weight | v2_13b, GB | tok/s, batch 1 | batch 64 | mean KL | perplexity",
     "README.zh.md": "精度 | 每权重位数 | v2_13b，GB | token/s，batch 1 | batch 64 | 平均 KL | 困惑度",
 }
+GPU_HEAD = "v2_13b | 1 user: 1 GPU | 2 GPUs | 4 GPUs | 64 users: 1 GPU | 2 GPUs | 4 GPUs"
+PERFORMANCE = "docs/performance.md"
 BEGIN = "<!-- made by benchmarks/readme_table.py -->\n"
 QUALITY_BEGIN = "<!-- precisions made by benchmarks/readme_table.py -->\n"
 END = "<!-- end of the table -->\n"
+BATCHES = (1, 64)  # of the columns with speeds
 KV_TOKENS = 1000
 FLOAT32_BYTES = 4
 
@@ -102,13 +106,13 @@ def engine_bytes(model: ModelConfig, quant: QuantConfig) -> int:
     return engine_bytes(model, QuantConfig("int8")) + FLOAT32_BYTES * float32s * model.num_layers
 
 
-def read_speeds(path: Path) -> dict[tuple[str, str, int], float]:
-    """Tokens per second of decoding by version, precision and batch size, on one GPU."""
+def read_speeds(path: Path, tp_size: int = 1) -> dict[tuple[str, str, int], float]:
+    """Tokens per second of decoding by version, precision and batch size, on tp_size GPUs."""
     results = json.loads(path.read_text("utf-8"))["results"]
-    alone = [each for each in results if each["tp_size"] == 1 and each["kv_cache"] == "none"]
+    chosen = [each for each in results if each["tp_size"] == tp_size and each["kv_cache"] == "none"]
     return {
         (each["model_version"], each["precision"], each["batch_size"]): 1e3 * each["batch_size"] / each["step_ms"]
-        for each in alone
+        for each in chosen
     }
 
 
@@ -124,6 +128,11 @@ def read_walk(path: Path) -> dict[tuple[str, str], list[str]]:
     return cells
 
 
+def rounded(rate: float | None) -> str:
+    """A cell: tokens per second, or a dash where none were measured."""
+    return f"{rate:,.0f}" if rate else "–"
+
+
 def table(head: str) -> str:
     """Markdown, a row for each version and precision."""
     speeds, walk = read_speeds(ROOT / "docs" / "performance.json"), read_walk(ROOT / "docs" / "walk.md")
@@ -135,7 +144,7 @@ def table(head: str) -> str:
             build = walk.get((version, f"build {precision.walked}"), ["–"])[0]
             ran = "run, second time" if precision.title == "float16" else f"run {precision.walked}"
             gpu = walk.get((version, ran), ["–"] * 3)[2] or "–"
-            rates = (speeds.get((version, precision.measured, batch)) for batch in (1, 64))
+            rates = (speeds.get((version, precision.measured, batch)) for batch in BATCHES)
             cells = (
                 version,
                 precision.title,
@@ -143,7 +152,7 @@ def table(head: str) -> str:
                 f"{cache / 1e9:.2f}",
                 gpu,
                 build,
-                *(f"{rate:,.0f}" if rate else "–" for rate in rates),
+                *map(rounded, rates),
             )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -158,16 +167,26 @@ def quality_table(head: str) -> str:
     weights = model.num_layers * (4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size)
     for each in QUALITIES:
         size = engine_bytes(model, each.quant)
-        rates = (speeds.get(("v2_13b", each.measured, batch)) for batch in (1, 64))
+        rates = (speeds.get(("v2_13b", each.measured, batch)) for batch in BATCHES)
         found = re.search(rf"^\| {re.escape(each.row)} \| ([\d.]+) \| [^|]+ \| ([\d.]+) \|", accuracy, re.MULTILINE)
         cells = (
             each.title,
             f"{16 - 8 * (float16 - size) / weights:.3g}",
             f"{size / 1e9:.2f}",
-            *(f"{rate:,.0f}" if rate else "–" for rate in rates),
+            *map(rounded, rates),
             *(found.groups() if found else "––"),
         )
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def gpu_table() -> str:
+    """Markdown, a row for each precision, with tokens per second on 1, 2 and 4 GPUs."""
+    speeds = {tp_size: read_speeds(ROOT / "docs" / "performance.json", tp_size) for tp_size in (1, 2, 4)}
+    lines = [f"| {GPU_HEAD} |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for precision in PRECISIONS:
+        rates = (each.get(("v2_13b", precision.measured, batch)) for batch in BATCHES for each in speeds.values())
+        lines.append("| " + " | ".join((precision.title, *map(rounded, rates))) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,19 +199,23 @@ def with_table(text: str, new: str, begin: str = BEGIN) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__.partition(":")[0])
-    parser.add_argument("--write", action="store_true", help=f"put it into {' and '.join(HEADS)}; else it is printed")
+    parser.add_argument("--write", action="store_true", help="put them into their files; else they are printed")
     return run_script(parser, argv, run)
 
 
 def run(args: argparse.Namespace, comm: Communicator) -> int:
-    for name, head in HEADS.items():
-        versions, precisions = table(head), quality_table(QUALITY_HEADS[name])
+    tables = {
+        name: {BEGIN: table(head), QUALITY_BEGIN: quality_table(QUALITY_HEADS[name])} for name, head in HEADS.items()
+    }
+    for name, of_file in (tables | {PERFORMANCE: {BEGIN: gpu_table()}}).items():
+        text = (ROOT / name).read_text("utf-8")
+        for begin, made in of_file.items():
+            text = with_table(text, made, begin)
+            if not args.write:
+                print(made)
         if args.write:
-            text = with_table((ROOT / name).read_text("utf-8"), versions)
             with atomic_path(ROOT / name) as path:
-                path.write_text(with_table(text, precisions, QUALITY_BEGIN), "utf-8")
-        else:
-            print(versions, precisions, sep="\n")
+                path.write_text(text, "utf-8")
     return 0
 
 

@@ -262,6 +262,27 @@ def test_the_table_is_the_measurements(name):
     assert re.search(r"^\| INT4 g32, GPTQ \| 4.75 \| 10.06 \|", precisions, re.MULTILINE)
 
 
+def test_the_table_of_gpus_is_the_measurements():
+    text, table = (ROOT / readme_table.PERFORMANCE).read_text(encoding="utf-8"), readme_table.gpu_table()
+    assert readme_table.with_table(text, table) == text, "python benchmarks/readme_table.py --write"
+    results = json.loads((ROOT / "docs" / "performance.json").read_text(encoding="utf-8"))["results"]
+    newest = {(each["model_version"], each["precision"], each["tp_size"], each["batch_size"]): each for each in results}
+    for tp_size in (1, 2, 4):
+        rates = [batch * 1e3 / newest["v2_13b", "int8", tp_size, batch]["step_ms"] for batch in (1, 64)]
+        row = re.search(r"^\| INT8 \| (.*) \|$", table, re.MULTILINE)[1].split(" | ")
+        place = (1, 2, 4).index(tp_size)
+        assert [row[place], row[place + 3]] == [f"{rate:,.0f}" for rate in rates]
+
+
+def test_the_links_of_docs_lead_to_headings():
+    for path in (ROOT / "docs").glob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+            assert anchor in anchors, f"{path.name}: #{anchor}"
+
+
 def test_the_figures_are_the_measurements():
     speeds = readme_table.read_speeds(ROOT / "docs" / "performance.json")
     performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
