@@ -56,7 +56,7 @@ class CudaExecutor:
         )
         copies = DenseCopies(spare_device_memory(self.device) if self.switches.keep_copies else 0)
         self.ops = CudaOps(self.spec, self.comm, self.cache.capacity, self.device, self.switches, copies)
-        self.graphs = StepGraphs(mixed=self.comm.world_size == 1)  # on several ranks it has not been tried
+        self.graphs = StepGraphs()
 
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:

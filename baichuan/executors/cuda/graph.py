@@ -135,9 +135,7 @@ class _Captured:
 class StepGraphs:
     """The captured steps of one set of KV caches; dropped with them."""
 
-    def __init__(self, mixed: bool):
-        """mixed: whether mixed steps are captured, too"""
-        self._mixed = mixed
+    def __init__(self):
         self._captured: dict[Size, _Captured] = {}
         self._met: set[Size] = set()  # of mixed steps
         self._out: Tensor | None = None  # the logits of mixed steps: each graph's own would take a GB together
@@ -146,7 +144,7 @@ class StepGraphs:
     def __call__(self, run: Callable[[Step], Tensor], step: Step) -> Tensor:
         """Logits of a step by `run`, [num_outputs, vocab_size] float32, overwritten by the next call."""
         size, rows = Size.of(step), step.batch_size
-        if size is None or size.mixed and not self._mixed:
+        if size is None:
             return run(step)
         captured = self._captured.get(size)
         if captured is None and size.mixed and (size not in self._met or len(self._captured) >= MOST_GRAPHS):
