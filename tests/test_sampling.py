@@ -88,3 +88,21 @@ def test_greedy_takes_the_likeliest_and_the_penalty_sees_what_was_made(logits):
     assert torch.equal(sample(greedy, [[0]] * 4, logits, 2), logits.argmax(-1)[:, None].expand(-1, 2))
     penalised = sample(replace(greedy, repetition_penalty=50.0), [[0]] * 4, logits, 5)
     assert all(len(set(row.tolist())) == 5 for row in penalised)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", SAMPLING_DEFAULTS.values(), ids=SAMPLING_DEFAULTS)
+def test_the_host_waits_for_no_draw_on_a_gpu(logits, config):
+    """A GPU that the host waits for has nothing to do afterwards.  PyTorch raises at whatever waits."""
+    sampler = Sampler.of([config] * 4, [[1, 2], [3], [4, 5, 6], [7]], VOCAB, 9, "cuda")
+    logits = logits.cuda()
+    sampler(logits)  # compiles, and sends the settings to the GPU
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            tokens = sampler(logits)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            tokens.tolist()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

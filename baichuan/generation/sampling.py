@@ -31,6 +31,7 @@ class Sampler:
         self._drawn = torch.zeros(slots, dtype=torch.int64, device=device)  # draws used so far
         self._draws: Tensor | None = None  # [slots, max_steps] in [0, 1); these two where a sequence needs them
         self._seen: Tensor | None = None  # [slots, vocab_size] bool, tokens that the repetition penalty applies to
+        self._true = torch.ones((), dtype=torch.bool, device=device)  # a Python bool would have to come from the host
         self._groups: list[_Group] = []
         self._grouped: list[int] = []  # the slots that _groups are made of
 
@@ -113,7 +114,7 @@ class Sampler:
             tokens = draw(logits / temperature, group.top_k, top_p, draws)
         if group.penalised:
             assert self._seen is not None
-            self._seen[group.slots, tokens] = True
+            self._seen[group.slots, tokens] = self._true
         return tokens
 
 
