@@ -14,8 +14,8 @@ from baichuan.errors import EngineError
 from baichuan.parallel import launcher
 from baichuan.parallel.comm import Solo
 from baichuan.parallel.launcher import Launch
-from baichuan.util import affinity, aside, manifest, nvidia
-from baichuan.util.aside import DescribedAside
+from baichuan.util import affinity, digest_process, manifest, nvidia
+from baichuan.util.digest_process import ProcessDescriber
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "huggingface_hub")
 
@@ -114,18 +114,18 @@ def test_what_is_done_ahead_imports_no_torch():
 
 def test_digests_by_another_process_are_those_of_this_one(engine, monkeypatch):
     path = engine.rank_file(0)
-    described, missing = DescribedAside(path), DescribedAside(path.with_name("missing"))
+    described, missing = ProcessDescriber(path), ProcessDescriber(path.with_name("missing"))
     for each in (described, missing):
         each.begin()
     assert described.entry() == engine.files[path.name]
     with pytest.raises(FileNotFoundError):
         missing.entry()
-    given_up = DescribedAside(path)
+    given_up = ProcessDescriber(path)
     given_up.begin()
     given_up.close()
     assert given_up._process.returncode is not None
-    monkeypatch.setattr(aside.subprocess, "Popen", Mock(side_effect=OSError("no more processes")))
-    alone = DescribedAside(path)
+    monkeypatch.setattr(digest_process.subprocess, "Popen", Mock(side_effect=OSError("no more processes")))
+    alone = ProcessDescriber(path)
     alone.begin()
     assert alone.entry() == engine.files[path.name]
     alone.close()
@@ -136,8 +136,8 @@ def test_a_script_has_digests_taken_by_another_process(engine, tmp_path):
     given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
     flip_a_bit(engine.rank_file(0), -1)
     program = (
-        "import sys, run; from baichuan.util import aside; told = aside.DescribedAside.entry\n"
-        "aside.DescribedAside.entry = lambda self: print('aside') or told(self)\n"
+        "import sys, run; from baichuan.util import digest_process; told = digest_process.ProcessDescriber.entry\n"
+        "digest_process.ProcessDescriber.entry = lambda self: print('aside') or told(self)\n"
         f"print(run.main({given!r}))"
     )
     done = ran(program)

@@ -49,6 +49,7 @@ class LLM:
     kv_cache_free_gpu_mem_fraction: most of the memory free at the first request that the KV cache takes, above 0 and
         up to 1; less where the engine's limits need less.  On a CPU, of the host's memory.
     prefix_caching: whether prompts that begin alike share what is cached of their beginnings.
+    model_version: a version that the engine must have; None = any.
     ranks: the processes that serve together; default: all that mpirun started.
     digests: of the engine's files, those that are being computed already, by path.
     Raises EngineError for a folder that is no engine or is damaged.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from baichuan.parallel.launcher import Launch
 from baichuan.util import manifest, nvidia
-from baichuan.util.aside import DescribedAside
+from baichuan.util.digest_process import ProcessDescriber
 
 LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch, nor does Triton
 KERNELS = "baichuan.executors.cuda.executor"
@@ -35,7 +35,7 @@ class Ahead:
                 ranks = sorted(Path(folder).glob("*_rank*.engine"), key=lambda path: (len(path.name), path.name))
                 own = ranks[launched.rank % len(ranks) :][:1] if ranks else []
                 paths += [path for path in own if path.is_file()]
-        describer = manifest.Describer if "torch" in sys.modules else DescribedAside  # is an import to come?
+        describer = manifest.Describer if "torch" in sys.modules else ProcessDescriber  # is an import to come?
         self.digests = {path: describer(path) for path in paths}
         gpu = launched.local_rank if paths and device != "cpu" and GPU_CONTROL.exists() else None
         self._threads = [threading.Thread(target=_prepare, args=(gpu,), daemon=True)]

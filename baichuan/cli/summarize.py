@@ -15,7 +15,7 @@ import torch
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
 from baichuan.cli.common import cache_settings, check_device, only_rank_zero
-from baichuan.cli.summarize_flags import DTYPES, check_flags, is_text, request_of
+from baichuan.cli.summarize_flags import DATA_TYPES, check_flags, is_text, request_of
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
@@ -184,7 +184,7 @@ def open_sides(args: argparse.Namespace, llms: Sequence[LLM], hf: HfFiles | None
     keys = [f"engine_{number}" for number in range(1, len(llms) + 1)] if len(llms) > 1 else ["engine"]
     sides: list[Side] = [EngineSide(llm, key) for llm, key in zip(llms, keys, strict=False)]
     for llm in llms:
-        if not args.test_hf and llm.engine.model.dtype != DTYPES[args.data_type]:
+        if not args.test_hf and llm.engine.model.dtype != DATA_TYPES[args.data_type]:
             logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, llm.engine.model.dtype)
     tell_apart(sides)
     return sides + ([open_hf(args, *hf, llms[-1].load()[1] if llms else None)] if hf else [])
@@ -202,7 +202,7 @@ def find_hf(args: argparse.Namespace, engines: Sequence[Engine]) -> HfFiles:
     """The checkpoint, whose model must be of the engines' version."""
     folder = resolve_folder(args.hf_model_dir)
     version = args.model_version or (engines[0].model.model_version if engines else None)
-    model = read_model_config(folder, version, DTYPES[args.data_type])
+    model = read_model_config(folder, version, DATA_TYPES[args.data_type])
     return folder, model, [resolve_adapter(name) for name in args.lora_dir]
 
 

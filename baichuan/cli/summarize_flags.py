@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIX = ".txt"
 DECODING = ("num_beams", "top_k", "top_p", "temperature", "repetition_penalty", "length_penalty", "random_seed")
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DATA_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
 
 
@@ -45,7 +45,9 @@ def _add_side_flags(parser: argparse.ArgumentParser) -> None:
     sides.add_argument(
         "--tokenizer_dir", help="folder with tokenizer.model; only needed if neither engine nor checkpoint has one"
     )
-    sides.add_argument("--data_type", choices=tuple(DTYPES), default="fp16", help="data type of the transformers model")
+    sides.add_argument(
+        "--data_type", choices=tuple(DATA_TYPES), default="fp16", help="data type of the transformers model"
+    )
     add_device(sides, "runs the engine and the transformers model")
     add_weight_copies(sides)
     add_cache_flags(sides)

@@ -23,7 +23,7 @@ from baichuan.text.settings import TEXT_FILES
 from baichuan.util import manifest
 from baichuan.util.files import read_at_most
 from baichuan.util.publishing import publish_folder, staged_folder
-from baichuan.weights.strangers import recognise
+from baichuan.weights.mistaken_path import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,8 @@ def publish(staged: Path, output_dir: Path) -> None:
 def read_engine(folder: Path) -> Engine:
     """config.json's contents, checked for edits; the rank files are not touched.  Raises EngineError."""
     path = folder / CONFIG_NAME
-    if stranger := recognise(folder, "engine"):
-        raise EngineError(f"engine_dir {folder} {stranger}")
+    if mistake := recognise(folder, "engine"):
+        raise EngineError(f"engine_dir {folder} {mistake}")
     try:
         values = json.loads(read_at_most(path, MAX_CONFIG_BYTES))
     except OSError as error:

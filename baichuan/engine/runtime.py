@@ -39,14 +39,24 @@ def open_session(
     """
     engine = read_engine(folder)
     check_world(engine, comm, model_version)
+    return Session(open_verified(engine, comm, settings, digests), engine.model, engine.build)
+
+
+def open_verified(
+    engine: Engine,
+    comm: Communicator,
+    settings: OpenSettings = DEFAULTS,
+    digests: Mapping[Path, Description] = MappingProxyType({}),
+) -> Executor:
+    """The executor over this rank's file, which is verified meanwhile.  As open_session, which has the errors."""
     if engine.dummy and comm.rank == 0:
-        logger.warning("the engine in %s has dummy weights: its text means nothing", folder)
+        logger.warning("the engine in %s has dummy weights: its text means nothing", engine.folder)
     on_cpu = resolve_device(settings.device) == "cpu"
     with verified_meanwhile(engine, comm, digests):
         executor = None if on_cpu else open_executor(engine, comm, settings)
     if executor is None:  # it maps a file in no time, but what that reads ahead would hold up the digests' reading
         executor = open_executor(engine, comm, settings)
-    return Session(executor, engine.model, engine.build)
+    return executor
 
 
 def open_serving(
@@ -56,10 +66,10 @@ def open_serving(
     digests: Mapping[Path, Description] = MappingProxyType({}),
     prefix_caching: bool = True,
 ) -> tuple[Serving, torch.device]:
-    """The engine as requests.Serving, and where it runs."""
-    session = open_session(engine.folder, comm, None, settings, digests)
+    """The engine, which check_world has seen, as requests.Serving, and where it runs."""
+    executor = open_verified(engine, comm, settings, digests)
     policy = Policy(prefix_caching=prefix_caching)
-    return serve(session.executor, engine.model, engine.build, policy), session.executor.device
+    return serve(executor, engine.model, engine.build, policy), executor.device
 
 
 def open_executor(engine: Engine, comm: Communicator, settings: OpenSettings = DEFAULTS) -> Executor:

@@ -25,7 +25,7 @@ def page(values: dict[str, Any], links: Mapping[str, str]) -> str:
 
 
 def _charts(sides: Sequence[dict[str, Any]], css: Mapping[str, str]) -> Iterator[str]:
-    """Three charts, for bytes, speed and quality; a figure that is missing or not finite has no bar."""
+    """Charts for bytes, speed and quality; a figure that is missing or not finite has no bar."""
 
     def groups(name):
         return {text(_short(side)): [Bar(css[side["key"]], text(side["label"]), side[name])] for side in sides}

@@ -15,7 +15,7 @@ from baichuan.util.files import read_at_most
 from baichuan.weights.binary.layout import CONFIG_NAME
 from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.hub.version import LENGTH_KEYS, config_evidence, decide_version, tokenizer_evidence
-from baichuan.weights.strangers import recognise
+from baichuan.weights.mistaken_path import recognise
 
 SECTION = "baichuan"
 MAX_BYTES = 1 << 20
@@ -30,8 +30,8 @@ class BinaryConfig:
 
     def __init__(self, folder: Path):
         self.file = folder / CONFIG_NAME
-        if stranger := recognise(folder, "binary folder"):
-            raise CheckpointError(f"bin_model_dir {folder} {stranger}")
+        if mistake := recognise(folder, "binary folder"):
+            raise CheckpointError(f"bin_model_dir {folder} {mistake}")
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read_string(read_at_most(self.file, MAX_BYTES).decode())

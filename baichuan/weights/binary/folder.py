@@ -99,7 +99,7 @@ class BinaryFolder:
         return tensors
 
     def norm(self, layer: int, hub_norm: str) -> TensorSource:
-        """input_layernorm or post_attention_layernorm, divided by the smoother in a smoothed folder."""
+        """input_layernorm or post_attention_layernorm as it is stored: a smoothed one is divided by its smoother."""
         return self._rows(self.layout.norm(layer, hub_norm))
 
     def dense(self, layer: int, linear: str, rank: int) -> TensorSource:

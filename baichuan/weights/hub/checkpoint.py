@@ -17,9 +17,9 @@ from baichuan.weights.hub.bin_reader import open_bin
 from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_format, read_json_object, read_model_config
 from baichuan.weights.hub.safetensors_reader import open_safetensors
 from baichuan.weights.imported.formats import dequantised
+from baichuan.weights.mistaken_path import recognise
 from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource
-from baichuan.weights.strangers import recognise
 
 __all__ = ["open_checkpoint", "read_model_config", "resolve_folder"]
 
@@ -64,8 +64,8 @@ def resolve_folder(name: str) -> Path:
     folder = Path(name)
     if is_hub_id(name):
         folder = _download_weights(name)
-    if name and (stranger := recognise(folder, "checkpoint")):
-        raise CheckpointError(f"{name} {stranger}")
+    if name and (mistake := recognise(folder, "checkpoint")):
+        raise CheckpointError(f"{name} {mistake}")
     if not name or not folder.is_dir():
         raise CheckpointError(
             f"{name} is neither a folder nor a hub id; give the folder of a checkpoint, or ORGANISATION/MODEL"

@@ -14,10 +14,12 @@ from pathlib import Path
 from baichuan.util import manifest
 
 PACKAGES = Path(__file__).resolve().parents[2]  # the folder that this package is in
-PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from baichuan.util import aside; aside.tell(sys.argv[2])"
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from baichuan.util.digest_process import tell; tell(sys.argv[2])"
+)
 
 
-class DescribedAside:
+class ProcessDescriber:
     """Implements manifest.Description for a complete file, from begin() on."""
 
     def __init__(self, path: Path):
