@@ -24,7 +24,7 @@ import weight
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS, BuildConfig, QuantConfig
 from baichuan.engine.builder import BuildRequest, build_engine
-from baichuan.engine.folder import verify_rank_file
+from baichuan.engine.folder import Engine, verified_meanwhile
 from baichuan.engine.runtime import open_session
 from baichuan.parallel.comm import Communicator, Solo
 from benchmarks.gpu_timing import require_gpu
@@ -51,7 +51,7 @@ def bench(args: argparse.Namespace, comm: Communicator) -> int:
         size = path.stat().st_size
         read(path)
         reading = seconds(partial(read, path), args.runs)
-        checking = seconds(partial(verify_rank_file, engine, Solo()), args.runs)
+        checking = seconds(partial(verify, engine), args.runs)
         opening = seconds(partial(open_and_wait, Path(folder)), args.runs)
     print(
         f"{args.model_version}, {model.num_layers} layers, {size / 1e9:.2f} GB: ready in {opening:.2f} s, "
@@ -76,6 +76,11 @@ def read(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
+
+
+def verify(engine: Engine) -> None:
+    with verified_meanwhile(engine, Solo()):
+        pass
 
 
 def open_and_wait(folder: Path) -> None:

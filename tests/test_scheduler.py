@@ -116,7 +116,8 @@ class Model:
         self.scheduler.finish(job)
 
     def cancel(self, key: int) -> None:
-        if job := self.scheduler.find(key):
+        jobs = (*self.scheduler.running, *self.scheduler.waiting)
+        if job := next((job for job in jobs if job.request.key == key), None):
             self.end(job, [])
 
 

@@ -189,12 +189,6 @@ def verified_meanwhile(
         _agree(comm, checked.result)
 
 
-def verify_rank_file(engine: Engine, comm: Communicator) -> None:
-    """Check size and digest of this rank's file; every rank raises EngineError when one rank's file is not right."""
-    with verified_meanwhile(engine, comm):
-        pass
-
-
 def _agree(comm: Communicator, check: Callable[[], None]) -> None:
     """Run the check; every rank raises EngineError when it fails on one."""
     failure = None

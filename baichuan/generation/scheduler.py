@@ -13,7 +13,7 @@ Where no block is free, the youngest request gives up its own and is computed ag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -98,10 +98,6 @@ class Scheduler:
         self._slots = list(range(self.budget.rows - 1, -1, -1))
         for job in self.waiting:
             job.tables, job.slots, job.decoding = BlockTables(self.pool), [], False
-
-    def find(self, key: Hashable) -> Job | None:
-        """The job of an unfinished request."""
-        return next((job for job in (*self.running, *self.waiting) if job.request.key == key), None)
 
     def plan(self) -> Plan | None:
         """The next step; None when nothing is left to compute, or all of it waits for extend()."""
