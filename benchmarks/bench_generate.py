@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.api.llm import WARM_UP_TOKENS
-from baichuan.cli.common import Parser, add_weight_copies, run_script
+from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.executors.cuda.comm import Nccl
@@ -35,7 +35,7 @@ from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.util.files import atomic_path
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
-from benchmarks.random_weights import PRECISIONS, RandomWeights
+from benchmarks.random_weights import PRECISIONS, RandomWeights, add_engine_flags
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 
@@ -74,16 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="whose shapes")
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="of the weights")
-    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
     parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="sequences at a time")
     parser.add_argument("--tp", nargs="+", type=int, help="1, the number of ranks, or both; default: all ranks")
     parser.add_argument("--input_len", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--output_len", type=int, default=128, help="tokens of each continuation")
-    parser.add_argument("--max_num_tokens", type=int, default=16384, help="prompt tokens of one prefill step")
-    parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported; two more warm up")
-    add_weight_copies(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, which chart.py draws")
+    add_engine_flags(parser)  # chart.py draws the results
     return run_script(parser, argv, bench)
 
 

@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.api.ranks import Ranks
-from baichuan.cli.common import Parser, add_weight_copies, run_script
+from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig, SamplingConfig
 from baichuan.executors.cuda.comm import join_gpus
 from baichuan.executors.cuda.executor import CudaExecutor
@@ -47,7 +47,7 @@ from baichuan.generation.requests import Request, Serving
 from baichuan.parallel.comm import Communicator
 from baichuan.util.files import atomic_path
 from benchmarks.gpu_timing import require_gpu
-from benchmarks.random_weights import PRECISIONS, RandomWeights
+from benchmarks.random_weights import PRECISIONS, RandomWeights, add_engine_flags
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 SIGMA = 1.0  # of the lengths' logarithms: half of them between 0.5 and 2 times the median
@@ -113,7 +113,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="whose shapes")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float16", help="of the weights")
-    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
     parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
     parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
     parser.add_argument("--arrivals", type=int, default=300, help="of each traffic one by one; 0 = none")
@@ -122,12 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
     parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
     parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
-    parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
-    parser.add_argument("--max_num_tokens", type=int, default=16384, help="tokens of a step at most")
     parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS, help="of prompts beside running requests")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
-    add_weight_copies(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    add_engine_flags(parser)
     return run_script(parser, argv, bench)
 
 

@@ -5,9 +5,13 @@ Activations stay of order 1 and no two matrices are alike, so that caches and co
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from baichuan.cli.common import add_weight_copies
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.quant.weight_only import pack_int4
 from baichuan.records import (
@@ -37,6 +41,15 @@ PRECISIONS = {
 }
 INT8_DEVIATION = 73.3  # standard deviation of uniform integers in [-127, 127]
 INT4_DEVIATION = 4.3  # standard deviation of uniform integers in [-7, 7]; a mean of its own would overflow float16
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks that generate ask of an engine of such weights, and where their results go."""
+    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
+    parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
+    parser.add_argument("--max_num_tokens", type=int, default=16384, help="tokens of a step at most")
+    add_weight_copies(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
 
 
 class RandomWeights:

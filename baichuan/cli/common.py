@@ -51,7 +51,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default == []:
             return action.help
         if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(action.default)})"
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         nothing = action.default is None or action.default is False
         return action.help if nothing else super()._get_help_string(action)
 
