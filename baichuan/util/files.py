@@ -114,6 +114,11 @@ def _is_abandoned(path: Path) -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """The folder of this user's compiled kernels: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan"
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from baichuan.util.files import atomic_path
+from baichuan.util.files import atomic_path, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,6 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
                 [*command, "-o", str(temporary)], capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S
             )
     return path
-
-
-def cache_folder() -> Path:
-    """The folder of this user's compiled kernels: https://specifications.freedesktop.org/basedir-spec/latest/"""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan"
 
 
 def processor() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from baichuan.executors.tensorrt.padding import PaddedRun, decode_run, prefill_r
 from baichuan.executors.tensorrt.plan import Plan, open_plan
 from baichuan.parallel.comm import Communicator
 from baichuan.records import Step
+from baichuan.util.files import cache_folder
 from baichuan.util.manifest import one_digest
 
 CONTEXT, GENERATION = 0, 1  # the contract's profiles
@@ -27,8 +27,8 @@ def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: S
 
     Raises what open_plan raises.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan" / "tensorrt_rtx"
-    return TensorRtExecutor(open_plan(path, contract, comm, caches / f"{one_digest(digests)}.kernels"), contract)
+    kernels = cache_folder() / "tensorrt_rtx" / f"{one_digest(digests)}.kernels"
+    return TensorRtExecutor(open_plan(path, contract, comm, kernels), contract)
 
 
 class TensorRtExecutor:
