@@ -74,6 +74,7 @@ TILES = {
     ("dense", 16): ((16, 64, 256, 4, 4), (16, 128, 128, 8, 4), (16, 64, 64, 4, 8)),
     ("dense", 32): ((32, 64, 128, 4, 4), (32, 128, 128, 8, 4), (32, 128, 64, 4, 6)),
     ("dense", 64): ((64, 64, 128, 4, 4), (64, 128, 128, 4, 3), (64, 128, 128, 8, 4)),
+    ("narrow", 64): ((64, 128, 64, 4, 6), (64, 64, 128, 4, 4), (64, 64, 64, 4, 6)),
     ("dense", None): ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
 }
 
@@ -104,7 +105,9 @@ class Point:
             gated = self.matrix == "gate_up"
             kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
             return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
-        kind = KINDS[self.precision]
+        kind, (out_features, in_features) = KINDS[self.precision], self.shape
+        if kind == "dense":
+            kind = tiles.dense_kind(self.x_rows, in_features, out_features)
         return "tiles", kind, _limit(tiles.TILES[kind], self.x_rows)
 
 

@@ -221,7 +221,7 @@ GEMV_INT = KernelSpec(
 # What measures fastest on an H200, by the matrix's shape and the integers: weights and token of one byte (w8a8), or an
 # operand.Int16 token and weights of 8 or 4 bits.
 BLOCKS = {
-    "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(2, 256, 2)},
+    "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(1, 256, 2), "int4": GemvBlock(2, 256, 2)},
     "tall": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
     "wide": {"w8a8": GemvBlock(2, 1024, 4), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(4, 256, 2)},
     "square": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},

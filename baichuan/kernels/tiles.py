@@ -69,7 +69,7 @@ def share_of_split(in_features, BLOCK_K: tl.constexpr):
 
 # What measures fastest on an H200: (most rows of x, tile), None for any number.  With few rows the time goes into
 # reading the weights, with many into the tensor cores.  "bytes": x and weight both of 8 bits; "converted": an integer
-# weight becomes x's float type; "dense": both of a 16-bit float type.
+# weight becomes x's float type; "dense": both of a 16-bit float type; "narrow": those of dense_kind.
 TILES = {
     "bytes": (
         (8, Tile(8, 64, 256, 4, 4)),
@@ -93,9 +93,16 @@ TILES = {
         (64, Tile(64, 128, 64, 4, 6, 132)),
         (None, Tile(128, 128, 64, 8, 4, 132)),
     ),
+    "narrow": ((64, Tile(64, 64, 128, 4, 5, 132)),),
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
+NARROW = 7680  # channels
 MIN_STEPS = 4  # a split has at least this many blocks of input channels; only the last may have fewer
+
+
+def dense_kind(num_rows: int, in_features: int, out_features: int) -> str:
+    """"narrow" for 33 to 64 rows and a small matrix, such as a rank's: narrow tiles fill the GPU without splits."""
+    return "narrow" if 32 < num_rows <= 64 and max(in_features, out_features) <= NARROW else "dense"
 
 
 def choose_tile(
@@ -105,7 +112,7 @@ def choose_tile(
     if x_dtype == torch.float32:
         kind = "float32"
     elif x_dtype == weight_dtype:
-        kind = "bytes" if x_dtype.itemsize == 1 else "dense"
+        kind = "bytes" if x_dtype.itemsize == 1 else dense_kind(num_rows, in_features, out_features)
     else:
         kind = "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
