@@ -101,7 +101,7 @@ MIN_STEPS = 4  # a split has at least this many blocks of input channels; only t
 
 
 def dense_kind(num_rows: int, in_features: int, out_features: int) -> str:
-    """"narrow" for 33 to 64 rows and a small matrix, such as a rank's: narrow tiles fill the GPU without splits."""
+    """Small matrices, such as a rank has, of 33 to 64 rows are "narrow": such tiles fill the GPU without splits."""
     return "narrow" if 32 < num_rows <= 64 and max(in_features, out_features) <= NARROW else "dense"
 
 
