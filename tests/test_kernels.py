@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import drawn
+import numpy as np
 import pytest
 import torch
 from kernel_device import DEVICE, relative_error
@@ -91,22 +92,17 @@ def test_add_rms_norm_quantises_the_very_numbers_it_would_have_returned(dtype, s
     assert torch.equal(quantised.values.float(), quantise(normed.values, expected_scale.view(-1, 1), dtype).float())
 
 
-def test_tokens_in_e4m3_have_powers_of_two_as_scales():
-    """Rows whose largest is at, above and below 448 times a power of two, rows of zeros and of tiny numbers."""
-    largest = torch.tensor([448, 448.25, 447.75, 3.5, 3.53125, 1e-3, 0, 1e-35, 60000], device=DEVICE)
-    x = normal(9, 96, dtype=torch.float32).clamp(-3, 3) / 4 * largest[:, None]
+def test_a_token_s_largest_number_is_exact_in_e4m3():
+    """Also in rows of zeros and of numbers that are too small for their scale."""
+    largest = torch.tensor([448, 447.75, 3.53125, 1e-3, 60000, 0, 1e-35], device=DEVICE)
+    x = normal(7, 96, dtype=torch.float32).clamp(-3, 3) / 4 * largest[:, None]
     x[:, 5] = -largest
     quantised = quantise_rows(x, E4m3PerToken())
-    exact = 2.0 ** (largest.double() / 448).log2().ceil()
-    assert quantised.scale.double()[[0, 1, 2, 3, 4, 5, 8]].equal(exact[[0, 1, 2, 3, 4, 5, 8]])
-    assert quantised.scale[:5].tolist() == [1, 2, 1, 2.0**-7, 2.0**-6]
+    exact = np.maximum(largest.cpu().numpy() / np.float32(448), np.float32(2.0**-100))
+    assert np.array_equal(quantised.scale.cpu().numpy(), exact)
+    assert quantised.values[:, 5].float().tolist() == [-448] * 5 + [0, 0]
     assert torch.equal(quantised.scale[:, None], token_scale(x))
     assert torch.equal(quantised.values.float(), quantise(x, token_scale(x), torch.float8_e4m3fn).float())
-    halves = quantise_rows(x[:, 48:].contiguous(), E4m3PerToken())  # as another rank, with other scales, would
-    whole = (quantised.values.float() * quantised.scale[:, None])[:, 48:]
-    seen = whole.abs() >= 2.0**-6 * quantised.scale[:, None]
-    assert torch.equal((halves.values.float() * halves.scale[:, None])[seen], whole[seen])
-    assert not torch.equal(halves.scale, quantised.scale)
 
 
 @pytest.mark.parametrize("smooth", [True, False])

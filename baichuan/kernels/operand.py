@@ -47,7 +47,7 @@ class Int8PerToken:
 
 @dataclass(frozen=True)
 class E4m3PerToken:
-    """e4m3 with a scale for each token, a power of two (quant/fp8.py)."""
+    """e4m3 with a scale for each token, max|row| / 448 and at least 2^-100 (quant/fp8.py)."""
 
 
 @dataclass(frozen=True)

@@ -85,14 +85,6 @@ def quantise(x, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def power_of_two(largest):
-    """quant/fp8.py's scale of a token whose largest magnitude this is, from its bits."""
-    # 448 is 1.75 * 2^8.  The addition carries into the exponent where the mantissa is larger than 1.75.
-    exponent = (largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23
-    return (tl.maximum(exponent - 8, 27) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _round_to_e4m3(x):
     """x rounded to even at three mantissa bits: the interpreter's own rounding loses the carry into the exponent."""
     bits = x.to(tl.int32, bitcast=True)
@@ -141,7 +133,7 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
         DEINTERLEAVED   0.5  0.25 -1.0   1.0
         STATIC_SCALE     50  -100   25   100            scale 0.01
         INT8_PER_TOKEN   64  -127   32   127            out_scale 1 / 127
-        E4M3_PER_TOKEN  128  -256   64   256            out_scale 1 / 256
+        E4M3_PER_TOKEN  224  -448  112   448            out_scale 1 / 448
         INT16            64  -127   32   127  (high)    out_scale 1 / 32639
                         -64  -127  -32   127  (low)     0.5 is 16320 = 256 * 64 - 64
     """
@@ -171,7 +163,7 @@ def store_row(x, row, columns, mask, scale, out, out_scale, width, FORM: tl.cons
             s = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
             tl.store(out_scale + row, s)
         elif FORM == E4M3_PER_TOKEN:
-            s = power_of_two(tl.max(tl.abs(x), 0))
+            s = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), 2.0**-100)
             tl.store(out_scale + row, s)
         else:
             s = tl.load(scale + (row if ROW_SCALES else 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -59,17 +57,14 @@ def smooth_quant(graph: Graph, x, weight: SmoothQuantWeight, ranks: int):
     absmax = graph.reduce("MAX", graph.unary("ABS", smooth))
     if weight.smoother is not None and ranks > 1:
         absmax = graph.all_reduce(absmax, "MAX", ranks)
-    input_scale = graph.binary("DIV", absmax, graph.scalar(127, absmax))
-    input_scale = graph.binary("MAX", input_scale, graph.scalar(SMALLEST_SCALE, input_scale))
-    return _product_per_token(graph, smooth, input_scale, weight, dtype)
+    return _product_per_token(graph, smooth, absmax, weight, dtype)
 
 
 def fp8(graph: Graph, x, weight: Fp8Weight, ranks: int):
     wide, dtype = graph.cast(x, torch.float32), graph.torch_dtype(x)
     if weight.input_scale is not None:
         return _product_of_8_bits(graph, wide, weight, weight.input_scale, dtype)
-    input_scale = _power_of_two(graph, graph.reduce("MAX", graph.unary("ABS", wide)))
-    return _product_per_token(graph, wide, input_scale, weight, dtype)
+    return _product_per_token(graph, wide, graph.reduce("MAX", graph.unary("ABS", wide)), weight, dtype)
 
 
 def _product_of_8_bits(graph: Graph, x, weight: SmoothQuantWeight | Fp8Weight, input_scale: Tensor, dtype: torch.dtype):
@@ -78,19 +73,13 @@ def _product_of_8_bits(graph: Graph, x, weight: SmoothQuantWeight | Fp8Weight, i
     return graph.cast(graph.matmul(x8, _dequantised(graph, x, weight, torch.float32)), dtype)
 
 
-def _product_per_token(graph: Graph, x, input_scale, weight: SmoothQuantWeight | Fp8Weight, dtype: torch.dtype):
-    """x: float32; input_scale: a layer's output, one number for each token -> dtype"""
+def _product_per_token(graph: Graph, x, absmax, weight: SmoothQuantWeight | Fp8Weight, dtype: torch.dtype):
+    """x: float32; absmax: a layer's output, each token's largest magnitude -> dtype"""
+    input_scale = graph.binary("DIV", absmax, graph.scalar(LIMITS[weight.weight.dtype], absmax))
+    input_scale = graph.binary("MAX", input_scale, graph.scalar(SMALLEST_SCALE, input_scale))
     x8 = _rounded(graph, graph.binary("DIV", x, input_scale), torch.ones(1), weight.weight.dtype)
     y = graph.matmul(x8, _dequantised(graph, x, weight, torch.float32))
     return graph.cast(graph.binary("PROD", y, input_scale), dtype)
-
-
-def _power_of_two(graph: Graph, absmax):
-    """quant/fp8.py's scale of tokens whose largest magnitudes these are, but for the last bits of EXP and LOG."""
-    least = graph.binary("MAX", absmax, graph.scalar(SMALLEST_SCALE, absmax))
-    logarithm = graph.unary("LOG", graph.binary("DIV", least, graph.scalar(LIMITS[torch.float8_e4m3fn], least)))
-    exponent = graph.unary("CEIL", graph.binary("DIV", logarithm, graph.scalar(math.log(2), logarithm)))
-    return graph.unary("EXP", graph.binary("PROD", exponent, graph.scalar(math.log(2), exponent)))
 
 
 def _lead(x) -> tuple[int, ...]:

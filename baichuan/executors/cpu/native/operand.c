@@ -27,19 +27,11 @@ static float to_integers(float *x, size_t n, const float *given) {
     return scale;
 }
 
-/* The least power of two that is at least x / 448, and at least 2^-100; quant/fp8.py says why. */
-static float power_of_two(float x) {
-    int exponent;
-    float mantissa = frexpf(x, &exponent);
-    exponent += mantissa > LIMIT_FP8 / 512 ? -8 : -9;
-    return ldexpf(1, mantissa > 0 && exponent > -100 ? exponent : -100);
-}
-
-/* x / scale rounded to e4m3, in place; returns the scale: *given, or the power of two for max|x| without one. */
+/* x / scale rounded to e4m3, in place; returns the scale: *given, or max|x| / 448, at least 2^-100, without one. */
 static float to_fp8(float *x, size_t n, const float *given) {
     vf found = {0};
     for (size_t i = 0; i < n; i += LANES) found = larger(found, absolute(LOAD(vf, x + i)));
-    float scale = given ? *given : power_of_two(largest(found));
+    float scale = given ? *given : fmaxf(largest(found) / LIMIT_FP8, 0x1p-100f);
     for (size_t i = 0; i < n; i += LANES) {
         vf numbers = to_e4m3(clamp(LOAD(vf, x + i) / scale, LIMIT_FP8));
         memcpy(x + i, &numbers, sizeof numbers);
