@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from baichuan.util.nvidia import driver_gpus
+from baichuan.util.streams import printing
 
 # Only the standard library is imported at the top: any other import may be what is broken.
 DISTRIBUTION = "baichuan-engines"
@@ -212,6 +213,11 @@ def examine(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def main() -> int:
+    with printing("doctor"):
+        return _print_findings()
+
+
+def _print_findings() -> int:
     faults = 0
     for check in CHECKS:
         for finding in examine(check):

@@ -28,6 +28,13 @@ def test_every_case_is_accepted_or_refused_in_one_sentence(tmp_path):
     assert cases >= CASES and accepted > cases // 20 and refused > cases // 3 and failures == 0
 
 
+def test_one_case_again_keeps_its_files(tmp_path):
+    one = ["--seed", "CI", "--target", "run with .csv", "--case", "3", "--keep", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "tests.fuzz", *one], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "no failure" in done.stdout and not done.stderr, done
+    assert (tmp_path / "work/in/p.csv").is_file() and (tmp_path / "stdout").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kills_leave_the_old_content_or_the_new():
@@ -60,7 +67,7 @@ def test_the_verdict(answer, fault):
     assert fault in found and bool(found) == bool(fault)
 
 
-@pytest.mark.parametrize("name", [*BY_NAME, ".model"])
+@pytest.mark.parametrize("name", [*BY_NAME, ".other"])
 def test_the_same_seed_gives_the_same_damage_and_nearly_all_of_it_is_some(name):
     content = json.dumps({"a": [1, 2.5, "x"], "b": {"c": None}}).encode() * 20
     found = [mutated(Random(seed), f"x{name}", content) for seed in range(40)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -21,10 +22,11 @@ import torch
 from baichuan.api.prompt_file import read_prompt_file
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError
 from baichuan.generation.token_files import read_prompts, write_logits
-from baichuan.text import parquet
+from baichuan.text import parquet, rows
 from baichuan.text.printable import sentence
 from baichuan.text.rows import READERS, file_rows
 from baichuan.weights.binary.fp8_scales import read_fp8_scales
+from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_json_object
 from baichuan.weights.hub.safetensors_reader import open_safetensors
 from baichuan.weights.tensor_file import read_tensors
 
@@ -85,6 +87,45 @@ def resident(name: str) -> int:
 def test_a_data_set_of_one_endless_row(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert growth(lambda: list(file_rows(tmp_path / name, "dataset_path"))) < 600 << 20
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a.csv", "a.jsonl"])
+def test_a_data_set_of_blank_lines(name, tmp_path):
+    """A second for each million of them, and several files of any length."""
+    (tmp_path / name).write_bytes(b"[" * (name == "a.json") + b"\n" * (8 << 20))
+    with pytest.raises(ConfigError, match="blank lines; take them out|no line names its columns|is not JSON"):
+        list(file_rows(tmp_path / name, "dataset_path"))
+    (tmp_path / name).write_bytes(b"\n" * 1000 + b'{"article": "a"}\n')
+    assert name == "a.csv" or len(list(file_rows(tmp_path / name, "dataset_path"))) == 1
+
+
+def test_an_array_of_many_small_rows_takes_as_long_as_their_lines(tmp_path):
+    """Each row copied the piece of the file that it is in."""
+    made = ['{"a":1}'] * 150_000
+    seconds = {}
+    for name, content in (("a.jsonl", "\n".join(made)), ("a.json", f"[{','.join(made)}]")):
+        (tmp_path / name).write_text(content)
+        start = time.process_time()
+        assert len(list(file_rows(tmp_path / name, "dataset_path"))) == len(made)
+        seconds[name] = time.process_time() - start
+    assert seconds["a.json"] < 2 * seconds["a.jsonl"]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 64])
+def test_rows_of_an_array_wherever_a_piece_of_the_file_ends(piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "READ_CHARACTERS", piece)
+    values = [{"a": "é" * n, "n": [n, -1.5e3]} for n in range(12)]
+    (tmp_path / "a.json").write_text(json.dumps(values, indent=3, ensure_ascii=False) + "\n \n")
+    assert [row for _, row in file_rows(tmp_path / "a.json", "dataset_path")] == values
+
+
+def test_a_hundred_thousand_keys_of_which_one_is_there_twice(tmp_path):
+    names = "".join(f'"{n:x}":1,' for n in range(100_000))
+    (tmp_path / "config.json").write_text(f'{{{names}"last":1,"last":2}}')
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="'last' is there twice"):
+        read_json_object(tmp_path / "config.json", MAX_CONFIG_BYTES)
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("content", [b"1," * (10 << 20), b"12\n" * (2 << 20), b"\n" * (2 << 20)])

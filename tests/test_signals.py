@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from baichuan.cli import common
+from baichuan.cli import common, failures
 
 
 @pytest.mark.parametrize("number, why", [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -23,7 +23,7 @@ def test_an_exception_that_stands_for_a_signal(number, why, error, capsys):
 
 
 def test_an_error_after_an_interrupted_answer_is_an_error(monkeypatch):
-    monkeypatch.setattr(common, "SIGNAL_S", -1)
+    monkeypatch.setattr(failures, "SIGNAL_S", -1)
 
     def body(args, comm):
         try:

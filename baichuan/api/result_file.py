@@ -52,8 +52,12 @@ class ResultFile:
     def write(self, values: Mapping[str, Any]) -> None:
         """Add a result: its key, its request, and an error or what was made."""
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self.path)  # a failed write does not name its file
+            raise
         self._took(values, len(line))
 
     def put_in_order(self, keys: Sequence[str]) -> None:

@@ -6,9 +6,7 @@ PyTorch takes seconds to import; what answers --help and wrong flags does withou
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
-import os
 import signal
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from baichuan import __version__
 from baichuan.cli.ahead import Ahead
+from baichuan.cli.failures import STOPPED, TERMINATED, import_torch, stopped_by, users_error
 from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
@@ -27,6 +26,7 @@ from baichuan.text.printable import printable, sentence
 from baichuan.util.affinity import cores, leave_single_core
 from baichuan.util.signals import Terminated, noticed, sigterm_raises
 from baichuan.util.start import seconds_since_start, without_collections
+from baichuan.util.streams import lead_nowhere, open_streams
 
 if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 USER_ERROR = 2
-STOPPED = "stopped by Ctrl-C; nothing unfinished was kept"
-TERMINATED = "stopped by SIGTERM; nothing unfinished was kept"
-SIGNAL_S = 2  # an error so soon after a signal comes from it
-USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
-WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST)
 ENGINE_DIR = "engine_outputs"  # the engine folder without a flag: build.py writes it, the others read it
 DUMMY_VERSION = "v1_13b"  # the model version of dummy weights without --model_version
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -172,6 +167,7 @@ def run_script(
     args.started_s is set to the time.monotonic() at which the process started, or with argv at which this was called.
     """
     called_s = time.monotonic()
+    open_streams()
     try:
         args = parser.parse_args(argv)
         args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
@@ -192,6 +188,7 @@ def run_script(
 def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
     """bound: whether the launcher had bound this process to one core, which it has left"""
     with nullcontext() if "torch" in sys.modules else without_collections():
+        import_torch()
         import torch
 
         from baichuan.executors.cpu.threads import use_threads
@@ -219,9 +216,9 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
         message = "the GPU's memory is exhausted; use a smaller batch, shorter lengths, --max_num_tokens or more ranks"
     except BrokenPipeError:
         message = "nobody reads the output any more, which is cut off"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
+        lead_nowhere(sys.stdout)
     except Exception as error:
-        message = _stopped_by(came) or _users_error(error)
+        message = stopped_by(came) or users_error(error)
         if not message:
             _leave_unexpected(comm)
             raise
@@ -229,21 +226,6 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     print(f"{parser.prog}: error{rank}: {sentence(message)}", file=sys.stderr, flush=True)
     comm.leave_failed()
     return USER_ERROR
-
-
-def _stopped_by(came: list[tuple[int, float]]) -> str:
-    """Why the program stopped, where the last signal came just now and not before something that went on; else ''."""
-    if not came or time.monotonic() - came[-1][1] > SIGNAL_S:
-        return ""
-    return STOPPED if came[-1][0] == signal.SIGINT else TERMINATED
-
-
-def _users_error(error: Exception) -> str:
-    """What a user can do about a file that could not be read or written; '' for any other error."""
-    if not isinstance(error, OSError) or error.errno not in USERS_ERRORS + WRONG_PATH:
-        return ""
-    remedy = "check the path" if error.errno in WRONG_PATH else "free space or choose another folder"
-    return f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
 
 
 def _leave_unexpected(comm: Communicator) -> None:

@@ -59,6 +59,8 @@ class LineReader:
             line = sys.stdin.readline(MAX_TURN + 1)
         except UnicodeDecodeError:
             raise ConfigError("what was typed is not valid UTF-8; set the terminal to UTF-8") from None
+        except OSError as error:
+            raise ConfigError(f"standard input cannot be read ({error.strerror}); give a terminal or a pipe") from None
         if len(line) > MAX_TURN:
             raise ConfigError(f"a line of the chat has more than {MAX_TURN} characters; give a shorter message")
         if not line:

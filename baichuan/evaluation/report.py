@@ -26,6 +26,7 @@ from baichuan.evaluation.wording import report_title, shown
 from baichuan.text.printable import printable, sentence
 from baichuan.util.files import read_at_most
 from baichuan.util.publishing import publish_folder, staged_folder
+from baichuan.util.streams import printing
 
 FORMAT = 2
 RESULTS_NAME, SUMMARIES_NAME, INDEX_NAME = "results.json", "summaries.jsonl", "index.html"
@@ -198,6 +199,11 @@ def check_comparable(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def main(paths: Sequence[str]) -> int:
+    with printing("report"):
+        return _compare(paths)
+
+
+def _compare(paths: Sequence[str]) -> int:
     try:
         runs = [read_results(Path(path)) for path in paths]
         check_comparable(runs)

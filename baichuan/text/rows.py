@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -14,7 +15,10 @@ from baichuan.text.parquet import MAX_ROW_BYTES, parquet_rows
 from baichuan.util.files import open_regular
 
 READ_CHARACTERS = 1 << 16
+MAX_BLANK_LINES = 1 << 20  # one after another: nobody means them, and they take time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
+DECODER = json.JSONDecoder()
 
 Row = tuple[str, dict]  # (its place, for messages; its columns)
 
@@ -72,7 +76,7 @@ def _json_array(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 class _Text:
-    """A file's text, of which a piece is in memory."""
+    """A file's text, of which a piece is in memory; what lies before `place` in it has been read."""
 
     def __init__(self, file: TextIO):
         self.file, self.piece, self.place = file, "", 0
@@ -80,10 +84,9 @@ class _Text:
     def next(self) -> str:
         """The next character that is not white space, which stays; "" at the end."""
         while True:
-            while self.place < len(self.piece):
-                if self.piece[self.place] not in " \t\r\n":
-                    return self.piece[self.place]
-                self.place += 1
+            self.place = SPACE.match(self.piece, self.place).end()  # it matches nothing, too
+            if self.place < len(self.piece):
+                return self.piece[self.place]
             if not self._more():
                 return ""
 
@@ -95,23 +98,23 @@ class _Text:
     def value(self, place: str) -> Any:
         """The JSON value that begins here."""
         self.next()
-        self.piece, self.place = self.piece[self.place :], 0
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.piece)
+                value, end = DECODER.raw_decode(self.piece, self.place)
                 if end < len(self.piece) or not self._more():  # a number may go on
                     self.place = end
                     return value
             except (ValueError, RecursionError) as error:
-                if len(self.piece) > MAX_ROW_BYTES:
+                left = len(self.piece) - self.place
+                if left > MAX_ROW_BYTES:
                     raise _too_long(place) from None
-                if isinstance(error, RecursionError) or not self._more(3 * len(self.piece)):
+                if isinstance(error, RecursionError) or not self._more(3 * left):
                     raise ConfigError(f"{place} is not JSON ({error}); repair the file") from None
 
     def _more(self, count: int = 0) -> bool:
         """Read count characters more, or a few; False at the end."""
         found = self.file.read(max(count, READ_CHARACTERS))
-        self.piece += found
+        self.piece, self.place = self.piece[self.place :] + found, 0
         return bool(found)
 
 
@@ -133,8 +136,12 @@ def _object(row: Any, place: str) -> Row:
 
 def lines(path: Path, file: BinaryIO, blank: bool = False) -> Iterator[tuple[str, str]]:
     """(place, text) of each line, its end included; blank: blank ones too."""
+    name, blanks = str(path), 0
     for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
-        place = f"{path} line {number}"
+        blanks = blanks + 1 if line.isspace() else 0
+        place = f"{name} line {number}"
+        if blanks > MAX_BLANK_LINES:
+            raise ConfigError(f"{place} ends {blanks} blank lines; take them out")
         if len(line) > MAX_ROW_BYTES:
             raise _too_long(place)
         if number == 1:

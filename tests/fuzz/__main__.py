@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from tests.fuzz.case import Result, Runner
+from tests.fuzz.case import Result
 from tests.fuzz.good import outside
 from tests.fuzz.mutate_files import OUTSIDE
 from tests.fuzz.pool import BATCH, Pool, in_child
@@ -132,7 +132,8 @@ def again(target: Target, number: int, goods: dict[str, Path], scratch: Path, ar
 def repeat(target: Target, goods: dict[str, Path], scratch: Path, args: argparse.Namespace, keep: Path) -> int:
     """One case, whose files stay in the folder `keep`."""
     keep.mkdir(parents=True, exist_ok=True)
-    result = Runner(target, goods[target.name], keep).run(args.seed, args.case)
+    pool = Pool(goods, scratch, args.seed, 1, keep)  # in a child: a guard stays as long as its process
+    _, _, result = next(pool.run(iter([(target, args.case, args.case + 1)])))
     show(target, args.case, result, args.seed, keep)
     return 1 if result.fault else 0
 
@@ -158,7 +159,8 @@ def batches(targets: list[Target], counts: dict[str, int]) -> Iterator[tuple[Tar
 
 def show(target: Target, number: int, result: Result, seed: str, keep: Path) -> None:
     command = f"python -m tests.fuzz --seed {seed} --target {target.name!r} --case {number} --keep FOLDER"
-    print(f"\nFAILURE: {result.fault.strip().splitlines()[-1][:300] if result.fault else 'none'}  ({command})")
+    what = f"FAILURE: {result.fault.strip().splitlines()[-1][:300]}" if result.fault else "no failure"
+    print(f"\n{what}  ({command})")
     text = f"{command}\n{result.done}\n{result.argv}\nexit code {result.code}\n{result.fault}\n{result.output}\n"
     keep.mkdir(parents=True, exist_ok=True)
     (keep / f"{target.name}-{number}.txt".replace("/", "_")).write_text(text, errors="backslashreplace")

@@ -57,7 +57,13 @@ TEXTS = [
 SMALL_FILES = [b"\0", b"\n", b"{}", b"[]", b"null", b"PK\x03\x04", b"\x93NUMPY", b"GIF89a", b"\0" * 4096]
 SMALL_FILES += [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>Not found</html>"]
 LARGE_FILES = [(b"[],", 10 << 20), (b"[", 8 << 20), (b"\0", 64 << 20), (b"1,", 16 << 20), (b'{"a":', 1 << 20)]
-LARGE_FILES += [(b"a", 48 << 20), (b"\n", 32 << 20)]  # pieces, and how often they are repeated
+LARGE_FILES += [
+    (b"a", 48 << 20),
+    (b"\n", 32 << 20),
+    (b" ", 64 << 20),
+    (b"{},", 8 << 20),
+    (b"\r\n\n", 20 << 20),
+]  # pieces, and how often they are repeated
 LARGE = 64  # one mutation in this many may make a large file
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.fuzz import mutate_bytes as damage
 from tests.fuzz.mutate_archives import NPZ, TORCH, Mutator, npy
+from tests.fuzz.mutate_protobuf import tokenizer
 from tests.fuzz.mutate_tables import parquet
 
 INTEGERS = [-1, 0, 1, 2, 3, 5, 255, 4096, 1 << 24, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63)]
@@ -78,6 +79,9 @@ def json_document(chance: Random, content: bytes) -> bytes:
     except (ValueError, RecursionError):
         return damage.flip_bits(chance, content)
     match chance.randrange(10):
+        case 0 if not chance.randrange(8):  # many keys, and one of them twice
+            names = b"".join(b'"%x":0,' % number for number in range(chance.choice((1000, 80_000))))
+            return content.replace(b"{", b"{" + names + b'"0":0,', 1)
         case 0:  # a key twice
             return content.replace(b"{", b'{"%s": %d, ' % (_some_key(chance, content), chance.choice(INTEGERS)), 1)
         case 1:  # deep
@@ -217,6 +221,7 @@ BY_NAME: dict[str, tuple[Mutator, ...]] = {
     ".ini": (lines, lines, lines, lines, *damage.TEXT),
     ".safetensors": (*SHARD, *SHARD, *damage.ANY),
     ".engine": (*SHARD, *SHARD, *damage.ANY),
+    ".model": (tokenizer, tokenizer, tokenizer, tokenizer, *damage.ANY),
     ".npz": (NPZ, NPZ, NPZ, NPZ, *damage.ANY),
     ".npy": (npy, npy, npy, npy, npy, *damage.ANY),
     "pytorch_model.bin": (TORCH, TORCH, TORCH, TORCH, *damage.ANY),

@@ -41,8 +41,9 @@ class Child:
 class Pool:
     """Runs cases in at most `jobs` children."""
 
-    def __init__(self, goods: dict[str, Path], scratch: Path, seed: str, jobs: int):
-        self.goods, self.scratch, self.seed, self.jobs = goods, scratch, seed, jobs
+    def __init__(self, goods: dict[str, Path], scratch: Path, seed: str, jobs: int, keep: Path | None = None):
+        """keep: a folder for the one case that is run, whose files stay"""
+        self.goods, self.scratch, self.seed, self.jobs, self.keep = goods, scratch, seed, jobs, keep
         self.children: list[Child] = []
 
     def run(self, batches: Iterator[tuple[Target, int, int]]) -> Iterator[tuple[Target, int, Result]]:
@@ -95,10 +96,11 @@ class Pool:
             )
             if child.first + 1 < child.stop:
                 self.children.append(self._start(child.target, child.first + 1, child.stop))
-        shutil.rmtree(child.folder, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(child.folder, ignore_errors=True)
 
     def _start(self, target: Target, first: int, stop: int) -> Child:
-        folder = Path(tempfile.mkdtemp(prefix="child-", dir=self.scratch))
+        folder = self.keep or Path(tempfile.mkdtemp(prefix="child-", dir=self.scratch))
         reader, writer = os.pipe()
         sys.stdout.flush()
         process = os.fork()
