@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from baichuan.util.signals import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # until main() has begun
+
 from baichuan.cli import build_flags
 from baichuan.cli.common import Parser, run_script
 

@@ -5,6 +5,11 @@ Exit code 1 if something that engines need here is broken, 0 otherwise.
 
 from __future__ import annotations
 
+from baichuan.util.signals import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # it changes nothing that would have to be put in order
+
 import importlib
 import os
 import platform

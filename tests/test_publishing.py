@@ -15,7 +15,7 @@ import pytest
 from baichuan.util import files, publishing
 from baichuan.util.files import atomic_path
 from baichuan.util.publishing import publish_folder, staged_folder
-from baichuan.util.signals import Terminated, sigterm_raises
+from baichuan.util.signals import Terminated, termination_raises
 
 KILLS = 24
 FILES = 20
@@ -25,10 +25,10 @@ import sys
 from itertools import count
 from pathlib import Path
 from baichuan.util.publishing import publish_folder, staged_folder
-from baichuan.util.signals import Terminated, sigterm_raises
+from baichuan.util.signals import Terminated, termination_raises
 folder = Path(sys.argv[1])
 try:
-    with sigterm_raises():
+    with termination_raises():
         for number in count(int(sys.argv[2])):
             with staged_folder(folder) as staged:
                 for name in [*map(str, range({FILES})), "last", f"of_{{number}}"]:
@@ -200,7 +200,7 @@ def test_files_that_dead_writers_left_are_removed_and_those_of_living_ones_stay(
 
 
 def test_sigterm_is_an_exception_once():
-    with pytest.raises(Terminated), sigterm_raises():
+    with pytest.raises(Terminated), termination_raises():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
@@ -214,6 +214,6 @@ def test_a_signal_while_leftovers_are_deleted_comes_afterwards(folder, monkeypat
         delete(path, **flags)
 
     monkeypatch.setattr(files.shutil, "rmtree", interrupted)
-    with pytest.raises(raised), sigterm_raises(), staged_folder(folder) as staged:
+    with pytest.raises(raised), termination_raises(), staged_folder(folder) as staged:
         (staged / "file").write_text("new")
     assert not left_beside(folder)

@@ -21,7 +21,7 @@ from baichuan.errors import UnsupportedError
 from baichuan.parallel.comm import Communicator
 from baichuan.parallel.replicas import END, Asker, Replica, answered, join_replica
 from baichuan.util.progress import Progress
-from baichuan.util.signals import Terminated, sigterm_raises
+from baichuan.util.signals import Terminated, termination_raises
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def run_file(args: argparse.Namespace, comm: Communicator) -> int:
 def _stopped_in_a_sentence(path: str) -> Iterator[None]:
     """Ctrl-C, and the SIGTERM that mpirun sends when another rank has ended."""
     try:
-        with sigterm_raises():
+        with termination_raises():
             yield
     except (KeyboardInterrupt, Terminated):
         raise UnsupportedError(

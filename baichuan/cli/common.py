@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from baichuan import __version__
 from baichuan.cli.ahead import Ahead
-from baichuan.cli.failures import STOPPED, TERMINATED, import_torch, stopped_by, users_error
+from baichuan.cli.failures import import_torch, stopped, stopped_by, users_error
 from baichuan.cli.suggest import unknown_flag
 from baichuan.config import DEVICES, VERSIONS
 from baichuan.errors import BaichuanError
 from baichuan.parallel.launcher import launch
 from baichuan.text.printable import printable, sentence
 from baichuan.util.affinity import cores, leave_single_core
-from baichuan.util.signals import Terminated, noticed, sigterm_raises
+from baichuan.util.signals import ENDING, Terminated, end_by_exception, end_quietly, noticed, termination_raises
 from baichuan.util.start import seconds_since_start, without_collections
 from baichuan.util.streams import lead_nowhere, open_streams
 
@@ -169,20 +169,23 @@ def run_script(
     called_s = time.monotonic()
     open_streams()
     try:
+        end_by_exception()
         args = parser.parse_args(argv)
         args.started_s = called_s if argv is not None else time.monotonic() - seconds_since_start()
         launched = launch()
         bound = leave_single_core(launched.local_size)
-        if engines is None:
-            return _run(parser, args, body, bound)
-        with Ahead(engines(args), launched, args.device) as args.ahead:
+        orderly = termination_raises() if launched.world_size == 1 else nullcontext()  # mpirun sends it after a failure
+        with orderly, nullcontext() if engines is None else Ahead(engines(args), launched, args.device) as args.ahead:
             return _run(parser, args, body, bound)
     except BaichuanError as error:  # of the environment
-        print(f"{parser.prog}: error: {sentence(str(error))}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:  # nothing has begun, and a traceback through parsing or imports says nothing
-        print(f"{parser.prog}: error: {STOPPED}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        message = str(error)
+    except (KeyboardInterrupt, Terminated) as error:  # before the body, or once more while it was left
+        message = stopped(error.number if isinstance(error, Terminated) else signal.SIGINT)
+    finally:
+        if argv is None:  # the process leaves
+            end_quietly()
+    print(f"{parser.prog}: error: {sentence(message)}", file=sys.stderr, flush=True)
+    return USER_ERROR
 
 
 def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> int:
@@ -198,18 +201,15 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
     _configure_logging(args.log_level, comm)
     if bound:
         logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())
-    orderly = sigterm_raises() if comm.world_size == 1 else nullcontext()  # mpirun sends it after a failure
     came: list[tuple[int, float]] = []
     try:
-        with orderly, noticed(signal.SIGINT, signal.SIGTERM) as came:
+        with noticed(*ENDING) as came:
             use_threads(getattr(args, "threads", None), comm.local_size)
             return body(args, comm)
     except BaichuanError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        message = STOPPED
-    except Terminated:
-        message = TERMINATED
+    except (KeyboardInterrupt, Terminated) as error:
+        message = stopped(error.number if isinstance(error, Terminated) else signal.SIGINT)
     except MemoryError:
         message = "the host memory is exhausted; use a smaller batch, shorter lengths or more ranks"
     except torch.OutOfMemoryError:

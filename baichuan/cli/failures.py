@@ -8,8 +8,6 @@ import time
 
 from baichuan.errors import UnsupportedError
 
-STOPPED = "stopped by Ctrl-C; nothing unfinished was kept"
-TERMINATED = "stopped by SIGTERM; nothing unfinished was kept"
 SIGNAL_S = 2  # an error so soon after a signal comes from it
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST)
@@ -31,11 +29,16 @@ def _not_loaded(package: str, error: Exception) -> str:
     )
 
 
+def stopped(number: int) -> str:
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return f"stopped by {name}; nothing unfinished was kept"
+
+
 def stopped_by(came: list[tuple[int, float]]) -> str:
     """Why the program stopped, where the last signal came just now and not before something that went on; else ''."""
     if not came or time.monotonic() - came[-1][1] > SIGNAL_S:
         return ""
-    return STOPPED if came[-1][0] == signal.SIGINT else TERMINATED
+    return stopped(came[-1][0])
 
 
 def users_error(error: Exception) -> str:

@@ -5,6 +5,11 @@ python -m baichuan.evaluation.report A/results.json B/results.json prints the ta
 
 from __future__ import annotations
 
+from baichuan.util.signals import end_quietly
+
+if __name__ == "__main__":
+    end_quietly()  # it changes nothing that would have to be put in order
+
 import json
 import math
 import platform

@@ -17,7 +17,7 @@ from baichuan.util.files import open_regular
 READ_CHARACTERS = 1 << 16
 MAX_BLANK_LINES = 1 << 20  # one after another: nobody means them, and they take time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SPACE = re.compile(r"[ \t\r\n]*")  # JSON's
+VISIBLE = re.compile(r"[^ \t\r\n]")  # what is no white space of JSON's
 DECODER = json.JSONDecoder()
 
 Row = tuple[str, dict]  # (its place, for messages; its columns)
@@ -84,7 +84,8 @@ class _Text:
     def next(self) -> str:
         """The next character that is not white space, which stays; "" at the end."""
         while True:
-            self.place = SPACE.match(self.piece, self.place).end()  # it matches nothing, too
+            found = VISIBLE.search(self.piece, self.place)
+            self.place = found.start() if found else len(self.piece)
             if self.place < len(self.piece):
                 return self.piece[self.place]
             if not self._more():

@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import shutil
-import signal
 import stat
 import tempfile
 import time
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from baichuan.util.signals import deferred
+from baichuan.util.signals import ENDING, deferred
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     remove_abandoned(path.parent, prefix)
     temporary = lock = None
     try:
-        with deferred(signal.SIGINT, signal.SIGTERM):  # in between, nobody would know the file
+        with deferred(*ENDING):  # in between, nobody would know the file
             lock, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
             temporary = Path(name)
         fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives, however it dies
@@ -83,7 +82,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def remove_temporary(path: Path | None) -> None:
     """Remove a file or a folder, if it is still there; signals wait meanwhile."""
-    with deferred(signal.SIGINT, signal.SIGTERM):
+    with deferred(*ENDING):
         if path is not None and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path is not None:

@@ -33,7 +33,7 @@ def run_tasks(
         return
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, CONTEXT, _prepare, (os.getpid(), prepare)) as pool:
-        with ignored(signal.SIGINT):  # inherited: Ctrl-C reaches the whole group, and this process ends the workers
+        with ignored(signal.SIGINT, signal.SIGHUP):  # inherited: the whole group gets them, and workers are ended here
             futures: dict[Future, Any] = {pool.submit(task): key for key, task in tasks.items()}
         try:
             for future in as_completed(futures):

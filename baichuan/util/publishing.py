@@ -6,14 +6,13 @@ import ctypes
 import errno
 import fcntl
 import os
-import signal
 import tempfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 from baichuan.util.files import remove_abandoned, remove_temporary
-from baichuan.util.signals import deferred, ignored
+from baichuan.util.signals import ENDING, deferred, ignored
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
 NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # no exchange here
@@ -32,7 +31,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     remove_abandoned(parent, prefix)
     folder = lock = None
     try:
-        with deferred(signal.SIGINT, signal.SIGTERM):  # in between, nobody would know the folder
+        with deferred(*ENDING):  # in between, nobody would know the folder
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,7 +62,7 @@ def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) ->
     names = {path.name for path in staged.iterdir()}
     for name in names:
         _sync(staged / name)
-    with ignored(signal.SIGINT, signal.SIGTERM):
+    with ignored(*ENDING):
         if not _exchange(staged, target, {path.name for path in target.iterdir()} - names - replaced):
             (target / last).unlink(missing_ok=True)
             for name in sorted(names, key=lambda name: (name == last, name)):

@@ -9,6 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last comes when a terminal is closed
+
+
+def end_quietly() -> None:
+    """Ctrl-C ends the process at once: while it imports, or leaves, a traceback would say nothing."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored: nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_by_exception() -> None:
+    """Undo end_quietly()."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @contextmanager
 def ignored(*signals: signal.Signals) -> Iterator[None]:
@@ -67,22 +81,30 @@ def noticed(*signals: signal.Signals) -> Iterator[list[tuple[int, float]]]:
 
 
 class Terminated(BaseException):
-    """The process was asked to end, by SIGTERM."""
+    """The process was asked to end, by the signal of this number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Within the block the first SIGTERM raises Terminated, so that files are closed and temporary ones deleted."""
+def termination_raises() -> Iterator[None]:
+    """Within the block the first SIGTERM or SIGHUP raises Terminated, so that files are closed and temporary ones
+    deleted.  A SIGHUP that is ignored, as by nohup, still is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [each for each in ENDING[1:] if signal.getsignal(each) is not signal.SIG_IGN]
 
-    def terminate(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+    def terminate(number: int, _: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {each: signal.signal(each, terminate) for each in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
