@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -112,7 +113,16 @@ def test_a_file_of_one_run_is_not_overwritten_nor_mixed(engine, tmp_path, capsys
     assert run.main(flags(engine, prompts, out, *GREEDY, "--resume")) == 0 and out.read_bytes() == before
 
 
-@pytest.mark.parametrize("torn", [b'{"key": "1-7", "requ', b"", b'{"key": "1-7", "request": "0", "error": "full"}\n'])
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b'{"key": "1-7", "requ',
+        b"",
+        bytes(4096),
+        b'{"key": "1-7", "r' + bytes(99),
+        b'{"key": "1-7", "request": "0", "error": "full"}\n',
+    ],
+)
 def test_what_is_missing_is_done_and_what_is_there_is_kept(engine, tmp_path, torn):
     rows = golden_rows()
     prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
@@ -135,7 +145,7 @@ def test_what_is_missing_is_done_and_what_is_there_is_kept(engine, tmp_path, tor
     assert sorted(made) == sorted(row["id"] for row in rows if row["id"] not in ("1-33", "0-7", "0-128"))
 
 
-@pytest.mark.parametrize("theirs", [b"my notes", b'{"key', b'{"some": "thing"}\n', b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("theirs", [b"my notes", b'{"key', b'{"some": "thing"}\n', b"\x93NUMPY\x01\x00", bytes(99)])
 def test_somebody_elses_file_is_not_cut(tmp_path, theirs):
     (tmp_path / "notes.txt").write_bytes(theirs)
     try:
@@ -144,6 +154,18 @@ def test_somebody_elses_file_is_not_cut(tmp_path, theirs):
     except ConfigError as error:
         assert "line 1 is no result" in str(error)
         assert (tmp_path / "notes.txt").read_bytes() == theirs
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    """What could not be written is tried again when the file is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError) as caught, result_file(tmp_path / "out.jsonl", resume=False, keys=()) as results:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            results.write({"key": "a", "request": "0", "text": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "out.jsonl")
 
 
 def test_results_of_no_prompt_of_this_run_take_no_memory(tmp_path):

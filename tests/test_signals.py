@@ -13,15 +13,17 @@ from baichuan.cli import common, failures
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["run.py", "build.py", "summarize.py", "hf_baichuan_convert.py"]
-AT_IMPORT = """
-import runpy, signal, sys
+# A shell's process in the background ignores Ctrl-C.
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+AT_IMPORT = f"""{HEARD}
+import runpy, sys
 class Finder:
     def find_spec(name, path=None, target=None):
         if name in ("argparse", "platform", "baichuan.cli"):
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Finder)
 """
-AT_EXIT = "import atexit, runpy, signal, sys; atexit.register(signal.raise_signal, signal.SIGINT); "
+AT_EXIT = f"{HEARD}import atexit, runpy, signal, sys; atexit.register(signal.raise_signal, signal.SIGINT); "
 
 
 @pytest.mark.parametrize(

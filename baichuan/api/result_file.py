@@ -29,7 +29,8 @@ class ResultFile:
         """Take up the results of an earlier run for these keys; a line that it did not finish is removed."""
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b""), start=1):
             values = _result(line)
-            torn = not line.endswith(b"\n") and line.startswith(START[: len(line)])
+            zeros = number > 1 and not line.strip(b"\0")  # of a machine that lost its power
+            torn = not line.endswith(b"\n") and (zeros or line.startswith(START[: len(line)]))
             if values is None and (not torn or len(line) == MAX_LINE_BYTES):
                 raise ConfigError(f"output_jsonl {self.path} line {number} is no result; name another file")
             if values is None:
@@ -52,12 +53,8 @@ class ResultFile:
     def write(self, values: Mapping[str, Any]) -> None:
         """Add a result: its key, its request, and an error or what was made."""
         line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            error.filename = str(self.path)  # a failed write does not name its file
-            raise
+        self._file.write(line)
+        self._file.flush()
         self._took(values, len(line))
 
     def put_in_order(self, keys: Sequence[str]) -> None:
@@ -95,17 +92,23 @@ def result_file(path: Path, resume: bool, keys: Container[str]) -> Iterator[Resu
         file = open(path, "a+b")  # noqa: SIM115  # closed below
     except OSError as error:
         raise ConfigError(f"output_jsonl {path} cannot be written ({error.strerror}); choose another folder") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output_jsonl {path} is written by another run; name another file") from None
-        if file.tell() and not resume:
-            raise ConfigError(f"output_jsonl {path} has results already; add --resume to go on, or name another file")
-        file.seek(0)
-        results = ResultFile(path, file)
-        results.read(keys)
-        yield results
+    try:
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"output_jsonl {path} is written by another run; name another file") from None
+            if file.tell() and not resume:
+                raise ConfigError(
+                    f"output_jsonl {path} has results already; add --resume to go on, or name another file"
+                )
+            file.seek(0)
+            results = ResultFile(path, file)
+            results.read(keys)
+            yield results
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
 
 
 def _result(line: bytes) -> dict[str, Any] | None:
