@@ -19,6 +19,7 @@ import torch
 from baichuan.executors.cuda.comm import Nccl, slots_of
 from baichuan.executors.device import gpu_of_rank
 from baichuan.kernels import exchange, sum_norm
+from baichuan.kernels.gemv import gemv
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN
 from baichuan.parallel.comm import world_of_this_process
@@ -154,7 +155,20 @@ def replay(comm: Nccl, device: torch.device, replays: int, die: bool) -> int:
     zeros = torch.zeros(3, WIDTH, dtype=torch.float16, device=device)
 
     def numbers(rank: int, message: int) -> torch.Tensor:  # integers that float16 holds exactly, and their sums
-        return (((turn * 7 + message * 31 + rank * 101) % 256) + column).to(torch.float16).expand(3, -1)
+        return (first(rank, message) + column).to(torch.float16).expand(3, -1)
+
+    def first(rank: int, message: int) -> torch.Tensor:
+        return (turn * 7 + message * 31 + rank * 101) % 256
+
+    matrix = torch.zeros(WIDTH, 16, dtype=torch.float16, device=device)
+    matrix[:, 0], matrix[:, 1] = column, ones
+
+    def one_and_first(rank: int, message: int) -> torch.Tensor:
+        """[1, 16], which makes numbers(rank, message) of the matrix."""
+        x = torch.zeros(1, 16, dtype=torch.float16, device=device)
+        x[:, 0] = ones[0]
+        x[:, 1] = first(rank, message)
+        return x
 
     def step() -> None:
         turn.add_(1)
@@ -163,8 +177,14 @@ def replay(comm: Nccl, device: torch.device, replays: int, die: bool) -> int:
             _, total = sum_norm.sum_norm(numbers(comm.rank, message), zeros, ones, EPS, PLAIN, slots)
             expected = sum(numbers(rank, message) for rank in range(comm.world_size))
             wrong.add_((total != expected).sum())
-        gathered = comm.all_gather(numbers(comm.rank, 5))
-        expected = torch.cat([numbers(rank, 5) for rank in range(comm.world_size)], -1)
+        for message in (5, 6):  # which a product of one token sends itself
+            slots = slots_of(comm, zeros[:1].nbytes)
+            part = gemv(one_and_first(comm.rank, message), matrix, torch.float16, slots=slots)
+            _, total = sum_norm.sum_norm(part, zeros[:1], ones, EPS, PLAIN, slots, sent=True)
+            expected = sum(numbers(rank, message)[:1] for rank in range(comm.world_size))
+            wrong.add_((total != expected).sum())
+        gathered = comm.all_gather(numbers(comm.rank, 7))
+        expected = torch.cat([numbers(rank, 7) for rank in range(comm.world_size)], -1)
         wrong.add_((gathered != expected).sum())
         comm.end_step()
 

@@ -19,6 +19,7 @@ import torch.multiprocessing as multiprocessing
 
 from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
 from baichuan.kernels import exchange, sum_norm
+from baichuan.kernels.gemv import gemv
 from baichuan.kernels.operand import PLAIN
 
 RANKS, WIDTH, ROWS, SLOT_BYTES = 3, 40, 3, 1024
@@ -42,6 +43,11 @@ def run_rank(rank: int, memory: torch.Tensor, wrong: torch.Tensor, steps: int, f
             x, residual = numbers(rank, step, message, rows), torch.zeros(rows, WIDTH).half()
             _, total = sum_norm.sum_norm(x, residual, ones, 1e-6, PLAIN, mine.slots(x.nbytes))
             wrong[rank] += (total != sum(numbers(each, step, message, rows) for each in range(RANKS))).sum()
+        for message in (5, 6):  # which a product of one token sends itself
+            y, slots = numbers(rank, step, message, 1), mine.slots(2 * WIDTH)
+            part = gemv(torch.eye(16)[:1].half(), torch.nn.functional.pad(y.T, (0, 15)), torch.float16, slots=slots)
+            _, total = sum_norm.sum_norm(part, residual[:1], ones, 1e-6, PLAIN, slots, sent=True)
+            wrong[rank] += (total != sum(numbers(each, step, message, 1) for each in range(RANKS))).sum()
         x = numbers(rank, step, 4, ROWS)
         quantised = exchange.quantise_over_ranks(x, torch.ones(WIDTH), mine.slots(4 * ROWS))
         largest = torch.stack([numbers(each, step, 4, ROWS) for each in range(RANKS)]).float().amax((0, 2))
