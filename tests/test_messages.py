@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,14 @@ import run
 import summarize
 from baichuan import __version__
 from baichuan.api.llm import LLM
+from baichuan.cli import common
 from baichuan.config import SamplingConfig
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
 from baichuan.executors.backend import OpenSettings
 from baichuan.executors.registry import BACKENDS
+from baichuan.parallel.comm import Solo
+from baichuan.util.library_logs import through_our_log
 
 VERSION = "v1_7b"
 MAINS = {"build": build.main, "run": run.main, "summarize": summarize.main, "convert": hf_baichuan_convert.main}
@@ -261,3 +265,12 @@ def test_summarize_checks_before_it_loads(engine, tmp_path, capsys, monkeypatch,
 def test_run_checks_before_it_loads(engine, capsys, monkeypatch, flags, sentence):
     monkeypatch.setattr(LLM, "load", None)
     assert sentence in last_line(run.main, ["--engine_dir", str(engine), *flags], capsys)
+
+
+@pytest.mark.parametrize(("level", "shown"), [("error", False), ("warning", True)])
+def test_messages_of_libraries_heed_the_level(level, shown, capsys):
+    """transformers' loggers have a level of their own, whatever the root logger's is."""
+    through_our_log("transformers")
+    common._configure_logging(level, Solo())
+    logging.getLogger("transformers.generation.stopping_criteria").warning("a friendly reminder")
+    assert ("a friendly reminder" in capsys.readouterr().err) == shown

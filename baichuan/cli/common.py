@@ -257,9 +257,10 @@ class _Printable(logging.Formatter):
 
 
 def _configure_logging(level: str, comm: Communicator) -> None:
-    """Log to standard error; messages below a warning come from rank 0 alone."""
+    """Log to standard error; messages below a warning come from rank 0 alone, those of libraries from a warning on."""
     level_number = getattr(logging, level.upper())
     handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level_number)  # a library's logger has a level of its own
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
