@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -12,11 +13,18 @@ from baichuan.config import SAMPLING_DEFAULTS
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.chat import ChatRoles, build_chat_prompt, role_ids
 
+CONTEXT, NEW_TOKENS = 256, 64  # of the reference's shortened cases: the prompt may have the difference
+
 
 @pytest.mark.parametrize("name", each(TINY, RELEASED))
 def test_prompts_equal_the_original(name):
+    t, shortened = tokenizer(name), 0
     for case in original(name)["chat"]:
-        assert build_chat_prompt(tokenizer(name), case["messages"]) == case["build_chat_input"]
+        assert build_chat_prompt(t, case["messages"]) == case["build_chat_input"]
+        prompt = build_chat_prompt(t, case["messages"], max_input_len=CONTEXT - NEW_TOKENS)
+        assert prompt == case["build_chat_input_ctx256_new64"]
+        shortened += len(prompt) < len(case["build_chat_input"])
+    assert shortened  # the cases hold one that does not fit
 
 
 @pytest.mark.parametrize("name", each(RELEASED))
@@ -34,6 +42,24 @@ def test_the_format_that_ends_answers_with_eos_is_another(name):
         assert (
             build_chat_prompt(tokenizer(name), case["messages"]) != case["v1_july2023__build_chat_input"]
         ) == answered
+
+
+def test_a_chat_that_is_too_long_loses_whole_rounds_then_its_beginning(caplog):
+    t = tokenizer("small_v2")
+    say = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    chat = [say("system", "S"), say("user", "old"), say("assistant", "yes"), say("user", "new")]
+    system, old, new = t.encode("S"), [195, *t.encode("old"), 196, *t.encode("yes")], [195, *t.encode("new")]
+    whole = system + old + new
+    for limit in range(1, len(whole) + 5):
+        expected = whole if limit >= len(whole) else system + new
+        assert build_chat_prompt(t, chat, max_input_len=limit) == [*expected, 196][-limit:]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        build_chat_prompt(t, chat, max_input_len=len(whole) + 1)
+        build_chat_prompt(t, chat, max_input_len=len(whole) - 1)
+        assert not caplog.records
+        build_chat_prompt(t, chat, max_input_len=2)
+    assert f"its first {len(system + new) - 1} ids are left out" in caplog.text
 
 
 @pytest.mark.parametrize("name", each(SMALL, RELEASED))
@@ -121,3 +147,8 @@ def test_a_generation_config_that_cannot_be_used_is_refused(tmp_path, content, w
 def test_messages_that_are_no_chat_are_refused(messages, why):
     with pytest.raises(ConfigError, match=why):
         build_chat_prompt(tokenizer("tiny_v1"), messages)
+
+
+def test_a_prompt_without_room_is_refused():
+    with pytest.raises(ConfigError, match="max_input_len 0 is out of range"):
+        build_chat_prompt(tokenizer("tiny_v1"), [{"role": "user", "content": "x"}], max_input_len=0)

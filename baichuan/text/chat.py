@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from baichuan.config import require_choice
+from baichuan.config import require_choice, require_range
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.settings import CONFIG_NAME, read_settings
 from baichuan.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class ChatRoles(NamedTuple):
@@ -42,22 +45,45 @@ def build_chat_prompt(
     messages: Sequence[Mapping[str, str]],
     user_id: int = ChatRoles().user_id,
     assistant_id: int = ChatRoles().assistant_id,
+    max_input_len: int | None = None,
 ) -> list[int]:
     """Ids of [system] (user_id user [assistant_id assistant])... assistant_id, no bos and no eos.
 
     messages: {"role": "system" | "user" | "assistant", "content": text}, the system's only as the first.  The last
     assistant_id is left out where the assistant spoke last.  Content is text: a role's name in it stays text.
-    Source: build_chat_input in the released models' generation_utils.py, for all four versions, which also cuts a chat
-    that is too long; generation/conversation.py leaves out rounds instead.
+    max_input_len: the prompt's ids at most.  The system and the newest round (a user's message and its answers) are
+    kept, older rounds while they fit; what is still too long loses its beginning, with a warning.  None keeps all.
+    Source: build_chat_input in the released models' generation_utils.py, for all four versions.
     """
     for role_id in (user_id, assistant_id):
         tokenizer.check_role_id(role_id)
     _check_messages(messages)
+    if max_input_len is not None:
+        require_range("max_input_len", max_input_len, 1, 1 << 20)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_literal(text, (user_id, assistant_id))
+
     openers = {"system": [], "user": [user_id], "assistant": [assistant_id]}
-    prompt: list[int] = []
-    for message in messages:
-        prompt += openers[message["role"]] + tokenizer.encode_literal(message["content"], (user_id, assistant_id))
-    return prompt if messages[-1]["role"] == "assistant" else [*prompt, assistant_id]
+    turns = [(message["role"], openers[message["role"]] + encode(message["content"])) for message in messages]
+    system = turns.pop(0)[1] if turns[0][0] == "system" else []
+    rounds: list[list[int]] = []
+    for role, ids in turns:
+        if role == "user" or not rounds:
+            rounds.append([])
+        rounds[-1] += ids
+
+    closing = [] if messages[-1]["role"] == "assistant" else [assistant_id]
+    if max_input_len is None:
+        return system + sum(rounds, []) + closing
+    history = rounds.pop() if rounds else []
+    while rounds and len(system) + len(history) + len(rounds[-1]) <= max_input_len:
+        history = rounds.pop() + history
+    prompt = system + history + closing
+    if len(prompt) > max_input_len:
+        cut = len(prompt) - max_input_len
+        logger.warning("the chat does not fit in max_input_len %d; its first %d ids are left out", max_input_len, cut)
+    return prompt[-max_input_len:]
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
