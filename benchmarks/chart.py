@@ -30,6 +30,8 @@ PRECISIONS = {
     "int4": "INT4 weights, groups of 32",
     "int4_zeros": "INT4 weights and zeros, groups of 32",
     "int4_per_channel": "INT4 weights, per channel",
+    "int4_g64": "INT4 weights, groups of 64",
+    "int4_g64_zeros": "INT4 weights and zeros, groups of 64",
     "int4_g128": "INT4 weights, groups of 128",
     "int4_g128_zeros": "INT4 weights and zeros, groups of 128",
     "smooth_quant": "SmoothQuant",

@@ -75,18 +75,25 @@ class Quality:
     measured: str = ""  # its name in docs/performance.json, if it has been
 
 
-INT4 = {size: QuantConfig("int4", group_size=size) for size in (32, 64)}
+INT4 = {name: QuantConfig("int4", group_size=size) for name, size in (("int4", 32), ("int4_g64", 64))}
 SMOOTH = QuantConfig("smooth_quant", per_token=True, per_channel=True)
 QUALITIES = (
     Quality("float16", QuantConfig(), "float16", "float16"),
     Quality("INT8", QuantConfig("int8"), "INT8 weight-only", "int8"),
     Quality("INT8, GPTQ", QuantConfig("int8"), "INT8 by GPTQ", "int8"),
     *(
-        Quality(f"INT4 g{size}, GPTQ", replace(quant, zero_points=True), f"INT4 by GPTQ, groups of {size}")
-        for size, quant in INT4.items()
+        Quality(
+            f"INT4 g{quant.group_size}, GPTQ",
+            replace(quant, zero_points=True),
+            f"INT4 by GPTQ, groups of {quant.group_size}",
+            f"{measured}_zeros",
+        )
+        for measured, quant in INT4.items()
     ),
-    Quality("INT4 g32", INT4[32], "INT4 weight-only, groups of 32", "int4"),
-    Quality("INT4 g64", INT4[64], "INT4 weight-only, groups of 64"),
+    *(
+        Quality(f"INT4 g{quant.group_size}", quant, f"INT4 weight-only, groups of {quant.group_size}", measured)
+        for measured, quant in INT4.items()
+    ),
     Quality("SmoothQuant", SMOOTH, "SmoothQuant auto, pt + pc", "smooth_quant_per_token"),
     Quality("FP8", replace(SMOOTH, weights="fp8"), "FP8, pt + pc", "fp8"),
 )
