@@ -86,29 +86,47 @@ def _as_float(digits, DIGITS: tl.constexpr):
 
 @triton.jit
 def _of_groups(numbers, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The number of every four words' group, from word k on, in float32 and 0 beyond the row: [..., BLOCK_K / 4].
+    """The number of every four words' group, from word k on, and 0 beyond the row: [..., BLOCK_K / 4].
 
     A group is a multiple of four words.  numbers: pointer to the first one, or pointers [BLOCK_N, 1] to each row's
     """
-    first = k + tl.arange(0, BLOCK_K // 4) * 4
-    return tl.load(numbers + (first // WORDS_PER_GROUP)[None, :], (first < words)[None, :], other=0).to(tl.float32)
+    four = k // 4 + tl.arange(0, BLOCK_K // 4)
+    places = numbers + (four // (WORDS_PER_GROUP // 4))[None, :]
+    # multiple_of says that neighbours need not lie aligned, so that each thread loads the numbers that it needs itself:
+    # of several at once it would have to pass some on through shared memory, with two barriers a block.
+    return tl.load(tl.multiple_of(places, (1, 1)), (four < words // 4)[None, :], other=0)
 
 
 @triton.jit
-def _group_sums(sums, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
-    """The sums of every four words, less what zeros take off, times their group's scale: [BLOCK_N, BLOCK_K / 4].
+def _load_block(places, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words of the rows from word k on, [BLOCK_N, BLOCK_K]; with groups also scales, and zeros, of every four of them.
 
-    scales, zeros: pointers [BLOCK_N, 1] to each row's first one; x_sums: with ZERO every four words' part in the sum of
-    the token over their group, [1, BLOCK_K / 4] float32
+    places: pointers [BLOCK_N, 1] to each row's first word, scale and zero
     """
-    fours = ()
-    for digit in tl.static_range(DIGITS):
-        fours = fours + (tl.sum(tl.reshape(sums[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
-    four = _as_float(fours, DIGITS)
-    if ZERO:
-        four -= _of_groups(zeros, k, words, WORDS_PER_GROUP, BLOCK_K) * x_sums
-    return four * _of_groups(scales, k, words, WORDS_PER_GROUP, BLOCK_K)
+    columns = k + tl.arange(0, BLOCK_K)
+    # Beyond the row's end a word may be anything, because x is 0 there.
+    block = (tl.load(places[0] + columns[None, :], (columns < words)[None, :]),)
+    if WORDS_PER_GROUP > 0:
+        block = block + (_of_groups(places[1], k, words, WORDS_PER_GROUP, BLOCK_K),)
+        if ZERO:
+            block = block + (_of_groups(places[2], k, words, WORDS_PER_GROUP, BLOCK_K),)
+    return block
+
+
+@triton.jit
+def _begin(weight, scale, zero, row, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr,
+           BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+    """(places, first block: of _load_block; sums, total: of _add_block; scales and zeros of rows without groups)."""
+    groups = words // WORDS_PER_GROUP if WORDS_PER_GROUP > 0 else 1
+    places = ((weight + row * words)[:, None], (scale + row * groups)[:, None], (zero + row * groups)[:, None])
+    block = _load_block(places, 0, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+    row_scale, row_zero = 1.0, 0.0
+    if WORDS_PER_GROUP == 0:
+        row_scale = tl.load(scale + row).to(tl.float32)
+        if ZERO:
+            row_zero = tl.load(zero + row).to(tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32) if WORDS_PER_GROUP > 0 else 0.0
+    return places, block, _zeros(BLOCK_N, BLOCK_K, DIGITS), total, row_scale, row_zero
 
 
 @triton.jit
@@ -121,15 +139,23 @@ def _row_sums(sums, DIGITS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(sums, total, w, x_words, scales, zeros, x_sums, k, words, WORDS_PER_GROUP: tl.constexpr,
-               ZERO: tl.constexpr, INT4: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               DIGITS: tl.constexpr):  # fmt: skip
-    """(sums, total) with the block of words from word k on: in total, scaled, where there are groups, else in sums."""
-    if WORDS_PER_GROUP > 0:
-        part = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), w, x_words, DIGITS, INT4)
-        total += _group_sums(part, scales, zeros, x_sums, k, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS)
+def _add_block(sums, total, block, x_words, x_sums, GROUPED: tl.constexpr, ZERO: tl.constexpr, INT4: tl.constexpr,
+               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
+    """(sums, total) with one block of _load_block more: without groups in sums, [BLOCK_N, BLOCK_K] for each digit.
+
+    With groups in total, [BLOCK_N, BLOCK_K / 4]: sums of four words, less what zeros take off, times the group's scale.
+    x_sums: with ZERO every four words' part in the sum of the token over their group, [1, BLOCK_K / 4] float32
+    """
+    if GROUPED:
+        part, fours = _add_words(_zeros(BLOCK_N, BLOCK_K, DIGITS), block[0], x_words, DIGITS, INT4), ()
+        for digit in tl.static_range(DIGITS):
+            fours = fours + (tl.sum(tl.reshape(part[digit], (BLOCK_N, BLOCK_K // 4, 4)), 2),)
+        four = _as_float(fours, DIGITS)
+        if ZERO:
+            four -= block[2].to(tl.float32) * x_sums
+        total += four * block[1].to(tl.float32)
     else:
-        sums = _add_words(sums, w, x_words, DIGITS, INT4)
+        sums = _add_words(sums, block[0], x_words, DIGITS, INT4)
     return sums, total
 
 
@@ -147,57 +173,37 @@ def _gemv_int(
     GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < out_features
-    row = tl.minimum(n, out_features - 1).to(tl.int64)
+    row = tl.minimum(n, out_features - 1).to(tl.int64)  # beyond the last row that one again
     columns = tl.arange(0, BLOCK_K)
-    rows = (weight + row * words)[:, None]
-    # Beyond the row's end w may be anything, because x is 0 there.
-    w = tl.load(rows + columns[None, :], (columns < words)[None, :])
-    scales, zeros, total, row_scale, row_zero = scale, zero, 0.0, 1.0, 0.0
-    if GROUPED:
-        scales = scale + row[:, None] * (words // WORDS_PER_GROUP)
-        zeros = zero + row[:, None] * (words // WORDS_PER_GROUP)
-        total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
-    else:
-        row_scale = tl.load(scale + n, inside, other=0.0).to(tl.float32)
-        if ZERO:
-            row_zero = tl.load(zero + n, inside, other=0).to(tl.float32)
-    sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+    places, block, sums, total, row_scale, row_zero = _begin(
+        weight, scale, zero, row, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS
+    )
     if GATED:
-        up_rows = rows + out_features.to(tl.int64) * words
-        w_up = tl.load(up_rows + columns[None, :], (columns < words)[None, :])
-        up_scales, up_zeros, up_total, up_scale, up_zero = scale, zero, 0.0, 1.0, 0.0
-        if GROUPED:
-            up_scales = scales + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
-            up_zeros = zeros + out_features.to(tl.int64) * (words // WORDS_PER_GROUP)
-            up_total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
-        else:
-            up_scale = tl.load(scale + out_features + n, inside, other=0.0).to(tl.float32)
-            if ZERO:
-                up_zero = tl.load(zero + out_features + n, inside, other=0).to(tl.float32)
-        up_sums = _zeros(BLOCK_N, BLOCK_K, DIGITS)
+        up_places, up_block, up_sums, up_total, up_scale, up_zero = _begin(
+            weight, scale, zero, row + out_features, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS
+        )
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     if WORLD_SIZE > 1:
         targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, y.dtype.element_ty)
     wait_for_inputs(OVERLAP)
+    factor = tl.load(x_scale)
     for start in range(0, words, BLOCK_K):
         k = start + columns
-        later = (k + BLOCK_K < words)[None, :]
         x_words, x_sums = (), 0.0
         for number in tl.static_range(DIGITS * (2 if INT4 else 1)):
             x_words = x_words + (tl.load(x + number * words + k, k < words, other=0),)
         if ZERO and GROUPED:
             x_sums = _of_groups(x_scale + 1, start, words, WORDS_PER_GROUP, BLOCK_K) * (4 / WORDS_PER_GROUP)
-        current = w
-        w = tl.load(rows + (k + BLOCK_K)[None, :], later)
-        sums, total = _add_block(sums, total, current, x_words, scales, zeros, x_sums, start, words, WORDS_PER_GROUP,
-                                 ZERO, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
+        current = block  # the next one is on its way while the sums take this one
+        block = _load_block(places, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+        sums, total = _add_block(sums, total, current, x_words, x_sums, GROUPED, ZERO, INT4,
+                                 BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
-            current = w_up
-            w_up = tl.load(up_rows + (k + BLOCK_K)[None, :], later)
-            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, up_scales, up_zeros, x_sums, start,
-                                           words, WORDS_PER_GROUP, ZERO, INT4, BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
-    factor = tl.load(x_scale)
+            current = up_block
+            up_block = _load_block(up_places, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+            up_sums, up_total = _add_block(up_sums, up_total, current, x_words, x_sums, GROUPED, ZERO, INT4,
+                                           BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
     if INT4:
         factor *= 0.0625
     x_sum = tl.load(x_scale + 1) if ZERO and not GROUPED else 0.0
@@ -221,10 +227,10 @@ GEMV_INT = KernelSpec(
 # What measures fastest on an H200, by the matrix's shape and the integers: weights and token of one byte (w8a8), or an
 # operand.Int16 token and weights of 8 or 4 bits.
 BLOCKS = {
-    "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(1, 256, 2), "int4": GemvBlock(2, 256, 2)},
-    "tall": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
+    "gated": {"w8a8": GemvBlock(1, 512, 4), "int8": GemvBlock(1, 256, 2), "int4": GemvBlock(2, 128, 1)},
+    "tall": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 128, 2)},
     "wide": {"w8a8": GemvBlock(2, 1024, 4), "int8": GemvBlock(2, 512, 4), "int4": GemvBlock(4, 256, 2)},
-    "square": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 256, 2)},
+    "square": {"w8a8": GemvBlock(4, 1024, 8), "int8": GemvBlock(2, 256, 2), "int4": GemvBlock(4, 128, 2)},
 }
 
 
