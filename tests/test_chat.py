@@ -114,10 +114,12 @@ def test_role_ids_come_from_generation_config(tmp_path):
 @pytest.mark.parametrize(
     "content, why",
     [
-        (b"{", "not a JSON object"),
+        (b"{", "not valid JSON"),
+        (b'{"top_k": 1, "top_k": 5}', "'top_k' is there twice"),
+        (b'{"top_p": NaN}', "NaN is no JSON number"),
         (b"[1]", "not a JSON object"),
-        (b"\xff\xfe{}", "not a JSON object"),
-        (b"[" * 100_000, "not a JSON object"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
         (b" " * (1 << 20) + b"{}", "is larger than"),
         (b'{"user_token_id": "195"}', "user_token_id '195'"),
         (b'{"user_token_id": true}', "user_token_id True"),

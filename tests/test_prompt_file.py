@@ -69,7 +69,7 @@ BAD = {
         ('{"prompt_ids": [1, "2"]}', "line 1 has a prompt_id '2'"),
         ('{"prompt": "a", "id": [1]}', "line 1 has id [1], which must be text"),
         ('{"prompt": "a", "id": "2"}\n{"prompt": "b"}', "line 2 has the id 2, as"),
-        ('{"prompt": "a", "prompt": "b"}', "line 1 is not JSON (a name is there twice)"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1 is not JSON ('prompt' is there twice)"),
         ('{"prompt": "a", "id": "x\\ud800"}', "line 1 has an id that is not valid UTF-8 at character 1"),
         ("[" * 100_000, "line 1 is not JSON"),
         ("", "holds no prompt"),

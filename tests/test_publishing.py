@@ -91,9 +91,9 @@ def test_kills_at_random_instants(folder, by):
     assert not left_beside(folder)
 
 
-@pytest.mark.parametrize("module, begin", [(publishing, staged_folder), (files, atomic_path)])
-def test_a_signal_just_before_what_is_temporary_is_removed(module, begin, tmp_path, monkeypatch):
-    calls, remove = [], module.remove_temporary
+@pytest.mark.parametrize("begin", [staged_folder, atomic_path])
+def test_a_signal_just_before_what_is_temporary_is_removed(begin, tmp_path, monkeypatch):
+    calls, remove = [], files.remove_temporary
 
     def interrupted(path):
         calls.append(path)
@@ -101,7 +101,7 @@ def test_a_signal_just_before_what_is_temporary_is_removed(module, begin, tmp_pa
             raise KeyboardInterrupt
         remove(path)
 
-    monkeypatch.setattr(module, "remove_temporary", interrupted)
+    monkeypatch.setattr(files, "remove_temporary", interrupted)
     target = tmp_path / "target"
     if begin is staged_folder:
         target.mkdir()

@@ -9,7 +9,6 @@ messages and ids as JSON.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from baichuan.errors import ConfigError
 from baichuan.text.parquet import parquet_rows
 from baichuan.text.rows import csv_rows, lines
 from baichuan.util.files import open_regular
+from baichuan.util.strict_json import strict_json
 
 SETTINGS: dict[str, tuple[type, ...]] = {
     "max_output_len": (int,),
@@ -122,15 +122,9 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 def _json(place: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is not JSON ({error}); correct it") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(values := dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
-    return values
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

@@ -63,7 +63,7 @@ def results(evaluation: Evaluation, settings: dict[str, Any], complete: bool) ->
         {"key": side.key, "label": side.label, **side.facts, **asdict(evaluation.figures(side.key))}
         for side in evaluation.sides
     ]
-    return _finite(
+    return _json_value(
         {
             "format": FORMAT,
             "complete": complete,  # False: the run was stopped, and the figures cover the batches completed before
@@ -223,13 +223,13 @@ def _megabytes(side: dict[str, Any]) -> str:
     return f"{side['bytes'] / 1e6:.1f}"
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """`value` with NaN and infinity, which JSON lacks, as text."""
     match value:
         case dict():
-            return {key: _finite(each) for key, each in value.items()}
+            return {key: _json_value(each) for key, each in value.items()}
         case list() | tuple():
-            return [_finite(each) for each in value]
+            return [_json_value(each) for each in value]
         case float():
             return value if math.isfinite(value) else str(value)
         case _:

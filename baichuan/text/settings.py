@@ -3,7 +3,6 @@ checkpoint's text needs besides weights; both travel together."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.tokenizer import MODEL_NAME
 from baichuan.util.files import read_at_most
+from baichuan.util.strict_json import strict_json
 
 CONFIG_NAME = "generation_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -36,9 +36,11 @@ def read_settings(folder: Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from None
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
-        values = None
+        values = strict_json(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is not valid JSON ({error}); copy the checkpoint's {CONFIG_NAME} again"
+        ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is not a JSON object; copy the checkpoint's {CONFIG_NAME} again")
     return values

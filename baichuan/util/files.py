@@ -10,8 +10,8 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,8 +43,7 @@ def read_at_most(path: Path, limit: int) -> bytes:
         return content
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> AbstractContextManager[Path]:
     """A temporary path beside `path` that replaces it when the block ends well and is deleted when it does not.
 
     Where `path` is a symbolic link, the link stays and its target is replaced.  OSError where a folder, a device or a
@@ -53,21 +52,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # Path.resolve raises where links form a loop
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "a folder, device or pipe is there, which no file can replace", str(path))
-    prefix = f".{path.name}.unfinished-"
-    remove_abandoned(path.parent, prefix)
-    temporary = lock = None
-    try:
-        with deferred(*ENDING):  # in between, nobody would know the file
-            lock, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
-            temporary = Path(name)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives, however it dies
-        yield temporary
+
+    def replace(temporary: Path) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+
+    return unfinished(path, path.parent, f".{path.name}.unfinished-", _new_file, replace)
+
+
+@contextmanager
+def unfinished(
+    target: Path, parent: Path, prefix: str, make: Callable[..., str], finish: Callable[[Path], None]
+) -> Iterator[Path]:
+    """A new file or folder in `parent`, whose name begins with `prefix`, for what `target` is to hold.
+
+    make: tempfile.mkdtemp or its like.  finish: called with the path when the block ends well.  What is still there
+    afterwards is deleted; so is what processes that died left under such names.
+    """
+    remove_abandoned(parent, prefix)
+    temporary = lock = None
+    try:
+        with deferred(*ENDING):  # in between, nobody would know the path
+            temporary = Path(make(prefix=prefix, dir=parent))
+        lock = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives, however it dies
+        yield temporary
+        finish(temporary)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not name its file
+        error.filename = error.filename or str(target)  # a failed write does not name its file
         raise
     finally:
         try:
@@ -78,6 +92,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         finally:
             if lock is not None:
                 os.close(lock)
+
+
+def _new_file(prefix: str, dir: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=dir)
+    os.close(handle)
+    return name
 
 
 def remove_temporary(path: Path | None) -> None:

@@ -4,50 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from baichuan.util.files import remove_abandoned, remove_temporary
-from baichuan.util.signals import ENDING, deferred, ignored
+from baichuan.util.files import unfinished
+from baichuan.util.signals import ENDING, ignored
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
 NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # no exchange here
 
 
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path) -> AbstractContextManager[Path]:
     """An empty folder for the new content of the folder `target`; what is still in it at the end is deleted.
 
-    It lies beside target, or inside it where nothing can be created beside it.  Folders that dead processes left are
-    removed.
+    It lies beside target, or inside it where nothing can be created beside it.
     """
     target = Path(os.path.realpath(target))
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
-    parent, prefix = target.parent if beside else target, f".{target.name}.building-"
-    remove_abandoned(parent, prefix)
-    folder = lock = None
-    try:
-        with deferred(*ENDING):  # in between, nobody would know the folder
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held while this process lives, however it dies
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
-    except OSError as error:
-        error.filename = error.filename or str(target)  # a failed write does not name its file
-        raise
-    finally:
-        try:
-            remove_temporary(folder)
-        except BaseException:  # a signal's, from just before signals were deferred there
-            remove_temporary(folder)
-            raise
-        finally:
-            if lock is not None:
-                os.close(lock)
+    parent = target.parent if beside else target
+    return unfinished(target, parent, f".{target.name}.building-", tempfile.mkdtemp, lambda _: None)
 
 
 def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:

@@ -181,7 +181,7 @@ class BinaryFolder:
         return TensorSource(
             array.shape,
             _torch_dtype(array),
-            lambda a, b: self._finite(array, torch.from_numpy(self._map(array)[a:b].copy()).to(self.device)),
+            lambda a, b: self._require_finite(array, torch.from_numpy(self._map(array)[a:b].copy()).to(self.device)),
         )
 
     def _transposed(self, array: Array) -> TensorSource:
@@ -189,7 +189,7 @@ class BinaryFolder:
 
         def read(start: int, stop: int) -> Tensor:
             columns = torch.from_numpy(self._map(array)[:, start:stop].copy())
-            return self._finite(array, columns.to(self.device)).t().contiguous()
+            return self._require_finite(array, columns.to(self.device)).t().contiguous()
 
         return TensorSource(array.shape[::-1], _torch_dtype(array), read)
 
@@ -226,7 +226,7 @@ class BinaryFolder:
         """One scale for linears that share their input; the largest, should their files differ."""
         return torch.stack([1 / self._positive(self.layout.input_scale(layer, module)) for module in modules]).amax(0)
 
-    def _finite(self, array: Array, values: Tensor) -> Tensor:
+    def _require_finite(self, array: Array, values: Tensor) -> Tensor:
         if values.is_floating_point() and not values.isfinite().all():
             raise CheckpointError(
                 f"{self.path / array.name} holds a NaN or an infinity, which no conversion writes; convert the "

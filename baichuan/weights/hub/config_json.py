@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 
 from baichuan.config import VERSIONS, ModelConfig, from_json
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.util.files import read_at_most
+from baichuan.util.strict_json import strict_json
 from baichuan.weights.hub.rope import read_rope
 from baichuan.weights.hub.version import config_evidence, decide_version, tokenizer_evidence
 from baichuan.weights.imported.formats import Format, format_of
@@ -71,21 +70,9 @@ def read_json_object(path: Path, max_bytes: int) -> dict:
             f"{path} cannot be read ({error.strerror}); give the folder of a checkpoint in the hub's format"
         ) from None
     try:
-        values = json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+        values = strict_json(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
     return values
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

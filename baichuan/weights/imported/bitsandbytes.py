@@ -9,7 +9,6 @@ plus an offset.  Source: Dettmers et al., QLoRA, section 3.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import LIMITS, require_finite
+from baichuan.util.strict_json import strict_json
 from baichuan.weights.imported.parts import FLOATS, Parts, refuse_bias, setting, take
 from baichuan.weights.source import TensorSource
 
@@ -97,7 +97,7 @@ def _state(module: str, parts: Parts) -> dict[str, Any]:
     ):
         raise CheckpointError(f"the checkpoint has {module} in 4 bits without one readable quant_state; save it again")
     try:
-        state = json.loads(bytes(found[0].read(0, found[0].shape[0]).tolist()))
+        state = strict_json(bytes(found[0].read(0, found[0].shape[0]).tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
