@@ -109,6 +109,22 @@ def test_chunks_and_lengths_share_a_prefill_graph():
     assert len(cuda.graphs._captured) == 1
 
 
+def test_few_tokens_after_many_have_their_keys_split():
+    """41 tokens after 960 that the cache holds, captured and replayed, against one program that walks over all keys."""
+    split, whole = executor(), executor(switches=Switches(split_keys=False))
+    long = [(7 * i) % 390 + 3 for i in range(1001)]
+    logits = []
+    for cuda in (split, whole):
+        cuda.reset(1, 1024)
+        cuda.forward(Step.of([long[:960]], device=DEVICE))
+        step = Step.of([long[960:]], [960], device=DEVICE)
+        logits.append([cuda.forward(step).clone() for _ in range(2)])
+        assert len(cuda.graphs._captured) == 1
+    assert torch.equal(*logits[0]) and torch.equal(*logits[1])
+    assert relative_error(logits[0][1], logits[1][1]) < 5e-3
+    assert not torch.equal(logits[0][1], logits[1][1]), "the control: the keys were split"
+
+
 def some_prompts(rows):
     return [list(range(5 + row, 25 + 2 * row)) for row in range(rows)]
 

@@ -434,11 +434,11 @@ class Attention:
             out.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
         return torch.cat(out)
 
-    def prefill(self, qkv, step):
+    def prefill(self, qkv, step, split=False):
         qkv = qkv.clone()
         store_kv(qkv, self.cos, self.sin, self.cache, self.spec, step)
         out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
-        prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, block_q=16, block_k=16)
+        prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, split, block_q=16, block_k=16)
         if step.singles:
             decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, 2, out, (16, 1))
         return out
@@ -470,6 +470,31 @@ def test_attention_prefill_chunk_decode(rotary, kv, dtype):
         keys = torch.cat([k for k, _ in attention.history[row]]).transpose(0, 1)
         stored = dequantise_kv(kept[:, :length], attention.cache.k_scale)
         assert relative_error(stored, keys) < 1e-6 or rotary and relative_error(stored, keys) < 3e-3
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("kv", KV_TYPES)
+@pytest.mark.parametrize("past, lengths", [([70], [20]), ([50, 0, 33], [17, 3, 2]), ([0], [90])])
+def test_prefill_splits_its_keys(monkeypatch, rotary, kv, past, lengths):
+    """Few queries and many keys, a row of one split's keys beside, no older keys, padded to the size of a graph."""
+    attention = Attention(rotary, KV_TYPES[kv], torch.float16, len(past))
+    for count, old in ((past, [0] * len(past)), (lengths, past)):
+        if not any(count):
+            continue
+        step = Step.of([[0] * n for n in count], old, device=DEVICE)
+        qkv = normal(sum(count), 3 * HEADS * DIM, seed=sum(count))
+        expected = attention.expected(qkv, step)
+        if count is past:
+            attention.prefill(qkv, step)
+    padded = _Captured(step, Size.of(step)).static
+    qkv = torch.cat([qkv, torch.zeros(len(padded.tokens) - len(qkv), qkv.shape[1], dtype=qkv.dtype, device=DEVICE)])
+    monkeypatch.setattr("baichuan.kernels.prefill_attention.PROGRAMS", 1 << 10)
+    results = []
+    for most in (1, 8):
+        monkeypatch.setattr("baichuan.kernels.prefill_attention.MAX_SPLITS", most)
+        results.append(attention.prefill(qkv, padded, split=True)[: len(expected)])
+        assert relative_error(results[-1], expected) < bound(torch.float16)
+    assert not torch.equal(*results), "the control: the keys were split"
 
 
 @pytest.mark.parametrize("rotary", [True, False])

@@ -17,11 +17,11 @@ Slots and splits are combined in a fixed order, so that every run gives the same
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from baichuan.kernels.combine_splits import COMBINE_SPLITS, if_single, parts_of
 from baichuan.kernels.kv_store import as_cached
 from baichuan.kernels.prefill_attention import LOG2_E
 from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
@@ -96,13 +96,6 @@ def _attend_new_token(q, k_kept, v_kept, total, result, peak):
 
 
 @triton.jit
-def _if_single(num_singles, row, context, HEAD_DIM: tl.constexpr):
-    """(context, dimensions to write) of a row with one new token; 0 and 0 of a prompt's and of padding"""
-    single = row < tl.load(num_singles)
-    return tl.where(single, context, 0), tl.where(single, HEAD_DIM, 0)
-
-
-@triton.jit
 def _decode_attention(
     qkv, cos, sin, slopes, num_singles, context_lengths, tables, k_scale, v_scale,
     num_heads, blocks_per_row,
@@ -123,7 +116,7 @@ def _decode_attention(
     context = tl.load(context_lengths + row)
     written = HEAD_DIM
     if MIXED:
-        context, written = _if_single(num_singles, row, context, HEAD_DIM)
+        context, written = if_single(num_singles, row, context, HEAD_DIM)
     share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
     start = split * share
     if start < context:
@@ -194,41 +187,6 @@ DECODE_ATTENTION = KernelSpec(
 )
 
 
-@triton.jit
-def _combine_splits(
-    parts, part_sums, num_singles, context_lengths,
-    num_heads,
-    out,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    wait_for_inputs(OVERLAP)
-    start_dependents(OVERLAP)
-    head, row = tl.program_id(0), tl.program_id(1)
-    context = tl.load(context_lengths + row)
-    written = HEAD_DIM
-    if MIXED:
-        context, written = _if_single(num_singles, row, context, HEAD_DIM)
-    share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
-    used = splits * share < context
-    part = (row.to(tl.int64) * num_heads + head) * SPLITS + splits
-    peaks = tl.load(part_sums + part * 2, used, other=-1e30)
-    totals = tl.load(part_sums + part * 2 + 1, used, other=0.0)
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    values = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask, other=0.0)
-    weight = tl.exp2(peaks - tl.max(peaks, 0))
-    total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row of padding
-    result = tl.sum(values * weight[:, None], 0) / total
-    target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + target, result.to(out.dtype.element_ty), dims < written)
-
-
-COMBINE_SPLITS = KernelSpec(
-    _combine_splits, ("parts", "part_sums", "num_singles", "context_lengths"), ("num_heads",), ("out",)
-)
-
-
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
     """(keys of a block, warps).  pairs: of (sequence, head)"""
     return SMALL_BLOCK if quantised or pairs <= FEW_PAIRS else BLOCK
@@ -264,10 +222,7 @@ def decode_attention(
     splits: see choose_splits; block: see choose_block; out: [num_tokens, num_heads * head_dim]
     """
     rows, heads, dim = step.singles, spec.num_heads, spec.head_dim
-    parts, sums = out, out
-    if splits > 1:
-        parts = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=qkv.device)
-        sums = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=qkv.device)
+    parts, sums = parts_of(rows, heads, splits, dim, out)
     quantised = cache.k_scale is not None
     block_k, num_warps = block or choose_block(rows * heads, quantised)
     assert cache.tokens_per_block % block_k == 0, "the keys of a load lie in one block of the cache"
@@ -295,6 +250,6 @@ def decode_attention(
             (parts, sums, num_singles, step.context_lengths),
             (heads,),
             (out,),
-            shape,
+            {**shape, "SUMS_SAY": False},
             num_warps=1,
         )

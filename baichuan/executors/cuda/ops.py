@@ -99,7 +99,8 @@ class CudaOps:
         out = torch.empty(qkv.shape[0], spec.num_heads * spec.head_dim, dtype=qkv.dtype, device=qkv.device)
         if step.singles < step.batch_size:
             store_kv(qkv, self.cos, self.sin, cache, spec, step)
-            prefill_attention(qkv, self.slopes, cache, spec, step, out)
+            split = self.switches.split_keys and not step.singles
+            prefill_attention(qkv, self.slopes, cache, spec, step, out, split)
         if step.singles:
             splits = self.splits(step, spec)
             decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, out)
