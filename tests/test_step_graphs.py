@@ -15,11 +15,13 @@ from kernel_device import DEVICE
 
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cuda import executor as cuda_executor
+from baichuan.executors.cuda import graph
 from baichuan.executors.cuda.executor import CudaExecutor
-from baichuan.executors.cuda.graph import _Captured
+from baichuan.executors.cuda.graph import PATIENCE, Size, StepGraphs, _Captured
 from baichuan.executors.kv_cache import PoolSettings
 from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.generation.requests import Request
+from baichuan.records import Step
 from benchmarks.random_weights import RandomWeights
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_cuda.py captures for real")
@@ -83,6 +85,44 @@ def test_requests_in_captured_steps_are_what_they_are_alone(weights, replays):
     assert not replays
     assert serve(captured, requests()) == alone
     assert any(size.mixed for size in replays) and any(not size.prompts for size in replays)
+
+
+def last_tokens(step):
+    """[outputs, 1]: what stands for logits"""
+    return step.tokens[step.output_rows][:, None].float()
+
+
+def mixed_step(singles, prompt):
+    """Tokens 1, 2, 3 ...: one each of `singles` sequences and `prompt` of another."""
+    ids = list(range(1, singles + prompt + 1))
+    return Step.of([[token] for token in ids[:singles]] + [ids[singles:]], [5] * singles + [0], device="cpu")
+
+
+def test_a_new_size_runs_in_a_larger_graph_until_it_has_come_often(replays, monkeypatch):
+    graphs, ran = StepGraphs(), []
+
+    def run(step):
+        ran.append(step)
+        return last_tokens(step)
+
+    def forward(singles, prompt):
+        expected = [*range(1, singles + 1), singles + prompt]
+        step = mixed_step(singles, prompt)
+        assert graphs(run, step)[:, 0].tolist() == expected
+        return replays[-1] if replays else None
+
+    assert forward(5, 90) is None and forward(5, 90) is None, "run as it is, then captured"
+    assert forward(5, 90) == Size(96, 16, 4)
+    eager = len(ran)
+    assert [forward(4, 50) for _ in range(PATIENCE)] == [Size(96, 16, 4)] * PATIENCE
+    assert len(ran) - eager == PATIENCE, "replays alone, which the double runs, too"
+    forward(4, 50)
+    assert forward(4, 50) == Size(64, 16, 4)
+    monkeypatch.setattr(graph, "MOST_PADDING", 0)
+    assert forward(4, 80) == Size(96, 16, 4), "a graph of its size, with padding inside of it"
+    replays.clear()
+    assert forward(14, 30) is None, "more single tokens than any graph has room for"
+    assert forward(4, 20) is None, "the control: nothing is a little larger now"
 
 
 def test_a_graph_that_keeps_its_first_tokens_is_noticed(weights, replays, monkeypatch):

@@ -2,13 +2,16 @@
 
 Decode steps, the prefill of short prompts and mixed steps are captured, each at few sizes, which steps of other sizes
 are padded to: there the GPU would wait for the host, which launches hundreds of kernels a step.  Of mixed steps there
-are most sizes; one is captured when it comes for the second time.
+are most sizes: one that is new runs in a graph that is a little larger until it has come often, and without one it is
+captured when it comes for the second time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +23,9 @@ MAX_PREFILL = 512  # tokens: of longer steps the GPU has more work than the host
 MAX_MIXED = 1024  # tokens
 MAX_PROMPTS = 16  # beside single tokens
 MOST_GRAPHS = 128  # each takes a few MB; further mixed steps run without
+MOST_PADDING = 96  # tokens that a mixed step of a new size may be padded by ...
+PATIENCE = 24  # ... so many times: as long as a capture takes, which all requests would wait for
+MEMORY_TO_CAPTURE = 2 << 30  # bytes; with less, PyTorch's spare memory is given back first
 
 
 def padded_batch_size(batch_size: int) -> int:
@@ -109,11 +115,31 @@ class _Captured:
         self.load(step)
 
     def capture(self, run: Callable[[Step], Tensor], pool, out: Tensor | None) -> None:
-        """Record a run.  out: where its logits are kept; None = where the graph makes them."""
+        """Record a run.  out: where its logits are kept; None = where the graph makes them.
+
+        torch.cuda.graph would first give back all spare memory, which the next steps would ask for again.
+        """
+        torch.cuda.synchronize()
+        if torch.cuda.mem_get_info()[0] < MEMORY_TO_CAPTURE:
+            torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            logits = run(self.static)
-            self.logits = logits if out is None else out.copy_(logits)
+        with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
+            self.graph.capture_begin(pool=pool)
+            try:
+                logits = run(self.static)
+                self.logits = logits if out is None else out.copy_(logits)
+            finally:
+                self.graph.capture_end()
+
+    def holds(self, step: Step) -> bool:
+        """Whether the mixed step fits, without much padding."""
+        padding, prompts = self.size.tokens - step.tokens.shape[0], step.batch_size - step.singles
+        return (
+            self.size.mixed
+            and 0 <= padding <= MOST_PADDING
+            and prompts <= self.size.prompts
+            and step.singles <= self.static.singles
+        )
 
     def load(self, step: Step) -> None:
         rows = step.batch_size
@@ -132,12 +158,18 @@ class _Captured:
         self.rows = rows
 
 
+@lru_cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """All captures of a device are on one stream: graphs share their memory by streams."""
+    return torch.cuda.Stream(device)
+
+
 class StepGraphs:
     """The captured steps of one set of KV caches; dropped with them."""
 
     def __init__(self):
         self._captured: dict[Size, _Captured] = {}
-        self._met: set[Size] = set()  # of mixed steps
+        self._met: Counter[Size] = Counter()  # of mixed steps without a graph of their own
         self._out: Tensor | None = None  # the logits of mixed steps: each graph's own would take a GB together
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -147,9 +179,14 @@ class StepGraphs:
         if size is None:
             return run(step)
         captured = self._captured.get(size)
-        if captured is None and size.mixed and (size not in self._met or len(self._captured) >= MOST_GRAPHS):
-            self._met.add(size)
-            return run(step)
+        if captured is None and size.mixed:
+            self._met[size] += 1
+            full = len(self._captured) >= MOST_GRAPHS
+            if full or self._met[size] <= PATIENCE:
+                fitting = [each for each in self._captured.values() if each.holds(step)]
+                captured = min(fitting, key=lambda each: each.size.tokens, default=None)
+            if captured is None and (full or self._met[size] == 1):
+                return run(step)
         if captured is None:
             captured = _Captured(step, size)
             logits = run(captured.static)  # compiles kernels and makes library handles, which a capture must not
