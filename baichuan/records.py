@@ -228,7 +228,7 @@ class Step:
     def next(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
         """The decode step that follows: one token per sequence, tokens [batch_size] int64.
 
-        With parents [batch_size] int64, sequence b continues sequence parents[b] (see executors.base.Cache.reorder).
+        With parents [batch_size] int64, sequence b continues sequence parents[b] (see executors.base.RowCache.reorder).
         Nothing is read back from the device.
         """
         lengths = self.context_lengths if parents is None else self.context_lengths[parents]

@@ -63,3 +63,34 @@ def test_kept_logits_belong_to_the_chosen_path():
     assert result.logits.shape == (6, 1000)
     again = session.score([prompt + result.ids])[0][len(prompt) - 1 : -1]
     torch.testing.assert_close(result.logits, again, rtol=0, atol=goldens.FLOAT32_TOLERANCE)
+
+
+def search_of(table: torch.Tensor, config: SamplingConfig, keep_logits: bool) -> list:
+    """A search whose next logits follow from the last token alone, over two prompts."""
+    search = BeamSearch(config, [[1, 2], [5]], 8, keep_logits)
+    last = torch.tensor([2, 5], device=table.device)
+    while (choice := search.choose(table[last])) is not None:
+        last = choice.tokens
+    return search.results()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_waits_once_per_prompt_and_step_on_a_gpu():
+    """PyTorch warns of whatever waits: two searches' choices in each of eight steps, and nothing else."""
+    config = replace(BEAMS, repetition_penalty=1.3)
+    table = torch.randn(50, 50, generator=torch.Generator().manual_seed(0)) * 3
+    table[:, config.eos_id] = -100.0  # no beam ends early
+    expected = search_of(table, config, keep_logits=True)
+    on_gpu = table.cuda()
+    found = search_of(on_gpu, config, keep_logits=True)
+    assert [each.ids for each in found] == [each.ids for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.logits, theirs.logits)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            search_of(on_gpu, config, keep_logits=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(each.message) for each in waits) <= 2 * 8 + 1  # and the first tokens, by the test

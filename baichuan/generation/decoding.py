@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from baichuan.executors.base import RowCache
+from baichuan.generation.sampling import to_device
 from baichuan.records import Step
 
 
@@ -26,7 +28,7 @@ class Choice:
     """The tokens of the next step, one per sequence."""
 
     tokens: Tensor  # [batch_size] int64
-    parents: Tensor | None = None  # [batch_size] int64, the row of the step before that each continues; None = its own
+    parents: Sequence[int] | None = None  # the row of the step before that each continues; None = its own
 
 
 class Strategy(Protocol):
@@ -50,8 +52,10 @@ def decode(
     logits: [sequences, vocab_size] float32; step: the step that computed them
     """
     while (choice := strategy.choose(logits)) is not None:
+        parents = None
         if choice.parents is not None:
-            cache.reorder(choice.parents)
-        step = step.next(choice.tokens, choice.parents)
+            parents = to_device(choice.parents, torch.int64, choice.tokens.device)
+            cache.reorder(parents)
+        step = step.next(choice.tokens, parents)
         logits = forward(step)
         yield

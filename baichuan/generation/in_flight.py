@@ -230,12 +230,12 @@ class InFlight:
             self._end(job, result.finish_reason, tuple(result.ids), result.logits)
         else:
             assert choice.parents is not None, "a search says which beams go on"
-            self.scheduler.fork(job, choice.parents.tolist())
+            self.scheduler.fork(job, choice.parents)
             self._steps.chose([job] * len(job.slots), job.slots, choice.tokens)
 
     def _hear(self, launched: _Launched) -> None:
         """The host learns the tokens of a step."""
-        tokens = launched.tokens.tokens() if launched.tokens else []
+        tokens = launched.tokens.wait().tolist() if launched.tokens else []
         for job, token in zip(launched.jobs, tokens, strict=True):
             if self._jobs.get(job.request.key) is not job:
                 continue  # it ended while the step ran

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baichuan.generation.readback import Readback
 from baichuan.generation.scheduler import Piece
 
 
 class KeptLogits:
     """The logits of a request that wants them, on the CPU."""
 
-    def __init__(self):
-        self._prompt: list[Tensor] = []  # of tokens of the prompt, each [tokens, vocab_size]
-        self._chosen: list[Tensor] = []  # that new tokens were chosen from, each [vocab_size]
+    def __init__(self) -> None:
+        self._prompt: list[Readback] = []  # of tokens of the prompt, each [tokens, vocab_size]
+        self._chosen: list[Readback] = []  # that new tokens were chosen from, each [vocab_size]
         self._seen = 0  # tokens of the prompt
 
     def see(self, piece: Piece, logits: Tensor) -> None:
@@ -22,10 +23,10 @@ class KeptLogits:
         if request.prompt_logits and not piece.decodes:
             end = min(piece.start + piece.length, len(request.prompt))
             if end > self._seen:  # else it is computed again
-                self._prompt.append(logits[self._seen - piece.start : end - piece.start].cpu().clone())
+                self._prompt.append(Readback(logits[self._seen - piece.start : end - piece.start]))
                 self._seen = end
         if request.keep_logits and piece.chooses and request.sampling.num_beams == 1:
-            self._chosen.append(logits[-1].cpu().clone())
+            self._chosen.append(Readback(logits[-1]))
 
     def forget_after(self, chosen: int) -> None:
         """Keep the rows of so many chosen tokens."""
@@ -33,7 +34,9 @@ class KeptLogits:
 
     def rows(self, chosen: int, searched: Tensor | None, keep: bool) -> Tensor | None:
         """As Serving.step says.  chosen: new tokens, the end id included; searched: a beam search's own rows"""
-        made = searched if searched is not None else torch.stack(self._chosen[:chosen]) if self._chosen else None
+        made = searched
+        if made is None and self._chosen:
+            made = torch.stack([row.wait() for row in self._chosen[:chosen]])
         if not self._prompt:
             return made
-        return torch.cat([*self._prompt, *([made[1:]] if made is not None and keep else [])])
+        return torch.cat([each.wait() for each in self._prompt] + ([made[1:]] if made is not None and keep else []))

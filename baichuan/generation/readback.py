@@ -1,4 +1,4 @@
-"""Tokens on their way from the device to the host."""
+"""Tensors on their way from the device to the host."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Readback:
-    """An asynchronous copy of tokens to the host; tokens() waits for this copy alone, not for later work on the GPU."""
+    """An asynchronous copy to the host, for which wait() waits alone, not for later work on the GPU."""
 
-    def __init__(self, tokens: Tensor):
-        self._host = tokens.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if tokens.is_cuda else None
+    def __init__(self, values: Tensor):
+        self._host = values.to("cpu", non_blocking=True, copy=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
         if self._event:
             self._event.record()
 
-    def tokens(self) -> list[int]:
+    def wait(self) -> Tensor:
         if self._event:
             self._event.synchronize()
-        return self._host.tolist()
+        return self._host

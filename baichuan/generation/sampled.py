@@ -32,13 +32,13 @@ class Sampled:
         self._sequences = [
             _Sequence({config.eos_id, *config.stop_ids}, limit) for config, limit in zip(configs, limits, strict=True)
         ]
-        self._kept: list[Tensor] | None = [] if keep_logits else None  # each [sequences, vocab_size]
+        self._kept: list[Readback] | None = [] if keep_logits else None  # each [sequences, vocab_size]
         self._unread: Readback | None = None  # the newest tokens, not yet read by the host
         self._made = 0  # steps so far, each with one token per sequence
 
     def choose(self, logits: Tensor) -> Choice | None:
         if self._kept is not None:
-            self._kept.append(logits.cpu().clone())
+            self._kept.append(Readback(logits))
         tokens = self._sampler(logits)
         self._made += 1
         last = self._made == self._longest
@@ -54,7 +54,7 @@ class Sampled:
         return [each.generation(self._kept, number) for number, each in enumerate(self._sequences)]
 
     def _hear(self, readback: Readback) -> None:
-        news = [each.append(token) for each, token in zip(self._sequences, readback.tokens(), strict=True)]
+        news = [each.append(token) for each, token in zip(self._sequences, readback.wait().tolist(), strict=True)]
         if self._on_tokens:
             self._on_tokens(news)
 
@@ -81,8 +81,8 @@ class _Sequence:
         self.ids.append(token)
         return token
 
-    def generation(self, kept: list[Tensor] | None, number: int) -> Generation:
+    def generation(self, kept: list[Readback] | None, number: int) -> Generation:
         """kept: the logits of each step, [sequences, vocab_size]; this sequence is row `number`."""
         steps = len(self.ids) + self.ended
-        logits = torch.stack([each[number] for each in kept[:steps]]) if kept is not None else None
+        logits = torch.stack([each.wait()[number] for each in kept[:steps]]) if kept is not None else None
         return Generation(self.ids, "stop" if self.ended else "length", logits)
