@@ -22,6 +22,7 @@ from baichuan.config import PRESETS, VERSIONS, ModelConfig
 from baichuan.parallel.comm import Communicator
 from baichuan.text.tokenizer import MODEL_NAME
 from baichuan.weights.dummy import dummy_checkpoint
+from benchmarks.random_gptq import SETTINGS, gptq_tensors
 from demo.lessons import EOS_ID, ROLES, read_articles
 from demo.train import VOCAB_SIZE, train_tokenizer, write_json
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     add_model_version(parser, "whose sizes", default="v1_7b")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the checkpoint")
     parser.add_argument("--small", action="store_true", help="the demo's size instead of the version's own")
+    parser.add_argument(
+        "--gptq", action="store_true", help="the layers' matrices in 4 bits, as GPTQ's tools write them"
+    )
     return run_script(parser, argv, write)
 
 
@@ -48,28 +52,33 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
     articles = read_articles()
     tokenizer = train_tokenizer(articles, version.norm_head, model.vocab_size - VOCAB_SIZE)
     (folder / MODEL_NAME).write_bytes(tokenizer)
-    in_safetensors = args.model_version == "v1_7b"  # as the released version is stored
+    in_safetensors = args.gptq or args.model_version == "v1_7b"  # as the released version is stored
     model = replace(model, dtype="float16" if in_safetensors else "bfloat16")
     name = "model{}.safetensors" if in_safetensors else "pytorch_model{}.bin"
     weight_map: dict[str, str] = {}
-    for file, tensors in shards(model, name, SHARDS[args.small]):
+    for file, tensors in shards(model, name, SHARDS[args.small], args.gptq):
         save_file(tensors, folder / file) if in_safetensors else torch.save(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     write_json(folder / (name.format("") + ".index.json"), {"metadata": {}, "weight_map": weight_map})
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS_ID}
     roles = {"user_token_id": ROLES.user_id, "assistant_token_id": ROLES.assistant_id}
     write_json(folder / "generation_config.json", {**ids, **roles})
-    write_json(folder / "config.json", {**config_values(model), **ids})
+    quantised = {"quantization_config": SETTINGS} if args.gptq else {}
+    write_json(folder / "config.json", {**config_values(model), **ids, **quantised})
     return 0
 
 
-def shards(model: ModelConfig, name: str, count: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def shards(model: ModelConfig, name: str, count: int, gptq: bool) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(file name, tensors), one shard in memory at a time."""
     sources = dummy_checkpoint(model)
-    total, done, number, tensors = sum(torch.Size(s.shape).numel() for s in sources.values()), 0, 1, {}
+    total, done, number = sum(torch.Size(s.shape).numel() for s in sources.values()), 0, 1
+    tensors: dict[str, torch.Tensor] = {}
     for tensor_name, source in sources.items():
-        tensors[tensor_name] = source.read(0, source.shape[0]).clone()  # dummy tensors may share memory
-        done += tensors[tensor_name].numel()
+        if gptq and ".layers." in tensor_name and len(source.shape) == 2:
+            tensors |= gptq_tensors(tensor_name, source, seed=done)
+        else:
+            tensors[tensor_name] = source.read(0, source.shape[0]).clone()  # dummy tensors may share memory
+        done += torch.Size(source.shape).numel()
         if done * count >= number * total:
             yield name.format(f"-{number:05d}-of-{count:05d}"), tensors
             number, tensors = number + 1, {}

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import measured_process, walk, walk_tables
 
-STAGES = ["float16", "bfloat16", "int8", "int4", "kv", "sq"]
+STAGES = ["float16", "bfloat16", "int8", "int4", "fp8", "kv", "sq", "calibrated", "imported"]
 
 
 def write(path, text="x"):
@@ -65,7 +65,7 @@ def test_a_process_that_hangs_is_ended_and_its_memory_is_seen(tmp_path):
 @pytest.mark.parametrize("ranks", [(), (2, 4)])
 def test_every_engine_goes_and_every_script_is_walked(tmp_path, ranks):
     stages = walk.Walk("v2_13b", tmp_path, False, ranks, tmp_path / "calibrated").stages()
-    assert list(stages) == STAGES + [f"tp{each}" for each in ranks]
+    assert list(stages) == STAGES + ["replicas"] * bool(ranks) + [f"tp{each}" for each in ranks]
     listed = [command for stage in stages.values() for command in stage]
     assert len({command.name for command in listed}) == len(listed), "a name stands for one command"
     for commands in stages.values():
