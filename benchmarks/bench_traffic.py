@@ -6,9 +6,10 @@
 Requests have lognormal lengths from a seed.  They come (a) all at once and (b) one by one, as a Poisson process at
 shares of the rate that (a) served while all rows ran.  Prints tokens and requests per second, the time to the first
 token and between tokens at their 50th, 90th and 99th percentile, how full the KV cache became, how often a request had
-to give up its blocks, and the share of the time that the scheduler's decisions took.  Of (b) the times are those from
-the arrival of the first third of the requests to that of the last: before, the rows are still filling, afterwards they
-run empty.  (a) runs empty, too, as long as the longest continuations last: "full" is the rate until then.
+to give up its blocks, and the share of the time that the scheduler's decisions took, also while all rows ran.  Of (b)
+the times are those from the arrival of the first third of the requests to that of the last: before, the rows are still
+filling, afterwards they run empty.  (a) runs empty, too, as long as the longest continuations last: "full" is the rate
+until then.
 
 Both rates are over those of a static batch of the same rows with every length at the mean, in the same run; its rate
 counts the time of its prompts, too.  As rows run empty at the end, it is compared with a static batch of as many rows
@@ -89,6 +90,7 @@ class Result:
     cache_share: float  # of the blocks, at the fullest
     preemptions: int
     planning_share: float  # of the time
+    full_planning_share: float  # of the time while all rows run
 
     @property
     def line(self) -> str:
@@ -99,13 +101,13 @@ class Result:
             f"{self.name:22s} {self.requests:5d} | {self.tokens_per_s:8.0f} {self.full_tokens_per_s:6.0f} "
             f"{self.requests_per_s:7.2f} | {first:>18s} "
             f"{between:>14s} | {self.context:7.0f} "
-            f"{self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%}"
+            f"{self.cache_share:5.0%} {self.preemptions:6d} {self.planning_share:6.1%} {self.full_planning_share:6.1%}"
         )
 
 
 TITLES = (
     "traffic                 reqs |    tok/s   full  reqs/s | first p50/90/99 ms   between, ms "
-    "| context cache preempt   plan | to uniform, full"
+    "| context cache preempt   plan   full | to uniform, full"
 )
 
 
@@ -308,7 +310,7 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
     start = time.perf_counter()
     clocks = {request.key: Clock(start + at) for request, at in zip(requests, came, strict=True)}
     waiting = list(zip(requests, came, strict=True))[::-1]
-    made, full = 0, (0, 0.0)  # full: (tokens, seconds) until rows run empty
+    made, full = 0, (0, 0.0, 0.0)  # full: (tokens, seconds, seconds of planning) until rows run empty
     while waiting or serving.unfinished:
         if waiting:  # whoever comes while the GPU has enough to do is in the next step
             time.sleep(engine.own.spare_s)
@@ -323,7 +325,7 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
             clocks[progress.key].heard += [time.perf_counter()] * len(progress.new_ids)
             made += len(progress.new_ids)
         if serving.unfinished >= engine.own.build.max_rows:
-            full = made, time.perf_counter() - start
+            full = made, time.perf_counter() - start, planning[0]
         fullest = max(fullest, pool.blocks - pool.free)
     seconds = time.perf_counter() - start
     scheduler.plan = planned  # type: ignore[method-assign]
@@ -342,6 +344,7 @@ def run(engine: Engine, name: str, requests: Sequence[Request], came: Sequence[f
         cache_share=fullest / pool.blocks,
         preemptions=scheduler.preemptions - preemptions,
         planning_share=planning[0] / seconds,
+        full_planning_share=full[2] / max(full[1], 1e-9),
     )
 
 
