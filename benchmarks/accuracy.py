@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weight
 from baichuan.calibration.convert import convert
-from baichuan.calibration.request import ConvertRequest
+from baichuan.calibration.request import METHODS, ConvertRequest
 from baichuan.config import DTYPES, ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import ConfigError
 from baichuan.evaluation.scoring import agreement_of, negative_log_likelihood
@@ -66,7 +66,8 @@ class Conversion:
     """What a binary folder is converted for."""
 
     alpha: float | Literal["auto"] | None = None  # SmoothQuant's
-    form: WeightOnly | None = None  # of GPTQ's integers
+    form: WeightOnly | None = None  # of calibrated integers
+    method: str = "gptq"  # that finds them
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,11 @@ def rows_of(model: ModelConfig) -> Iterator[tuple[str, QuantConfig, Conversion |
     yield "INT4 weight-only, per channel", QuantConfig("int4"), None, half
     for size in groups:
         yield f"INT4 weight-only, groups of {size}", QuantConfig("int4", group_size=size), None, half
-    for size in groups:
-        form = WeightOnly("int4", size)
-        quant = QuantConfig("int4", group_size=size, zero_points=form.zero_points)
-        yield f"INT4 by GPTQ, groups of {size}", quant, Conversion(form=form), half
+    for method in METHODS:
+        for size in groups:
+            form = WeightOnly("int4", size)
+            quant = QuantConfig("int4", group_size=size, zero_points=form.zero_points)
+            yield f"INT4 by {method.upper()}, groups of {size}", quant, Conversion(form=form, method=method), half
     plain = Conversion()
     yield "INT8 KV cache", QuantConfig(kv_cache="int8"), plain, half
     yield "INT8 weight-only, INT8 KV cache", QuantConfig("int8", kv_cache="int8"), plain, half
@@ -213,10 +215,9 @@ def rows_of(model: ModelConfig) -> Iterator[tuple[str, QuantConfig, Conversion |
 def source_of(how: Conversion | None, folder: Path, model: ModelConfig, calibration: list, scratch: Path):
     if how is None:
         return weight.WeightSource(folder)
-    out = scratch / str(how.alpha) / (str(vars(how.form)) if how.form else "ranges")
-    request = ConvertRequest(
-        out, model, partial(open_checkpoint, folder, model), processes=1, alpha=how.alpha, weight_only=how.form
-    )
+    out = scratch / str(how.alpha) / (f"{how.method} {vars(how.form)}" if how.form else "ranges")
+    source = partial(open_checkpoint, folder, model)
+    request = ConvertRequest(out, model, source, processes=1, alpha=how.alpha, weight_only=how.form, method=how.method)
     return weight.WeightSource(binary_folder=request.folder if out.exists() else convert(request, calibration, {}))
 
 

@@ -13,7 +13,6 @@ from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
 from baichuan.quant.gptq import (
     COMPENSATED,
     DAMPING,
-    InputMoments,
     compensating,
     descended,
     gptq,
@@ -22,6 +21,7 @@ from baichuan.quant.gptq import (
     shrunk,
 )
 from baichuan.quant.grid import RANGES, dequantised, search_grid
+from baichuan.quant.moments import InputMoments
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
 
@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_refused():
         gptq(w, moments(hessian * torch.inf), FORM, torch.float16)
 
 
-def found_integers(model, samples, folder, form=FORM):
+def found_integers(model, samples, folder, form=FORM, method="gptq"):
     """(integers, grid) by layer and linear."""
     found = {}
     quantise_layers(
@@ -288,6 +288,7 @@ def found_integers(model, samples, folder, form=FORM):
         folder,
         "cpu",
         form,
+        method,
         lambda layer, name, q, grid: found.__setitem__((layer, name), (q, grid)),
     )
     return found

@@ -7,12 +7,16 @@ on a trained model is docs/accuracy.md.
 import csv
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from goldens import checkpoint
+from safetensors.torch import load_file
+from test_weight_only_ranks import reassembled
 
 import build
 import hf_baichuan_convert
@@ -23,6 +27,7 @@ from baichuan.engine.self_check import Agreement, all_logits
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.weights.hub.config_json import read_model_config
 
+ROOT = Path(__file__).resolve().parents[1]
 VERSION = "v2_13b"
 ARTICLES = [
     "The quick brown fox jumps over the lazy dog, and 你好世界。",
@@ -146,6 +151,22 @@ def test_integers_that_calibration_found(workflow, int4_folder, capsys):
     assert "was calibrated for INT4 weights and the engine is not quantised" in capsys.readouterr().err
 
 
+def test_integers_by_awq(workflow, capsys):
+    workflow.convert("--use_weight_only", "--weight_only_method", "awq", "--weight_only_group_size", "32", "-t", "fp16")
+    saved = workflow.folder / "awq"
+    (workflow.folder / "bin" / "1-gpu").rename(saved)
+    capsys.readouterr()
+    for flags, bound in (
+        (["--use_weight_only", "--weight_only_precision", "int4"], 1.0),
+        (["--int8_kv_cache"], 0.02),  # in floats the folded model is the model, and its cache's scales are its own
+    ):
+        assert workflow.build("--bin_model_dir", str(saved), *flags) == 0
+        said = capsys.readouterr().err
+        assert self_check_kl(said) < bound
+        assert ("the INT4 weights are those that the calibration found" in said) == ("int4" in flags)
+        assert workflow.run()[:5] == [5, 17, 300, 42, 9]
+
+
 @pytest.mark.parametrize(
     "flags, bound",
     [
@@ -175,6 +196,11 @@ def test_fp8_scales_beside_a_checkpoint(workflow, kv_folder, capsys):
     "flags, message",
     [
         ([], "none of -kv, -sq and --use_weight_only was given"),
+        (["-kv", "--weight_only_method", "awq"], "--weight_only_method needs --use_weight_only; add it"),
+        (
+            ["--use_weight_only", "--weight_only_precision", "int8", "--weight_only_method", "awq"],
+            "--weight_only_method awq finds INT4 weights and INT8 is asked for; use gptq",
+        ),
         (["-sq", "1.5"], "alpha 1.5 is outside"),
         (["-sq", "nan"], "alpha nan is outside"),
         (["-kv", "-tp", "3"], "num_heads 10 is not divisible by tp_size 3"),
@@ -193,6 +219,37 @@ def test_wrong_flags_of_the_conversion(workflow, tmp_path, capsys, flags, messag
     assert hf_baichuan_convert.main(flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_processes_from_a_checkpoint_to_text(tmp_path, method):
+    """Convert, build and run as processes; two ranks get the integers that one gets."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"article": text}) for text in ARTICLES))
+    source = ["-i", checkpoint(VERSION), "-o", tmp_path / "bin", "--calib_dataset", tmp_path / "texts.jsonl"]
+    int4 = ["--use_weight_only", "--weight_only_precision", "int4", "--weight_only_group_size", "0"]
+
+    def python(script, *flags):
+        command = [sys.executable, ROOT / f"{script}.py", *flags]
+        return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+    ranks = {}
+    for tp_size in (1, 2):
+        python("hf_baichuan_convert", *source, *int4, "--weight_only_method", method, "-tp", tp_size, "-t", "fp16")
+        engine = tmp_path / f"engine{tp_size}"
+        folder = ["--bin_model_dir", tmp_path / f"bin/{tp_size}-gpu", "--output_dir", engine]
+        python("build", *folder, *int4, "--max_input_len", 32, "--world_size", tp_size, "--backend", "torch")
+        files = [f"baichuan_float16_tp{tp_size}_rank{rank}.engine" for rank in range(tp_size)]
+        ranks[tp_size] = [load_file(engine / file) for file in files]
+    fields = [name for name in ranks[1][0] if name.endswith((".packed", ".scale", ".zero"))]
+    assert len(fields) > 8
+    for field in fields:
+        name, _, kind = field.rpartition(".")
+        assert torch.equal(reassembled(ranks[2], name, kind, False), ranks[1][0][field]), field
+    said = python(
+        "run", "--engine_dir", tmp_path / "engine1", "--input_text", "fox", "--max_output_len", 4, "--top_k", 1
+    )
+    assert "fox" in said
 
 
 def test_a_float_engine_differs_from_an_int4_one(workflow):

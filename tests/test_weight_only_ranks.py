@@ -51,7 +51,7 @@ def reassembled(ranks: list[dict[str, Tensor]], name: str, field: str, grouped: 
     if linear is None:
         return torch.cat(shares)  # lm_head's rows
     if linear.axis == 1:
-        return shares[0] if field == "scale" and not grouped else torch.cat(shares, 1)
+        return shares[0] if field in ("scale", "zero") and not grouped else torch.cat(shares, 1)
     parts = linear.projections * len(linear.modules)
     return torch.cat([share.unflatten(0, (parts, -1)) for share in shares], 1).flatten(0, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from baichuan.weights.binary.config_ini import GROUP_SIZE_KEY, PRECISION_KEY, SY
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
+from baichuan.weights.folded import Factors, folded
 from baichuan.weights.hub.config_json import SIZES
 from baichuan.weights.shard import LINEARS
+from baichuan.weights.source import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +49,12 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
         device = resolve_device(request.device)
-        ranges = calibrate(request.open_checkpoint(), request.model, samples, staged, device, request.alpha == "auto")
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
         if form := request.weight_only:
-            write = partial(writer.write_integers, form)
-            quantise_layers(request.open_checkpoint(), request.model, samples, staged, device, form, write)
+            args = request.open_checkpoint(), request.model, samples, staged, device
+            factors = quantise_layers(*args, form, request.method, partial(writer.write_integers, form))
+            writer = replace(writer, open_checkpoint=partial(_open_folded, request.open_checkpoint, factors))
+        ranges = calibrate(writer.open_checkpoint(), request.model, samples, staged, device, request.alpha == "auto")
         size = sum(array.size for array in layout.written(request.alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
         weight_absmax = _write_all(writer, ranges, processes)
@@ -64,6 +68,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             "smoothquant": request.alpha,
             "weight_data_type": request.storage_type,
             "multi_query_mode": False,
+            "weight_only_method": request.method if form else None,
             PRECISION_KEY: form.precision if form else None,
             GROUP_SIZE_KEY: form.group_size if form else None,
             SYMMETRIC_KEY: form.symmetric if form else None,
@@ -73,6 +78,10 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
         write_binary_config(staged, model | dict(settings) | rope | fixed)
         _publish(staged, request.folder)
     return request.folder
+
+
+def _open_folded(open_checkpoint: Callable[[], Checkpoint], factors: Sequence[Factors]) -> Checkpoint:
+    return folded(open_checkpoint(), factors)
 
 
 def _write_all(writer: BinaryWriter, ranges: Sequence[LayerRanges], processes: int) -> list[dict[str, list[float]]]:
@@ -113,7 +122,8 @@ def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[s
 def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
     """Raise UnsupportedError unless the folder and the calibration's hidden states fit on the disk."""
     arrays = {array.name: array.size for array in layout.written(request.alpha is not None, request.weight_only)}
-    needed = sum(arrays.values()) + DISK_SLACK_BYTES + 4 * tokens * request.model.hidden_size
+    needed = sum(arrays.values()) + DISK_SLACK_BYTES
+    needed += (8 if request.weight_only else 4) * tokens * request.model.hidden_size
     free = shutil.disk_usage(request.folder).free
     logger.info("the folder takes %.2f GB; %.2f GB are free on its disk", sum(arrays.values()) / 1e9, free / 1e9)
     if needed > free:

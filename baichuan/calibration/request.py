@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from baichuan.config import ModelConfig, WeightOnly, require_range
+from baichuan.config import ModelConfig, WeightOnly, require_choice, require_range
 from baichuan.errors import ConfigError
 
 if TYPE_CHECKING:
     from baichuan.weights.source import Checkpoint
+
+METHODS = ("gptq", "awq")  # that find weight-only integers
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ConvertRequest:
     text_folder: Path | None = None  # its tokenizer and generation settings are copied
     device: str = "auto"  # calibrates; one of device.DEVICES
     weight_only: WeightOnly | None = None  # the integers to be found, if any
+    method: str = "gptq"  # that finds them; one of METHODS
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)
@@ -41,6 +44,9 @@ class ConvertRequest:
                 f"{self.weight_only.precision} weights are found for the model as it is and SmoothQuant changes it; "
                 "convert twice, into two folders"
             )
+        require_choice("weight_only_method", self.method, METHODS)
+        if self.method == "awq" and self.weight_only and self.weight_only.precision == "int8":
+            raise ConfigError("--weight_only_method awq finds INT4 weights and INT8 is asked for; use gptq")
         self.model.check_tensor_parallel(self.tp_size)
 
     @property

@@ -1,7 +1,7 @@
-"""Weight-only integers by GPTQ, one linear after another.
+"""Weight-only integers by GPTQ or AWQ, one linear after another.
 
 The calibration texts go through the model twice, side by side: as it is, and with the layers and linears quantised so
-far.  A linear's integers then also make up for what those before it have changed.
+far.  A linear's integers by GPTQ then also make up for what those before it have changed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from torch import Tensor
 from baichuan.calibration.layers import DenseOps, LayerPasses, layer_passes
 from baichuan.config import ModelConfig, WeightOnly
 from baichuan.parallel.comm import Solo
-from baichuan.quant.gptq import InputMoments, gptq
+from baichuan.quant.awq import awq
+from baichuan.quant.gptq import gptq
 from baichuan.quant.grid import Grid, dequantised
+from baichuan.quant.moments import InputMoments
 from baichuan.records import DenseWeight
 from baichuan.util.progress import Progress
+from baichuan.weights.folded import Factors, fold_grids
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
 
 SCALE_DTYPES = {"int8": torch.float32, "int4": torch.float16}  # as the records have them; INT4's in the folder
+SOLVERS = {"gptq": gptq, "awq": awq}
 Write = Callable[[int, str, Tensor, Grid], None]  # (layer, one of shard.LINEARS, integers, grid) of the whole matrix
 
 
@@ -36,13 +40,16 @@ def quantise_layers(
     scratch: Path,
     device: str,
     form: WeightOnly,
+    method: str,
     write: Write,
-) -> None:
-    """Hand every linear's integers and their grid to `write`, layer by layer.
+) -> list[Factors]:
+    """Hand every linear's integers and their grid to `write`, layer by layer; they are those of the folded model, whose
+    factors, of each layer, are returned.
 
     samples: token ids of each text; scratch: a folder for the hidden states, 8 * hidden_size bytes per token;
-    device: "cpu" or "cuda"
+    device: "cpu" or "cuda"; method: one of SOLVERS
     """
+    factors: list[Factors] = []
     with (
         layer_passes(checkpoint, model, samples, scratch, device) as quantised,
         quantised.apart(scratch / "hidden_of_floats") as floats,
@@ -50,19 +57,23 @@ def quantise_layers(
     ):
         plain = DenseOps(quantised.spec, Solo(), quantised.longest, device)
         for index, original in quantised.layers():
-            layer = original
+            layer, found = original, {}
             for name in LINEARS:
                 weight = getattr(original, name).weight
                 with _tensor_cores():
                     inputs = quantised.inputs(layer, name, progress), floats.inputs(original, name, progress)
                     moments = _moments(zip(*inputs, strict=True), weight.shape[1], quantised)
-                q, grid = gptq(weight, moments, form, SCALE_DTYPES[form.precision])
-                write(index, name, q, grid)
-                changed: dict[str, Any] = {name: DenseWeight(dequantised(q, grid))}
+                found[name] = SOLVERS[method](weight, moments, form, SCALE_DTYPES[form.precision])
+                changed: dict[str, Any] = {name: DenseWeight(dequantised(*found[name]))}
                 layer = replace(layer, **changed)
+            grids, of_layer = fold_grids({name: grid for name, (_, grid) in found.items()})
+            for name, (q, _) in found.items():
+                write(index, name, q, grids[name])
+            factors.append(of_layer)
             with _tensor_cores():
                 quantised.run(plain, layer, progress)
                 floats.run(plain, original, progress)
+    return factors
 
 
 def _moments(steps: Iterable[tuple[Tensor, Tensor]], in_features: int, passes: LayerPasses) -> InputMoments:

@@ -49,6 +49,7 @@ def convert_checkpoint(args: argparse.Namespace, comm: Communicator) -> int:
         folder,
         args.device,
         weight_only(args, model),
+        args.weight_only_method or ConvertRequest.method,
     )
     texts = read_texts(args.calib_dataset, args.calib_size, "--calib_dataset")
     if len(texts) < args.calib_size:
@@ -64,7 +65,7 @@ def weight_only(args: argparse.Namespace, model: ModelConfig) -> WeightOnly | No
     """The integers to be found.  Raises ConfigError for a flag that would change nothing or does not fit the model."""
     precision, group_size = args.weight_only_precision or "int4", args.weight_only_group_size
     if not args.use_weight_only:
-        given = {"precision": args.weight_only_precision, "symmetric": args.weight_only_symmetric}
+        given = {each: getattr(args, f"weight_only_{each}") for each in ("method", "precision", "symmetric")}
         flags = [flag for flag, value in given.items() if value] + ["group_size"] * (group_size is not None)
         if flags:
             raise ConfigError(f"--weight_only_{flags[0]} needs --use_weight_only; add it")

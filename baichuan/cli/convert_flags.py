@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from baichuan.calibration.request import ConvertRequest
+from baichuan.calibration.request import METHODS, ConvertRequest
 from baichuan.cli.common import add_adapters, add_device, add_group_size, add_model_version
 from baichuan.config import STORAGE_TYPES
 from baichuan.text.hub_dataset import CNN_DAILYMAIL
@@ -65,7 +65,12 @@ def _add_weight_only_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--use_weight_only",
         action="store_true",
-        help="find weight-only integers by GPTQ, and the scales of the KV cache as well",
+        help="find weight-only integers, and the scales of the KV cache as well",
+    )
+    parser.add_argument(
+        "--weight_only_method",
+        choices=METHODS,
+        help=f"how integers are found (default: {ConvertRequest.method}, which is more accurate; awq is for INT4)",
     )
     parser.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int4")
     add_group_size(parser)

@@ -22,14 +22,14 @@ all columns have their turns, SWEEPS times.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from baichuan.config import WeightOnly
-from baichuan.errors import CheckpointError
 from baichuan.quant.grid import RANGES, Grid, dequantised, search_grid
+from baichuan.quant.moments import InputMoments
 from baichuan.quant.scaled import require_finite
 from baichuan.util.cuda_graph import replayed
 
@@ -37,15 +37,6 @@ DAMPING = 0.1  # times the mean of H's diagonal, added to the diagonal: for text
 COMPENSATED = 0.5  # of what has happened to the inputs; all of it fits the calibration's own texts better
 SWEEPS = 2  # four leave 1 % less error, eight 1.3 %
 BLOCK = 128  # columns whose roundings are passed on to later blocks together
-
-
-@dataclass(frozen=True, eq=False)
-class InputMoments:
-    """What is known of a linear's inputs x, and of e, the same in the model of floats."""
-
-    squares: Tensor  # mean(x xᵀ), [in_features, in_features] float32
-    drift: Tensor  # mean((e - x) xᵀ), the same
-    num_tokens: int
 
 
 def gptq(weight: Tensor, inputs: InputMoments, form: WeightOnly, scale_dtype: torch.dtype) -> tuple[Tensor, Grid]:
@@ -72,11 +63,8 @@ def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
 
     How inputs go together is known the less the more of them there are for a token, so the products of different ones
     shrink.  The damping also gives an input that is always zero a size of no consequence.
-    Raises CheckpointError where H is not finite.
     """
     mean = hessian.diagonal().mean()
-    if not torch.isfinite(mean):
-        raise CheckpointError("an activation is not finite (NaN or infinity) on the calibration texts; check both")
     in_features = len(hessian)
     result = hessian * _kept(num_tokens, in_features)
     result.diagonal().copy_(hessian.diagonal() + (DAMPING * mean if mean > 0 else 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +19,23 @@ ZERO_LIMIT = 16  # largest magnitude of a zero
 FACTORS = {4: [0.85 + 0.05 * step for step in range(16)], 8: [1.0 + 0.04 * step for step in range(6)]}
 ZERO_FACTORS = [0.95 + 0.05 * step for step in range(16)]
 
+Product = Callable[[Tensor, Tensor], Tensor]  # of groups, each [n, groups, group_size] -> [n, groups, 1]
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a matrix may have: (q - zero) * scale for each group of input channels."""
+    """The values that a matrix may have: (q - zero) * scale for each group of input channels, over the channel's
+    factor where there are factors."""
 
     scale: Tensor  # [out_features, groups], of either sign with 4 bits
     zero: Tensor | None = None  # [out_features, groups] int8
+    factor: Tensor | None = None  # [in_features] float32, positive
 
     def columns(self, order: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         """Scales and zeros, in float32, of the columns in this order: each [in_features, out_features]."""
         scale = self.scale.float().t()[order // group_size]
+        if self.factor is not None:
+            scale = scale / self.factor[order, None]
         return scale, torch.zeros_like(scale) if self.zero is None else self.zero.float().t()[order // group_size]
 
 
@@ -38,26 +44,48 @@ def dequantised(q: Tensor, grid: Grid) -> Tensor:
     groups = q.float().unflatten(-1, (grid.scale.shape[1], -1))
     if grid.zero is not None:
         groups = groups - grid.zero[..., None]
-    return (groups * grid.scale.float()[..., None]).flatten(-2)
+    values = (groups * grid.scale.float()[..., None]).flatten(-2)
+    return values if grid.factor is None else values / grid.factor
 
 
-def search_grid(weight: Tensor, importance: Tensor, form: WeightOnly) -> Grid:
-    """Each group's scale, and zero, that leave the least sum of importance * (w - (q - zero) * scale)².
+def search_grid(weight: Tensor, importance: Tensor, form: WeightOnly, clipping: Sequence[float] | None = None) -> Grid:
+    """Each group's scale, and zero, that leave the least error of the group's values, d = w - (q - zero) * scale.
 
-    weight: [out_features, in_features]; importance: [in_features] -> scales in float32
+    weight: [out_features, in_features]; importance: [in_features], the error is sum(importance * d²), or
+    [in_features, in_features], d importance dᵀ within the group; clipping: factors to try instead of all
+    -> scales in float32
     """
     group_size = form.group_size or weight.shape[1]
-    importance = importance.view(1, -1, group_size) + torch.finfo(torch.float32).tiny
+    product = _product(importance, group_size)
     blocks = [
-        _best_grid(rows.unflatten(-1, (-1, group_size)), importance, form)
+        _best_grid(rows.unflatten(-1, (-1, group_size)), product, form, clipping)
         for rows in weight.split(max(1, SEARCH_ELEMENTS // weight.shape[1]))
     ]
     scale, zero = (torch.cat([block[index] for block in blocks]).squeeze(-1) for index in (0, 1))
     return Grid(scale, zero.to(torch.int8) if form.zero_points else None)
 
 
-def _best_grid(groups: Tensor, importance: Tensor, form: WeightOnly) -> tuple[Tensor, Tensor]:
-    """groups: [n, groups, group_size]; importance: [1, groups, group_size] -> scale, zero: [n, groups, 1]
+def nearest(weight: Tensor, grid: Grid, form: WeightOnly) -> Tensor:
+    """The integers whose values on the grid are nearest to the weight's: [out_features, in_features] float32."""
+    everything = torch.arange(weight.shape[1], device=weight.device)
+    scale, zero = (columns.t() for columns in grid.columns(everything, weight.shape[1] // grid.scale.shape[1]))
+    return _nearest(weight, scale, zero, *RANGES[form.bits])
+
+
+def _product(importance: Tensor, group_size: int) -> Product:
+    """The product of a group's a and b in which the error is the product of d with itself."""
+    tiny = torch.finfo(torch.float32).tiny  # where nothing is important, the error is still the least
+    if importance.dim() == 1:
+        each = importance.view(1, -1, group_size) + tiny
+        return lambda a, b: (a * b * each).sum(-1, keepdim=True)
+    groups = importance.split(group_size)
+    blocks = torch.stack([rows.split(group_size, 1)[index] for index, rows in enumerate(groups)])
+    blocks.diagonal(dim1=-2, dim2=-1).add_(tiny)  # blocks: [groups, group_size, group_size]
+    return lambda a, b: ((a.transpose(0, 1) @ blocks).transpose(0, 1) * b).sum(-1, keepdim=True)
+
+
+def _best_grid(groups: Tensor, product: Product, form: WeightOnly, clipping) -> tuple[Tensor, Tensor]:
+    """groups: [n, groups, group_size] -> scale, zero: [n, groups, 1]
 
     For given integers q and zero the best scale is <w, q - zero> / <q - zero, q - zero>: each candidate gives integers,
     these give their best scale.
@@ -65,31 +93,32 @@ def _best_grid(groups: Tensor, importance: Tensor, form: WeightOnly) -> tuple[Te
     low, high = RANGES[form.bits]
     best, best_zero = torch.zeros_like(groups[..., :1]), torch.zeros_like(groups[..., :1])
     error = torch.full_like(best, torch.inf)
-    for scale, zero in _candidates(groups, form):
+    for scale, zero in _candidates(groups, form, clipping):
         steps = _nearest(groups, scale, zero, low, high) - zero
-        length = (steps.square() * importance).sum(-1, keepdim=True)
-        scale = torch.where(length > 0, (groups * steps * importance).sum(-1, keepdim=True) / length, 0)
+        length = product(steps, steps)
+        scale = torch.where(length > 0, product(groups, steps) / length, 0)
         steps = _nearest(groups, scale, zero, low, high) - zero
-        left = ((groups - steps * scale).square_() * importance).sum(-1, keepdim=True)
+        left = groups - steps * scale
+        left = product(left, left)
         better = left < error
         best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
         error = torch.minimum(left, error)
     return best, best_zero
 
 
-def _candidates(groups: Tensor, form: WeightOnly) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(groups: Tensor, form: WeightOnly, clipping: Sequence[float] | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales and zeros that the search tries: each [n, groups, 1]."""
     low, high = RANGES[form.bits]
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     if form.bits == 8:
         largest = -largest.abs()  # the integers are symmetric, and scales stay positive
     none = torch.zeros_like(largest)
-    for factor in FACTORS[form.bits]:
+    for factor in clipping or FACTORS[form.bits]:
         yield largest / (low * factor), none
     if not form.zero_points:
         return
     bottom, top = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    for factor in ZERO_FACTORS:
+    for factor in clipping or ZERO_FACTORS:
         scale, middle = (top - bottom) / ((high - low) * factor), (top + bottom) / 2
         zero = torch.where(scale > 0, ((low + high) / 2 - middle / scale).round_(), 0)
         yield scale, zero.clamp_(-ZERO_LIMIT, ZERO_LIMIT)

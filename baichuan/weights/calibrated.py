@@ -1,4 +1,4 @@
-"""Engine tensors that need calibration: SmoothQuant, FP8, integers by GPTQ, the scales of an 8-bit KV cache."""
+"""Engine tensors that need calibration: SmoothQuant, FP8, calibrated integers, the scales of an 8-bit KV cache."""
 
 from __future__ import annotations
 

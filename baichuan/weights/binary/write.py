@@ -21,11 +21,10 @@ from baichuan.quant.scaled import require_finite, scale_for
 from baichuan.quant.smoothquant import smoother
 from baichuan.quant.weight_only import pack_int4
 from baichuan.weights.binary.layout import CHANNEL_SCALES, LINEAR_OF, NORM_NAMES, QKV, Array, Layout, has_smoother
-from baichuan.weights.shard import LINEARS
+from baichuan.weights.shard import LINEARS, NORM_BEFORE
 from baichuan.weights.source import Checkpoint, TensorSource
 
 BLOCK_BYTES = 8 << 20  # a block of a matrix's rows in float32; a process holds a few at a time
-NORM_BEFORE = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 FLOAT16_MAX = 65504.0
 
 
