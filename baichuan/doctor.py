@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from baichuan.util.files import cache_folder
 from baichuan.util.nvidia import driver_gpus
 from baichuan.util.streams import printing
 
@@ -151,6 +152,21 @@ def check_compiler(needed: bool | None = None) -> Iterator[Finding]:
     )
 
 
+def check_cache() -> Iterator[Finding]:
+    """Whether compiled kernels can be kept."""
+    remedy = "set XDG_CACHE_HOME to a folder that can be written"
+    try:
+        folder = cache_folder()
+    except OSError:
+        yield Finding("note", "cache", "no home folder, in which compiled kernels could be kept", remedy)
+        return
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        yield Finding("ok", "cache", f"compiled kernels are kept in {folder}")
+    else:
+        yield Finding("note", "cache", f"compiled kernels cannot be kept in {folder}, as {there} is read-only", remedy)
+
+
 def check_tensorrt() -> Iterator[Finding]:
     for name, remedy in (("tensorrt_rtx", "pip install tensorrt-rtx"), ("tensorrt", "pip install -e '.[tensorrt]'")):
         try:
@@ -205,7 +221,7 @@ def _room(area: str, text: str, free: int, least_gb: int, remedy: str) -> Findin
     return Finding("ok", area, text) if free >= least_gb * 1e9 else Finding("note", area, text, remedy)
 
 
-CHECKS = (check_python, check_packages, check_gpus, check_compiler, check_tensorrt, check_mpi, check_room)
+CHECKS = (check_python, check_packages, check_gpus, check_compiler, check_cache, check_tensorrt, check_mpi, check_room)
 
 
 def examine(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = args.output_dir
     for step in (make_checkpoint, make_engines, ask, measure, measure_speed):
         step(args)
-    took = time.monotonic() - start
-    say(f"That took {took // 60:.0f} min {took % 60:.0f} s. Charts and texts: open {out / 'index.html'} in a browser")
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    say(f"That took {minutes} min {seconds} s. Charts and texts: open {out / 'index.html'} in a browser")
     return 0
 
 

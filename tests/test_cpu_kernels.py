@@ -286,6 +286,12 @@ def test_a_compiler_is_asked_once(tmp_path, monkeypatch):
     assert compiled(tmp_path, (*FLAGS, "-O1")) != paths[0]
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/baichuan cannot be written \(Not a directory\); set XDG_CACHE_HOME to"):
+        compiled(tmp_path / "file/baichuan", FLAGS)
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", ""])
 def test_without_a_compiler_pytorch_computes(tmp_path, monkeypatch, caplog, compiler):
     monkeypatch.setenv("CC", compiler)

@@ -144,6 +144,22 @@ def test_compiler(monkeypatch, tmp_path):
     assert findings(doctor.check_compiler, True) == [("ok", str(tmp_path / "cc"))]
 
 
+def test_where_compiled_kernels_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not/made"))
+    assert findings(doctor.check_cache) == [("ok", f"compiled kernels are kept in {tmp_path}/not/made/baichuan")]
+    assert not (tmp_path / "not").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert findings(doctor.check_cache)[0][0] == "note"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert findings(doctor.check_cache) == [("note", "no home folder, in which compiled kernels could be kept")]
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_tensorrt(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     level, text = findings(doctor.check_tensorrt)[0]

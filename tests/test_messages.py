@@ -134,6 +134,7 @@ def test_what_is_no_engine_is_recognised(binary, tmp_path, capsys):
         binary["-kv"] / "1-gpu": "is a calibrated binary folder; build from it with build.py --bin_model_dir",
         old: "is an engine of TensorRT-LLM, which only the TensorRT-LLM that built it can run; build one from",
         newer: "is an engine of TensorRT-LLM",
+        old / "config.json": f"is a file; give the folder that holds it, {old}",
     }.items():
         for name in ("run", "summarize"):
             assert sentence in last_line(MAINS[name], [*NEEDED[name], "--engine_dir", str(folder)], capsys)

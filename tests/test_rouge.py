@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from baichuan.errors import ConfigError
 from baichuan.evaluation import rouge
 from baichuan.evaluation.rouge import KINDS, Rouge, interval
 from baichuan.evaluation.rouge_metric import KINDS as METRIC_KINDS
@@ -34,6 +35,12 @@ def random_text(generator: random.Random) -> str:
 def random_pairs(count: int) -> list[tuple[str, str]]:
     generator = random.Random(5)
     return [(random_text(generator), random_text(generator)) for _ in range(count)]
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", "/dev/null/modules")
+    with pytest.raises(ConfigError, match="cannot write to /dev/null/modules .*; set HF_HOME to"):
+        Rouge()
 
 
 def test_equal_to_rouge_score_called_directly(metric):

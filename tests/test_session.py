@@ -9,6 +9,7 @@ import torch
 from golden_sessions import GREEDY
 
 from baichuan.errors import ConfigError
+from baichuan.generation.requests import Timing
 
 VERSION = "v1_7b"
 
@@ -98,3 +99,4 @@ def test_timing_counts(session, prompt):
     assert timing.prefill_s > 0 and timing.decode_s > 0
     rate = 8 / timing.decode_s  # of the tokens that the steps made
     assert f"{14 / timing.prefill_s:.1f} tok/s; decode 4 steps, {rate:.1f} tok/s" in timing.summary()
+    assert Timing(prompt_tokens=8, prefill_s=2.0).summary() == "prefill 8 tokens, 4.0 tok/s"  # of one new token

@@ -73,7 +73,9 @@ def answer(args: argparse.Namespace, llm: LLM, prompts: Sequence[Prompt], sampli
         print_results(results, llm.text.tokenizer)
     write_outputs(args, results, sampling.pad_id)
     for index, result in enumerate(results):
-        logger.info("prompt %d: %d new tokens, finish reason %s", index, len(result.ids), result.finish_reason)
+        count = len(result.ids)
+        tokens = "1 new token" if count == 1 else f"{count} new tokens"
+        logger.info("prompt %d: %s, finish reason %s", index, tokens, result.finish_reason)
     logger.info("%s", llm.timing.summary())
 
 

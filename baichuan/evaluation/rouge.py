@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from baichuan.errors import ConfigError
+
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 TOKENIZER = "words of a-z and 0-9 in lower case without stemming; Chinese character by character"
@@ -26,12 +28,18 @@ class Interval:
 
 
 class Rouge:
-    """The metric, loaded once.  Raises OSError where the `evaluate` package cannot write to its cache."""
+    """The metric, loaded once.  Raises ConfigError where the `evaluate` package cannot write to its cache."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import evaluate
 
-        self._metric = evaluate.load(str(METRIC_PATH), keep_in_memory=True)
+        try:
+            self._metric = evaluate.load(str(METRIC_PATH), keep_in_memory=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the package evaluate, which ROUGE needs, cannot write to {error.filename} ({error.strerror}); set "
+                "HF_HOME to a folder that can be written"
+            ) from None
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
         """Each pair's F-measure in percent, by kind of ROUGE."""

@@ -54,12 +54,12 @@ class Timing:
 
     def summary(self) -> str:
         """Tokens per second of both phases, for the log."""
-        decode_ms = 1e3 * self.decode_s / max(self.decode_steps, 1)
+        prefill = f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s"
+        if not self.decode_steps:
+            return prefill
+        decode_ms = 1e3 * self.decode_s / self.decode_steps
         decoded = self.decode_tokens / max(self.decode_s, 1e-9)
-        return (
-            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_s, 1e-9):.1f} tok/s; "
-            f"decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"
-        )
+        return f"{prefill}; decode {self.decode_steps} steps, {decoded:.1f} tok/s, {decode_ms:.2f} ms per step"
 
 
 class Serving(Protocol):

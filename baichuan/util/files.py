@@ -134,8 +134,16 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's compiled kernels: https://specifications.freedesktop.org/basedir-spec/latest/"""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baichuan"
+    """The folder of this user's compiled kernels: https://specifications.freedesktop.org/basedir-spec/latest/
+
+    Raises OSError where there is no home folder.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "baichuan"
+    try:
+        return Path.home() / ".cache" / "baichuan"
+    except RuntimeError:
+        raise OSError("this user has no home folder; set XDG_CACHE_HOME to a folder that can be written") from None
 
 
 def _umask() -> int:

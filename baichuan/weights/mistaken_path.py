@@ -60,7 +60,7 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         )
     if path.suffix in WEIGHT_FILES:
         return "weights", f"is a file of weights alone; give the folder that holds it with config.json, {path.parent}"
-    return "", ""
+    return "file", f"is a file; give the folder that holds it, {path.parent}"
 
 
 def _json_object(path: Path) -> dict:

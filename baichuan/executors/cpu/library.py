@@ -49,12 +49,16 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
     parts = [version, processor(), *flags, *(path.read_text() for path in sorted(SOURCES.iterdir()))]
     path = folder / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        logger.info("compiling the CPU kernels into %s, once", path)
-        with atomic_path(path) as temporary:
-            subprocess.run(
-                [*command, "-o", str(temporary)], capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S
-            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                logger.info("compiling the CPU kernels into %s, once", path)
+                call = [*command, "-o", str(temporary)]
+                subprocess.run(call, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+        except OSError as error:
+            raise OSError(
+                f"{folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+            ) from None
     return path
 
 

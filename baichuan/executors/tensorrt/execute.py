@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from baichuan.records import Step
 from baichuan.util.files import cache_folder
 from baichuan.util.manifest import one_digest
 
+logger = logging.getLogger(__name__)
+
 CONTEXT, GENERATION = 0, 1  # the contract's profiles
 
 
@@ -27,7 +30,11 @@ def open_tensorrt(path: Path, contract: Contract, comm: Communicator, digests: S
 
     Raises what open_plan raises.
     """
-    kernels = cache_folder() / "tensorrt_rtx" / f"{one_digest(digests)}.kernels"
+    kernels = None
+    try:
+        kernels = cache_folder() / "tensorrt_rtx" / f"{one_digest(digests)}.kernels"
+    except OSError as error:
+        logger.info("kernels are compiled again at every start: %s", error)
     return TensorRtExecutor(open_plan(path, contract, comm, kernels), contract)
 
 
