@@ -35,7 +35,7 @@ from baichuan.generation.session import Session
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.util.files import atomic_path
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
-from benchmarks.random_weights import PRECISIONS, RandomWeights, add_engine_flags
+from benchmarks.random_weights import PRECISIONS, RandomWeights, add_engine_flags, add_model_flags
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
 
@@ -72,11 +72,8 @@ TITLES = "version precision              batch  tp | prefill ms TFLOP/s | step m
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="whose shapes")
-    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="of the weights")
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="sequences at a time")
+    add_model_flags(parser)
     parser.add_argument("--tp", nargs="+", type=int, help="1, the number of ranks, or both; default: all ranks")
-    parser.add_argument("--input_len", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--output_len", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported; two more warm up")
     add_engine_flags(parser)  # chart.py draws the results

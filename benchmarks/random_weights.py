@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baichuan.cli.common import add_weight_copies
-from baichuan.config import ModelConfig, QuantConfig
+from baichuan.config import PRESETS, ModelConfig, QuantConfig
 from baichuan.quant.weight_only import pack_int4
 from baichuan.records import (
     DenseWeight,
@@ -43,6 +43,14 @@ PRECISIONS = {
 }
 INT8_DEVIATION = 73.3  # standard deviation of uniform integers in [-127, 127]
 INT4_DEVIATION = 4.3  # standard deviation of uniform integers in [-7, 7]; a mean of its own would overflow float16
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which models a benchmark goes through, and with which prompts."""
+    parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="whose shapes")
+    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="of the weights")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="sequences at a time")
+    parser.add_argument("--input_len", type=int, default=128, help="tokens of each prompt")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
