@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from baichuan.executors.cuda.graph import Size, _Captured
 from baichuan.executors.cuda.linear import Choice, choose_kernel
+from baichuan.kernels import store_row
 from baichuan.kernels.argmax import argmax
 from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.gemm import gemm
@@ -118,6 +119,22 @@ def test_quantise_rows(smooth, scale):
     expected = scale_for(smoothed.abs().amax(-1), torch.int8) if scale is None else scale
     assert torch.equal(quantised.scale, expected)
     assert torch.equal(quantised.values, quantise(smoothed, expected.view(-1, 1), torch.int8))
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.03])], ids=["row scales", "one scale"])
+def test_many_rows_that_share_a_smoother_are_as_few(scale, monkeypatch):
+    monkeypatch.setattr(store_row, "MANY_ROWS", 16)
+    x, smoother = normal(16, 192), normal(192, seed=1, dtype=torch.float32).abs() + 0.1
+    scale = None if scale is None else scale.to(DEVICE)
+    for run, width in ((quantise_rows, 192), (silu_mul, 96)):
+        each = smoother[:width]
+        assert (store_row.rows_each(16, each), store_row.rows_each(8, each)) == (8, 1)
+        form = Int8PerToken(each) if scale is None else StaticScale(torch.int8, scale, each)
+        many, few = run(x, form), [run(part, form) for part in x.split(8)]
+        expected = torch.cat([half.values for half in few])
+        assert torch.equal(many.values, expected)
+        assert scale is not None or torch.equal(many.scale, torch.cat([half.scale for half in few]))
+        assert not torch.equal(many.values, expected.roll(1, 0)), "the control: each row in its neighbour's place"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

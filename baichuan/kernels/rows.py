@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.operand import Form, Operand, StaticScale, smoother_of
+from baichuan.kernels.operand import WHOLE_ROWS, Form, Operand, StaticScale, smoother_of
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import divide, form_constant, load_smoother, store_row
+from baichuan.kernels.store_row import divide, form_constant, load_smoother, rows_each, store_row
 
 
 @triton.jit
@@ -46,19 +46,21 @@ def _quantise_rows(
     x, smoother, scale,
     width,
     out, out_scale,
-    FORM: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    FORM: tl.constexpr, SMOOTH: tl.constexpr, ROW_SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     if SMOOTH:
         divisor, reciprocal = load_smoother(smoother, columns, mask)
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
-    value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
-    if SMOOTH:
-        value = divide(value, divisor, reciprocal)
-    store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, ROW_SCALES)
+    for index in range(ROWS):
+        row = tl.program_id(0) * ROWS + index
+        value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
+        if SMOOTH:
+            value = divide(value, divisor, reciprocal)
+        store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, ROW_SCALES)
 
 
 QUANTISE_ROWS = KernelSpec(_quantise_rows, ("x", "smoother", "scale"), ("width",), ("out", "out_scale"))
@@ -68,10 +70,12 @@ def quantise_rows(x: Tensor, form: Form) -> Operand:
     """x, [num_tokens, width] of a float type, in the given form."""
     num_tokens, width = x.shape
     out, smoother = Operand.allocate(form, x, num_tokens, width), smoother_of(form)
-    block = next_power_of_2(width)
+    block, rows = next_power_of_2(width), rows_each(num_tokens, smoother)
+    if rows > 1 and not isinstance(form, WHOLE_ROWS):
+        block = min(block, 1024)
     scale = x if out.scale is None else out.scale
     QUANTISE_ROWS.launch(
-        (num_tokens,),
+        (num_tokens // rows, cdiv(width, block)),
         (x, scale if smoother is None else smoother, scale),
         (width,),
         (out.values, scale),
@@ -79,6 +83,7 @@ def quantise_rows(x: Tensor, form: Form) -> Operand:
             "FORM": form_constant(form),
             "SMOOTH": smoother is not None,
             "ROW_SCALES": isinstance(form, StaticScale) and form.scale.numel() > 1,
+            "ROWS": rows,
             "BLOCK": block,
         },
         num_warps=min(max(block // 512, 1), 16),

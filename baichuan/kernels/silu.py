@@ -9,7 +9,7 @@ from torch import Tensor
 from baichuan.kernels.operand import PLAIN, WHOLE_ROWS, Form, Operand, smoother_of
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
-from baichuan.kernels.store_row import divide, form_constant, load_smoother, store_row
+from baichuan.kernels.store_row import divide, form_constant, load_smoother, rows_each, store_row
 
 
 @triton.jit
@@ -29,22 +29,23 @@ def _silu_mul(
     gate_up, smoother, scale,
     width,
     out, out_scale,
-    FORM: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    FORM: tl.constexpr, SMOOTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     if SMOOTH:
         divisor, reciprocal = load_smoother(smoother, columns, mask)
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
-    source = gate_up + row.to(tl.int64) * 2 * width + columns
-    gate = tl.load(source, mask, other=0.0).to(tl.float32)
-    up = tl.load(source + width, mask, other=0.0).to(tl.float32)
-    value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    if SMOOTH:
-        value = divide(value, divisor, reciprocal)
-    store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, False)
+    for index in range(ROWS):
+        row = tl.program_id(0) * ROWS + index
+        source = gate_up + row.to(tl.int64) * 2 * width + columns
+        gate = tl.load(source, mask, other=0.0).to(tl.float32)
+        up = tl.load(source + width, mask, other=0.0).to(tl.float32)
+        value = (silu(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+        if SMOOTH:
+            value = divide(value, divisor, reciprocal)
+        store_row(value, row, columns, mask, scale, out, out_scale, width, FORM, False)
 
 
 SILU_MUL = KernelSpec(_silu_mul, ("gate_up", "smoother", "scale"), ("width",), ("out", "out_scale"))
@@ -61,12 +62,13 @@ def silu_mul(gate_up: Tensor, form: Form = PLAIN) -> Operand:
     if not isinstance(form, WHOLE_ROWS):
         block = min(block, 2048)
     scale = gate_up if out.scale is None else out.scale
+    rows = rows_each(num_tokens, smoother)
     SILU_MUL.launch(
-        (num_tokens, cdiv(width, block)),
+        (num_tokens // rows, cdiv(width, block)),
         (gate_up, gate_up if smoother is None else smoother, scale),
         (width,),
         (out.values, scale),
-        {"FORM": form_constant(form), "SMOOTH": smoother is not None, "BLOCK": block},
+        {"FORM": form_constant(form), "SMOOTH": smoother is not None, "ROWS": rows, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out

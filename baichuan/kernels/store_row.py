@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from baichuan.kernels.operand import Deinterleaved, E4m3PerToken, Form, Int8PerToken, Int16, Plain, StaticScale
 from baichuan.kernels.primitives import INTERPRETED
@@ -17,6 +18,7 @@ INT16 = tl.constexpr(4)
 INT16_DEINTERLEAVED = tl.constexpr(5)
 E4M3_PER_TOKEN = tl.constexpr(6)
 INT16_WITH_SUMS = tl.constexpr(1 << 20)  # deinterleaved; plus the channels of a sum, where that is a power of two
+MANY_ROWS, ROWS = 512, 8  # rows_each
 INT16_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127: the largest number whose two bytes are both at most 127
 
 
@@ -38,6 +40,13 @@ def form_constant(form: Form) -> tl.constexpr:
             if sums:
                 return tl.constexpr(INT16_WITH_SUMS.value + (sums if sums & (sums - 1) == 0 else 0))
             return INT16_DEINTERLEAVED if deinterleaved else INT16
+
+
+def rows_each(num_tokens: int, smoother: Tensor | None) -> int:
+    """Rows of a program, a divisor of their number: with many rows, several share the smoother and its reciprocal,
+    which take as many instructions as all the rest.
+    """
+    return ROWS if smoother is not None and num_tokens >= MANY_ROWS and num_tokens % ROWS == 0 else 1
 
 
 @triton.jit

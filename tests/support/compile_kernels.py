@@ -8,11 +8,14 @@ constants and types that a GPU would see; what they would have computed stays un
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
 import torch
+import triton
 from launches import QUANTS
+from triton.backends.compiler import GPUTarget
 
 from baichuan.config import ModelConfig, QuantConfig
 from baichuan.executors.cuda import linear as cuda_linear
@@ -75,6 +78,28 @@ def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16", ran
         forward(ops, model, weights, (cache,), spec, each)
 
 
+def compile_gluon() -> None:
+    """gemm_int8.py's kernel, whose launch is Triton's own: every tile, then the other types of y."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from baichuan.kernels.gemm_int8 import TILES, _gemm_int8, block_layout, constants
+
+    for tile, y_type in [(tile, "fp16") for _, tile in TILES] + [(TILES[0][1], "bf16"), (TILES[0][1], "fp32")]:
+        layouts = {rows: block_layout(rows, tile.block_k) for rows in (tile.block_m, tile.block_n)}
+        blocks = [f"tensordesc<i8[{rows}, {tile.block_k}],{layouts[rows]!r}>" for rows in (tile.block_m, tile.block_n)]
+        values = {"ROW_SCALES": y_type == "fp16", "OVERLAP": True} | constants(tile)
+        types = [*blocks, "*fp32", "*fp32", "i32", "i32", "i32", f"*{y_type}", *["constexpr"] * len(values)]
+        signature = dict(zip(_gemm_int8.arg_names, types, strict=True))
+        aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(blocks), len(types) - len(values))}
+        source = GluonASTSource(_gemm_int8, signature, values, aligned)
+        target = GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": tile.num_warps})
+        ptx = compiled.asm["ptx"]
+        loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.wait_group")]
+        assert re.search(r"wgmma\.wait_group\S*\s+1;", loop), "no product stays in flight"
+        print("_gemm_int8", len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
+
+
 def main(capability: int, shared_memory: int) -> None:
     KernelSpec.launch = compile_instead(capability)
     gemm_parts.shared_memory = lambda device: shared_memory
@@ -98,6 +123,8 @@ def main(capability: int, shared_memory: int) -> None:
             *(("fp8", "fp8 per token") if capability >= 89 else ()),
         ):
             run("v2_13b", QUANTS[quant], rows, ranks=ranks)
+    if capability == 90:
+        compile_gluon()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""W8A8 products of many tokens on Hopper: the bits of exact sums, in every shape of Baichuan, alone and replayed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_device import DEVICE
+
+from baichuan.config import PRESETS, ModelConfig, QuantConfig
+from baichuan.executors.cuda.executor import CudaExecutor
+from baichuan.kernels import gemm as gemm_file
+from baichuan.kernels.gemm import gemm, multiplies_by_gluon
+from baichuan.kernels.operand import Int8PerToken, Operand, StaticScale
+from baichuan.kernels.rows import quantise_rows
+from baichuan.kernels.tiles import Tile
+from baichuan.records import Step
+from benchmarks.random_weights import RandomWeights
+
+HOPPER = DEVICE.type == "cuda" and gemm_file._has_gluon(DEVICE, gemm_file.triton.__version__)
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+TRITON_TILE = Tile(128, 128, 128, 8, 3)  # given one, gemm() is Triton's own product
+
+
+def matrices(model, ranks):
+    """(out_features, in_features) of a rank's four products."""
+    hidden, share = model.hidden_size, model.intermediate_size // ranks
+    return [(3 * hidden // ranks, hidden), (hidden, hidden // ranks), (2 * share, hidden), (hidden, share)]
+
+
+SHAPES = sorted({shape for version in PRESETS for ranks in (1, 2, 4) for shape in matrices(PRESETS[version], ranks)})
+
+
+def operand(rows, in_features, row_scales, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    values = torch.randint(-128, 128, (rows, in_features), generator=generator, dtype=torch.int8, device=DEVICE)
+    scale = torch.rand(rows if row_scales else 1, generator=generator, device=DEVICE) * 1e-3
+    form = Int8PerToken() if row_scales else StaticScale(torch.int8, scale)
+    return Operand(form, values, scale)
+
+
+def exact(x, weight, scale, dtype):
+    """By float64, in which PyTorch sums products of int8 exactly; scaled and rounded as documented."""
+    sums = (x.values.double() @ weight.double().t()).float()
+    return (sums * x.scale.view(-1, 1) * scale).to(dtype)
+
+
+@pytest.mark.cuda
+@on_hopper
+@pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_product_bit_for_bit(shape, tile, row_scales):
+    from baichuan.kernels.gemm_int8 import TILES, gemm_int8
+
+    out_features, in_features = shape
+    tile = TILES[tile][1]
+    weight = operand(out_features, in_features, False, 1).values
+    scale = torch.rand(out_features, device=DEVICE)
+    for rows, dtype in ((1, torch.float32), (129, torch.bfloat16), (1000, torch.float16), (1024, torch.float16)):
+        x = operand(rows, in_features, row_scales)
+        y = gemm_int8(x, weight, scale, dtype, tile)
+        expected = exact(x, weight, scale, dtype)
+        assert torch.equal(y, expected)
+        assert torch.equal(y, gemm(x, weight, scale, dtype, TRITON_TILE))
+        x.values[-1, -1] ^= 64
+        changed = gemm_int8(x, weight, scale, dtype, tile)
+        assert torch.equal(changed[:-1], y[:-1])
+        assert not torch.equal(changed[-1], y[-1]), "the control: the last number of the last row"
+
+
+@pytest.mark.cuda
+@on_hopper
+@pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
+def test_a_chain_in_a_graph_reads_what_was_just_written(row_scales):
+    """Each product's rows are quantised by a kernel that lets it start early; 200 replays over changing inputs."""
+    rows, width, depth = 777, 2048, 12
+    form = Int8PerToken() if row_scales else StaticScale(torch.int8, torch.full((1,), 0.05, device=DEVICE))
+    weights = [operand(width, width, False, seed).values for seed in range(depth)]
+    scale = torch.full((width,), 5e-4, device=DEVICE)
+    inputs = [
+        torch.randn(rows, width, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed)).half()
+        for seed in range(4)
+    ]
+
+    def chain(x, tile):
+        for weight in weights:
+            x = gemm(quantise_rows(x, form), weight, scale, torch.float16, tile)
+        return x
+
+    expected = [chain(x, TRITON_TILE) for x in inputs]
+    assert not torch.equal(expected[0], expected[1]), "the control: other inputs, other results"
+    x = inputs[0].clone()
+    chain(x, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x, None)
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    stale = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for replay in range(200):
+        x.copy_(inputs[replay % 4])
+        graph.replay()
+        wrong += (y != expected[replay % 4]).sum()
+        stale += (y == expected[(replay - 1) % 4]).all()
+    assert wrong.item() == 0 and stale.item() == 0
+    assert expected[0].isfinite().all() and expected[0].float().std() > 0.1
+
+
+@pytest.mark.cuda
+@on_hopper
+@pytest.mark.parametrize("per_token", [False, True], ids=["one scale", "row scales"])
+def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch):
+    """600 rows of prompts and of a decode step, the latter replayed."""
+    model = ModelConfig("v1_13b", 512, 3, 4, 1024, 400, dtype="float16")
+    quant = QuantConfig("smooth_quant", per_channel=True, per_token=per_token, kv_cache="int8")
+    weights = RandomWeights(model, quant, DEVICE).rank()
+    prompts = [[3 + row % 390, 5, 7] for row in range(600)]
+
+    def logits():
+        cuda = CudaExecutor(model, quant, weights)
+        cuda.reset(600, 16)
+        prefill = cuda.forward(Step.of(prompts, device=DEVICE)).clone()
+        decode = Step.of([[row % 400] for row in range(600)], [3] * 600, device=DEVICE)
+        return [prefill, *(cuda.forward(decode).clone() for _ in range(3))]
+
+    by_gluon = logits()
+    monkeypatch.setattr(gemm_file, "MANY_ROWS", 1 << 30)
+    by_triton = logits()
+    for one, other in zip(by_gluon, by_triton, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
+    assert not torch.equal(by_triton[0], by_triton[1]), "the control: another step"
+
+
+def test_where_the_kernel_is_chosen(monkeypatch):
+    """On Hopper under a version of Triton that it is written for, by int8 rows at least 512 and of 16 bytes."""
+    x = Operand(Int8PerToken(), torch.zeros(600, 64, dtype=torch.int8), torch.ones(600))
+    weight = torch.zeros(32, 64, dtype=torch.int8)
+    assert not multiplies_by_gluon(x, weight), "not on the CPU"
+    monkeypatch.setattr(gemm_file, "overlaps", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gemm_file._has_gluon.cache_clear()
+    try:
+        assert multiplies_by_gluon(x, weight)
+        for version, has in {
+            "3.5.1": False,
+            "3.6.0+git9844da95": True,
+            "3.9.0": True,
+            "3.10.0": False,
+            "4.0": False,
+        }.items():
+            assert gemm_file._has_gluon(weight.device, version) == has
+        assert not multiplies_by_gluon(x, weight[:, 1:]), "not contiguous"
+        assert not multiplies_by_gluon(x, weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
+        assert not multiplies_by_gluon(x, torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
+        assert not multiplies_by_gluon(replace(x, values=x.values.half()), weight)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        gemm_file._has_gluon.cache_clear()
+        assert not multiplies_by_gluon(x, weight), "another generation"
+    finally:
+        gemm_file._has_gluon.cache_clear()
