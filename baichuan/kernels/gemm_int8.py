@@ -153,6 +153,7 @@ def gemm_int8(x: Operand, weight: Tensor, scale: Tensor, out_dtype: torch.dtype,
         OVERLAP=overlap,
         **constants(tile),
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
         **({"launch_pdl": True} if overlap else {}),
     )
     return y
