@@ -132,7 +132,7 @@ def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch
 
 
 def test_where_the_kernel_is_chosen(monkeypatch):
-    """On Hopper under a version of Triton that it is written for, by int8 rows at least 512 and of 16 bytes."""
+    """On Hopper under a version of Triton that it is written for, by int8 in rows of whole 16 bytes."""
     x = Operand(Int8PerToken(), torch.zeros(600, 64, dtype=torch.int8), torch.ones(600))
     weight = torch.zeros(32, 64, dtype=torch.int8)
     assert not multiplies_by_gluon(x, weight), "not on the CPU"

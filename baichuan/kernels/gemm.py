@@ -25,7 +25,7 @@ from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inp
 from baichuan.kernels.spec import KernelSpec, overlaps
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
 
-MANY_ROWS = 512  # of int8, from which gemm_int8.py is faster
+MANY_ROWS = 256  # of int8, from which gemm_int8.py is faster
 GLUON_VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose Gluon gemm_int8.py is written for
 
 

@@ -37,7 +37,7 @@ from baichuan.kernels.tiles import Tile
 
 BAND = 8  # as in tiles.place_of_tile
 # By the number of rows, as tiles.TILES; what measures fastest on an H200 (docs/performance.md).
-TILES = ((4096, Tile(128, 128, 128, 4, 3)), (None, Tile(128, 256, 128, 8, 4)))
+TILES = ((2048, Tile(128, 128, 128, 4, 3)), (None, Tile(128, 256, 128, 8, 4)))
 INSTRUCTION_CHANNELS = 128  # output channels of one instruction of the tensor cores; for integers Triton has no 256
 
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.8
