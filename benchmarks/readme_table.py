@@ -83,11 +83,12 @@ QUALITIES = (
     Quality("INT8, GPTQ", QuantConfig("int8"), "INT8 by GPTQ", "int8"),
     *(
         Quality(
-            f"INT4 g{quant.group_size}, GPTQ",
+            f"INT4 g{quant.group_size}, {method}",
             replace(quant, zero_points=True),
-            f"INT4 by GPTQ, groups of {quant.group_size}",
+            f"INT4 by {method}, groups of {quant.group_size}",
             f"{measured}_zeros",
         )
+        for method in ("GPTQ", "AWQ")
         for measured, quant in INT4.items()
     ),
     *(

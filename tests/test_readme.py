@@ -308,7 +308,8 @@ def test_the_gains_of_groups_are_the_measurements():
 def test_the_real_model_s_figures_are_the_measurements():
     accuracy = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     rows = {"float16": "float16", "INT8": "INT8 weight-only", "FP8": "FP8, pt + pc"}
-    rows |= {f"INT4 g{size}, GPTQ": f"INT4 by GPTQ, groups of {size}" for size in (32, 64)}
+    for method in ("GPTQ", "AWQ"):
+        rows |= {f"INT4 g{size}, {method}": f"INT4 by {method}, groups of {size}" for size in (32, 64)}
     rows |= {f"INT4 g{size}": f"INT4 weight-only, groups of {size}" for size in (32, 64)}
     for ours, measured in rows.items():
         kl, _, perplexity = re.search(
