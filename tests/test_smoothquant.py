@@ -7,7 +7,7 @@ import torch
 from baichuan.parallel.comm import Solo
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
-from baichuan.quant.smoothquant import ALPHAS, choose_alpha, int8_matmul, quantise_input, smoother
+from baichuan.quant.smoothquant import MODES, int8_matmul, quantise_input, smooth_weight, smoother
 from baichuan.records import SmoothQuantWeight
 
 
@@ -30,29 +30,22 @@ def test_smoother_formula(alpha):
     assert np.isfinite(smoother(torch.tensor(x), torch.tensor(w), alpha).numpy()).all()
 
 
-def error_in_float64(x, w, alpha):
-    """The squared error of a product with scales per token and channel, in NumPy."""
-    x, w = x.double().numpy(), w.double().numpy()
-    s = np.maximum(np.abs(x).max(0) ** alpha / np.maximum(np.abs(w).max(0), 1e-5) ** (1 - alpha), 1e-5)
-
-    def rounded(rows):
-        scale = np.abs(rows).max(1, keepdims=True) / 127
-        return np.rint(rows / scale) * scale
-
-    return ((rounded(x / s) @ rounded(w * s).T - x @ w.T) ** 2).sum()
-
-
-@pytest.mark.parametrize("outlier", [1.0, 8.0, 300.0])
-def test_the_strength_chosen_leaves_the_least_error(outlier):
-    generator = torch.Generator().manual_seed(3)
-    x, w = torch.randn(64, 128, generator=generator), torch.randn(96, 128, generator=generator)
-    x[:, 5] *= outlier
-    w[:, 9] *= 20
-    chosen = choose_alpha(x, w, x.abs().amax(0))
-    errors = {alpha: error_in_float64(x, w, alpha) for alpha in ALPHAS}
-    assert errors[chosen] <= min(errors.values()) * 1.001  # float32 sums may order two that are equal
-    assert errors[chosen] <= min(errors[0.5], errors[0.8])
-    assert max(errors.values()) > 1.05 * errors[chosen], "the control: the strength matters here"
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", [0.3, 0.8])
+def test_a_smoothed_weight_is_its_formula_in_float64(mode, alpha):
+    x, w = activations().abs().amax(0), torch.randn(96, 256, generator=torch.Generator().manual_seed(3))
+    w[:32, 9] *= 20
+    ours = smooth_weight(w, x, alpha, mode, projections=3)
+    s = np.maximum(x.double().numpy() ** alpha / np.abs(w.double().numpy()).max(0) ** (1 - alpha), 1e-5)
+    rows = w.double().numpy() * s
+    largest = np.abs(rows).max(1) if mode.per_channel else np.abs(rows).reshape(3, -1).max(1).repeat(32)
+    np.testing.assert_allclose(ours.smoother, s, rtol=1e-6)
+    np.testing.assert_allclose(ours.scale, largest / 127, rtol=1e-6)
+    assert (ours.input_scale is None) == mode.per_token
+    if ours.input_scale is not None:
+        assert ours.input_scale.item() == pytest.approx((x.double().numpy() / s).max() / 127, rel=1e-6)
+    differences = np.abs(ours.weight.numpy() - np.rint(rows / (largest / 127)[:, None]))
+    assert differences.max() <= 1 and differences.mean() < 1e-3, "one that lies between two integers may fall to either"
 
 
 def smoothed_product(x, w, alpha, per_token, per_channel):

@@ -11,14 +11,11 @@ from torch import Tensor
 from baichuan.calibration.layers import DenseOps, layer_passes
 from baichuan.config import ModelConfig
 from baichuan.parallel.comm import Solo
-from baichuan.quant import smoothquant
 from baichuan.quant.ranges import LayerRanges, LinearRange
 from baichuan.records import AttentionSpec, DenseWeight, LayerCache, LayerWeights
 from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint
-
-ALPHA_TOKENS = 512  # inputs that the strengths of SmoothQuant are compared on
 
 
 def calibrate(
@@ -27,10 +24,8 @@ def calibrate(
     samples: Sequence[Sequence[int]],
     scratch: Path,
     device: str | None = None,
-    choose_alpha: bool = False,
 ) -> list[LayerRanges]:
-    """The ranges of every layer over the samples, each a sequence of token ids; with choose_alpha also the strength of
-    SmoothQuant that suits each linear best.
+    """The ranges of every layer over the samples, each a sequence of token ids.
 
     scratch: a folder for the hidden states, 4 * hidden_size bytes per token.  device: "cpu" or "cuda"; None = the GPU
     where there is one.
@@ -43,7 +38,7 @@ def calibrate(
     ):
         ops = _ObservingOps(passes.spec, passes.longest, device)
         for _, layer in passes.layers():
-            observed = ops.observe(layer, -(-ALPHA_TOKENS // len(passes.steps)) if choose_alpha else 0)
+            observed = ops.observe(layer)
             passes.run(ops, layer, progress)
             ranges.append(observed.ranges())
     return ranges
@@ -55,9 +50,9 @@ class _ObservingOps(DenseOps):
     def __init__(self, spec: AttentionSpec, capacity: int, device: str):
         super().__init__(spec, Solo(), capacity, device)
 
-    def observe(self, layer: LayerWeights, kept: int) -> _Observed:
-        """Observe this layer's linears from now on, and keep the first `kept` inputs of each step."""
-        self.observed = _Observed(layer, kept)
+    def observe(self, layer: LayerWeights) -> _Observed:
+        """Observe this layer's linears from now on."""
+        self.observed = _Observed(layer)
         return self.observed
 
     def linear(self, x, weight):
@@ -74,9 +69,7 @@ class _ObservingOps(DenseOps):
 class _Observed:
     """Running maxima of one layer."""
 
-    def __init__(self, layer: LayerWeights, kept: int):
-        self.layer, self.kept = layer, kept
-        self.inputs: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
+    def __init__(self, layer: LayerWeights):
         self.names = {getattr(layer, name): name for name in LINEARS}
         self.x: dict[str, Tensor] = {}
         self.y: dict[str, Tensor] = {}
@@ -84,8 +77,6 @@ class _Observed:
 
     def see_linear(self, weight: DenseWeight, x: Tensor, y: Tensor) -> None:
         name = self.names[weight]
-        if self.kept:
-            self.inputs[name].append(x[: self.kept].clone())
         for maxima, values in ((self.x, x), (self.y, y)):
             absmax = values.abs().amax(0)
             maxima[name] = torch.maximum(maxima.get(name, absmax), absmax)
@@ -96,11 +87,5 @@ class _Observed:
         self.k, self.v = torch.maximum(self.k, k.amax()), torch.maximum(self.v, cache.v.abs().amax())
 
     def ranges(self) -> LayerRanges:
-        linears = {name: LinearRange(self.x[name].cpu(), self.y[name].cpu(), self._alpha(name)) for name in LINEARS}
+        linears = {name: LinearRange(self.x[name].cpu(), self.y[name].cpu()) for name in LINEARS}
         return LayerRanges(linears, self.k.item(), self.v.item())
-
-    def _alpha(self, name: str) -> float | None:
-        if not self.kept:
-            return None
-        weight = getattr(self.layer, name).weight
-        return smoothquant.choose_alpha(torch.cat(self.inputs[name]), weight, self.x[name])

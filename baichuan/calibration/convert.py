@@ -14,6 +14,7 @@ import torch
 
 from baichuan.calibration.calibrate import calibrate
 from baichuan.calibration.request import ConvertRequest
+from baichuan.calibration.strengths import calibrate_by_mode
 from baichuan.calibration.weight_only import quantise_layers
 from baichuan.engine.folder import staging
 from baichuan.errors import UnsupportedError
@@ -24,7 +25,13 @@ from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
 from baichuan.util.publishing import publish_folder
-from baichuan.weights.binary.config_ini import GROUP_SIZE_KEY, PRECISION_KEY, SYMMETRIC_KEY, write_binary_config
+from baichuan.weights.binary.config_ini import (
+    BY_MODE_KEY,
+    GROUP_SIZE_KEY,
+    PRECISION_KEY,
+    SYMMETRIC_KEY,
+    write_binary_config,
+)
 from baichuan.weights.binary.fp8_scales import FILE_NAME, MODULES, LayerScales, write_fp8_scales
 from baichuan.weights.binary.layout import CONFIG_NAME, GLOBAL_NAMES, STORAGE_DTYPES, Layout
 from baichuan.weights.binary.write import BinaryWriter
@@ -49,13 +56,14 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     with staging(request.folder) as staged:
         _require_disk(request, layout, sum(map(len, samples)))
         device = resolve_device(request.device)
-        writer = BinaryWriter(request.open_checkpoint, layout, staged, request.alpha)
+        writer = BinaryWriter(request.open_checkpoint, layout, staged, request.fixed_alpha)
         if form := request.weight_only:
             args = request.open_checkpoint(), request.model, samples, staged, device
             factors = quantise_layers(*args, form, request.method, partial(writer.write_integers, form))
             writer = replace(writer, open_checkpoint=partial(_open_folded, request.open_checkpoint, factors))
-        ranges = calibrate(writer.open_checkpoint(), request.model, samples, staged, device, request.alpha == "auto")
-        size = sum(array.size for array in layout.written(request.alpha is not None))
+        observe = calibrate_by_mode if request.by_mode else calibrate
+        ranges = observe(writer.open_checkpoint(), request.model, samples, staged, device)
+        size = sum(array.size for array in layout.written(request.fixed_alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
         weight_absmax = _write_all(writer, ranges, processes)
         write_fp8_scales(staged / FILE_NAME, _fp8_scales(ranges, weight_absmax))
@@ -66,6 +74,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
         fixed = {
             "tensor_parallelism": request.tp_size,
             "smoothquant": request.alpha,
+            BY_MODE_KEY: request.by_mode,
             "weight_data_type": request.storage_type,
             "multi_query_mode": False,
             "weight_only_method": request.method if form else None,
@@ -121,7 +130,8 @@ def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[s
 
 def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
     """Raise UnsupportedError unless the folder and the calibration's hidden states fit on the disk."""
-    arrays = {array.name: array.size for array in layout.written(request.alpha is not None, request.weight_only)}
+    written = layout.written(request.fixed_alpha is not None, request.weight_only, request.by_mode)
+    arrays = {array.name: array.size for array in written}
     needed = sum(arrays.values()) + DISK_SLACK_BYTES
     needed += (8 if request.weight_only else 4) * tokens * request.model.hidden_size
     free = shutil.disk_usage(request.folder).free

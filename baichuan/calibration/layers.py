@@ -66,6 +66,11 @@ class LayerPasses:
             output = self._step(ops, layer, first, step, progress)
             self.hidden[first : first + len(output)] = output.to(self.hidden.device)
 
+    def output(self, ops: ReferenceOps, layer: LayerWeights, progress: Progress) -> Tensor:
+        """What the layer makes of `hidden`, which stays: [tokens, hidden_size]"""
+        outputs = [self._step(ops, layer, first, step, progress) for first, step in self.steps]
+        return torch.cat(outputs).to(self.hidden.device)
+
     def inputs(self, layer: LayerWeights, name: str, progress: Progress) -> Iterator[Tensor]:
         """What goes into the layer's linear `name`, step by step: [tokens of the step, in_features] float32."""
         ops = _OpsUpTo(getattr(layer, name), self)
@@ -115,17 +120,23 @@ class _OpsUpTo(DenseOps):
 
 @contextmanager
 def layer_passes(
-    checkpoint: Checkpoint, model: ModelConfig, samples: Sequence[Sequence[int]], scratch: Path, device: str
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    samples: Sequence[Sequence[int]],
+    scratch: Path,
+    device: str,
+    tokens_per_step: int | None = None,
 ) -> Iterator[LayerPasses]:
     """Passes of the samples, each a sequence of token ids, through the checkpoint's layers.
 
-    scratch: a folder for the hidden states, 4 * hidden_size bytes per token.
+    scratch: a folder for the hidden states, 4 * hidden_size bytes per token; tokens_per_step: None = as
+    suits the device
     """
     longest, tokens = max(map(len, samples)), sum(map(len, samples))
     logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
     with torch.inference_mode(), _hidden_states(scratch / "hidden", tokens, model.hidden_size, device) as hidden:
         _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
-        steps = list(_steps(samples, TOKENS_PER_STEP[device], device))
+        steps = list(_steps(samples, tokens_per_step or TOKENS_PER_STEP[device], device))
         spec = attention_spec(model, 0, 1)
         yield LayerPasses(model, spec, device, longest, tokens, hidden, steps, _Buffers(checkpoint, device))
 

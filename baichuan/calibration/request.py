@@ -26,7 +26,7 @@ class ConvertRequest:
     open_checkpoint: Callable[[], Checkpoint]  # picklable: each writing process calls it
     tp_size: int = 1
     processes: int = min(os.cpu_count() or 1, 16)
-    # SmoothQuant's strength, auto = each linear's best; None: 8-bit outputs for the KV cache alone
+    # SmoothQuant's strength, auto = each linear's best in each mode; None: 8-bit outputs for the KV cache alone
     alpha: float | Literal["auto"] | None = None
     storage_type: str = "fp32"
     text_folder: Path | None = None  # its tokenizer and generation settings are copied
@@ -48,6 +48,15 @@ class ConvertRequest:
         if self.method == "awq" and self.weight_only and self.weight_only.precision == "int8":
             raise ConfigError("--weight_only_method awq finds INT4 weights and INT8 is asked for; use gptq")
         self.model.check_tensor_parallel(self.tp_size)
+
+    @property
+    def by_mode(self) -> bool:
+        """Build.py smooths the weights, for its mode; else they are smoothed when they are written, if at all."""
+        return self.alpha == "auto"
+
+    @property
+    def fixed_alpha(self) -> float | None:
+        return None if self.alpha == "auto" else self.alpha
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from baichuan.quant.smoothquant import Mode
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class LinearRange:
 
     x: Tensor  # [in_features] float32, max|input| of each channel
     y: Tensor  # [out_features] float32, max|output| of each channel
-    alpha: float | None = None  # SmoothQuant's strength, where it was to be chosen
+    alphas: Mapping[Mode, float] | None = None  # SmoothQuant's strength in each mode, where they were to be chosen
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,12 @@ class LayerRanges:
     linears: Mapping[str, LinearRange]  # by shard.LINEARS' names; qkv and gate_up as one matrix of merged rows
     k: float  # max|k| as the cache stores it; with RoPE, a bound for every position
     v: float  # max|v|
+
+
+def joined(one: LayerRanges, other: LayerRanges) -> LayerRanges:
+    """The ranges over the tokens of both."""
+    linears = {
+        name: LinearRange(torch.maximum(seen.x, other.linears[name].x), torch.maximum(seen.y, other.linears[name].y))
+        for name, seen in one.linears.items()
+    }
+    return LayerRanges(linears, max(one.k, other.k), max(one.v, other.v))

@@ -5,6 +5,8 @@ x @ Wᵀ = (x / s) @ (W * s)ᵀ for any s > 0 per input channel; s is chosen so 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,27 @@ from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 
 SMALLEST = 1e-5  # lower bound of a smoother and of max|W| in its formula
-ALPHAS = (0.5, 0.8, 0.3, 0.4, 0.6, 0.7, 0.9)  # that `-sq auto` chooses from; of equal ones the first
 EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 product over up to this many int8 channels is exact
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Where an engine has scales of its own (build.py's --per_token and --per_channel)."""
+
+    per_token: bool  # one activation scale for each token, taken at run time; else a calibrated one for all
+    per_channel: bool  # one weight scale for each output channel; else one for a projection
+
+
+MODES = tuple(Mode(per_token, per_channel) for per_token in (False, True) for per_channel in (False, True))
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How one linear is smoothed for one mode."""
+
+    smoother: Tensor  # [in_features] float32
+    input_scale: Tensor  # [1] float32, of all tokens
+    weight_scales: Tensor  # [projections] float32, each of all its output channels
 
 
 def smoother(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -26,25 +47,36 @@ def smoother(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
     return (x**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST).float()
 
 
-def choose_alpha(x: Tensor, weight: Tensor, x_absmax: Tensor) -> float:
-    """The strength of ALPHAS whose 8-bit product leaves the least squared error, with scales per token and channel.
+def smoothing(x_absmax: Tensor, factor: Tensor, row_absmax: Tensor, projections: int) -> Smoothing:
+    """The scales that go with a smoother.
 
-    x: [num_tokens, in_features] float32, some inputs; weight: [out_features, in_features] float32;
-    x_absmax: [in_features], over all inputs
+    x_absmax, factor: [in_features], max|x| and the smoother; row_absmax: [out_features], max|W * factor| of each row;
+    projections: equal blocks of the rows
     """
-    exact, weight_absmax = x @ weight.t(), weight.abs().amax(0)
-    errors = []
-    for alpha in ALPHAS:
-        factor = smoother(x_absmax, weight_absmax, alpha)
-        values = [_rounded(x / factor), _rounded(weight * factor)]
-        errors.append((values[0] @ values[1].t() - exact).square().sum(dtype=torch.float64))
-    return ALPHAS[int(torch.stack(errors).argmin())]
+    of_projections = row_absmax.view(projections, -1).amax(1)
+    input_scale = scale_for((x_absmax / factor).amax()[None], torch.int8)
+    return Smoothing(factor, input_scale, scale_for(of_projections, torch.int8))
 
 
-def _rounded(rows: Tensor) -> Tensor:
-    """What int8 with a scale for each row makes of the rows."""
-    scale = scale_for(rows.abs().amax(-1, keepdim=True), torch.int8)
-    return quantise(rows, scale, torch.int8).float() * scale
+def quantise_rows(rows: Tensor, factor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of a smoothed weight as integers, and each row's scale.
+
+    rows: [n, in_features]; factor: [in_features], the smoother; scale: one for all rows, None = max|row| / 127 of each
+    -> int8 [n, in_features], float32 [n]
+    """
+    smoothed = rows.float() * factor
+    scales = scale_for(smoothed.abs().amax(1), torch.int8) if scale is None else scale.expand(len(rows))
+    return quantise(smoothed, scales[:, None], torch.int8), scales
+
+
+def smooth_weight(weight: Tensor, x_absmax: Tensor, alpha: float, mode: Mode, projections: int) -> SmoothQuantWeight:
+    """A whole matrix [out_features, in_features] in one mode, whose input is smoothed by itself and not by a norm."""
+    factor = smoother(x_absmax, weight.abs().amax(0), alpha)
+    of_all = smoothing(x_absmax, factor, (weight * factor).abs().amax(1), projections)
+    blocks = zip(weight.chunk(projections), of_all.weight_scales, strict=True)
+    rows = [quantise_rows(block, factor, None if mode.per_channel else scale) for block, scale in blocks]
+    q, scales = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return SmoothQuantWeight(q, scales, None if mode.per_token else of_all.input_scale, factor)
 
 
 def quantise_input(x: Tensor, weight: SmoothQuantWeight, comm: Communicator) -> tuple[Tensor, Tensor]:

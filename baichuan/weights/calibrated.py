@@ -23,6 +23,7 @@ from baichuan.weights.rank_tensors import (
     whole_model,
 )
 from baichuan.weights.shard import LINEARS
+from baichuan.weights.smoothing import from_strengths
 from baichuan.weights.source import Checkpoint, TensorSource, known
 from baichuan.weights.types import needs_calibration
 
@@ -30,18 +31,21 @@ from baichuan.weights.types import needs_calibration
 def from_binary(folder: BinaryFolder, quant: QuantConfig, rank: int) -> list[TensorBlocks]:
     """Rank `rank`'s engine tensors from a binary folder.
 
-    Weight-only and FP8 quantisation read whole rows, from every rank's files, so that nothing depends on tp_size;
+    Weight-only, FP8 and `-sq auto` read whole rows, from every rank's files, so that nothing depends on tp_size;
     everything else reads this rank's files.  Raises CheckpointError where the folder lacks something.
     """
     tp_size, config = folder.layout.tp_size, folder.model
     form = folder.calibrated(quant)
-    rank_alone = quant.weights in ("none", "smooth_quant")
+    smooth = quant.weights == "smooth_quant"
+    rank_alone = quant.weights == "none" or (smooth and not folder.by_mode)
     folder.check(quant, range(rank, rank + 1) if rank_alone else range(tp_size))
     if quant.weights == "fp8" and needs_calibration(quant):
         return from_fp8_scales(folder.checkpoint(), config, quant, folder.fp8_scales(), rank, tp_size)
     if form:
         linears = _calibrated_linears(folder, quant, form, rank)
         tensors = whole_model(folder.checkpoint(), config, quant, rank, tp_size, linears)
+    elif smooth and folder.by_mode:
+        tensors = from_strengths(folder, quant, rank)
     elif not rank_alone:
         tensors = from_checkpoint(folder.checkpoint(), config, quant, rank, tp_size)
     else:

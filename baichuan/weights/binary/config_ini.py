@@ -22,6 +22,7 @@ MAX_BYTES = 1 << 20
 SEAL = "sha256"  # ours alone: the old script's files have none
 PRECISION_KEY, GROUP_SIZE_KEY = "weight_only_precision", "weight_only_group_size"
 SYMMETRIC_KEY = "weight_only_symmetric"
+BY_MODE_KEY = "smoothquant_by_mode"
 PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
@@ -52,8 +53,13 @@ class BinaryConfig:
 
     @property
     def smoothed(self) -> bool:
-        """The folder was made for SmoothQuant (-sq); else for 8-bit KV caches and FP8 (-kv)."""
-        return self.text("smoothquant") != "None"
+        """The folder's weights and norms are smoothed (-sq with a number)."""
+        return self.text("smoothquant") != "None" and not self.smoothed_by_mode
+
+    @property
+    def smoothed_by_mode(self) -> bool:
+        """The folder has what smooths its weights in each mode (-sq auto)."""
+        return self.text(BY_MODE_KEY, "False") == "True"
 
     @property
     def weight_only(self) -> WeightOnly | None:

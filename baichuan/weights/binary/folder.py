@@ -15,6 +15,7 @@ from torch import Tensor
 from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.quant.scaled import LIMITS, scale_for
+from baichuan.quant.smoothquant import MODES, Mode, Smoothing
 from baichuan.weights.binary.config_ini import SEAL, BinaryConfig
 from baichuan.weights.binary.fp8_scales import FILE_NAME, LayerScales, read_fp8_scales
 from baichuan.weights.binary.layout import (
@@ -43,7 +44,8 @@ class BinaryFolder:
 
     path: Path
     layout: Layout
-    smoothed: bool  # weights and norms hold a smoother (-sq)
+    smoothed: bool  # weights and norms hold a smoother (-sq with a number)
+    by_mode: bool = False  # beside plain weights lies what smooths them in each mode (-sq auto)
     weight_only: WeightOnly | None = None  # of the calibrated integers that it holds
     device: torch.device = torch.device("cpu")  # where rows and scales are read to
 
@@ -53,9 +55,10 @@ class BinaryFolder:
 
     def check(self, quant: QuantConfig, ranks: range) -> None:
         """Raise CheckpointError, naming what is missing or has the wrong size, unless engines can be built."""
-        if quant.weights == "smooth_quant" and not self.smoothed:
-            raise CheckpointError(f"{self.path} was written without -sq; convert the checkpoint again with -sq 0.8")
-        required = list(self.layout.required(quant, ranks, self.smoothed, self.calibrated(quant)))
+        if quant.weights == "smooth_quant" and not (self.smoothed or self.by_mode):
+            raise CheckpointError(f"{self.path} was written without -sq; convert the checkpoint again with -sq auto")
+        by_mode = self.by_mode and quant.weights == "smooth_quant"
+        required = list(self.layout.required(quant, ranks, self.smoothed, self.calibrated(quant), by_mode))
         missing = [array.name for array in required if not (self.path / array.name).is_file()]
         if missing:
             more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
@@ -122,6 +125,11 @@ class BinaryFolder:
         if has_smoother(modules[0]):
             fields["smoother"] = known(self._positive(self.layout.smoother(layer, modules[0], rank)))
         return fields
+
+    def smoothing(self, layer: int, linear: str, mode: Mode) -> Smoothing:
+        """What smooths one of shard.LINEARS, whole, in a mode."""
+        of_modes = {field: self._positive(array) for field, array in self.layout.smoothing(layer, linear).items()}
+        return Smoothing(**{field: values[MODES.index(mode)] for field, values in of_modes.items()})
 
     def kv_scales(self, layer: int, kv_cache: str) -> dict[str, TensorSource]:
         """k_scale and v_scale of an "int8" or "fp8" cache.  A folder of the old script has one number for both, and
@@ -271,7 +279,7 @@ def open_binary(
         )
     model.check_tensor_parallel(tp_size)
     layout = Layout(model, tp_size, STORAGE_DTYPES[storage])
-    return BinaryFolder(path, layout, values.smoothed, values.weight_only, device)
+    return BinaryFolder(path, layout, values.smoothed, values.smoothed_by_mode, values.weight_only, device)
 
 
 def _torch_dtype(array: Array) -> torch.dtype:

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from baichuan.config import STORAGE_TYPES, ModelConfig, QuantConfig, WeightOnly
+from baichuan.quant.smoothquant import MODES
 from baichuan.weights.shard import LINEARS
 
 CONFIG_NAME = "config.ini"
@@ -97,6 +98,19 @@ class Layout:
         start, stop = self.cut(module, rank)[1]
         return Array(self._name(layer, module, f"smoother.{rank}"), FLOAT32, (stop - start,))
 
+    def smoothing(self, layer: int, linear: str) -> dict[str, Array]:
+        """The fields of smoothquant.Smoothing of one of shard.LINEARS, whole, one after another for each of MODES.
+
+        Our addition to the format: `-sq auto` keeps the matrices as they are, and build.py smooths them for its mode.
+        """
+        modules = LINEARS[linear].modules
+        projections = LINEARS[linear].projections * len(modules)
+        shapes = {"smoother": self.hub_shape(modules[0])[1], "input_scale": 1, "weight_scales": projections}
+        return {
+            field: Array(self._name(layer, modules[0], f"smoothing.{field}"), FLOAT32, (len(MODES), size))
+            for field, size in shapes.items()
+        }
+
     def kv_scale(self, layer: int, which: str) -> Array:
         """which: "k" or "v".  Our addition to the format: the old script has output_scale(QKV) for both."""
         return Array(self._name(layer, QKV, f"scale_{which}_quant_orig"), FLOAT32, (1,))
@@ -131,8 +145,9 @@ class Layout:
         shapes = {"self_attn.W_pack": (3 * hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
         return shapes.get(module) or ((hidden, inter) if module == "mlp.down_proj" else (inter, hidden))
 
-    def written(self, smoothed: bool, form: WeightOnly | None = None) -> Iterator[Array]:
-        """Every array of a conversion, with -sq (smoothed) or with -kv alone; form: of calibrated integers, if any."""
+    def written(self, smoothed: bool, form: WeightOnly | None = None, by_mode: bool = False) -> Iterator[Array]:
+        """Every array of a conversion, with a number for -sq (smoothed), with -sq auto (by_mode) or with -kv alone;
+        form: of calibrated integers, if any."""
         for hub_name in GLOBAL_NAMES:
             yield self.global_array(hub_name)
         for layer in range(self.model.num_layers):
@@ -140,6 +155,8 @@ class Layout:
                 yield self.norm(layer, hub_norm)
             for which in ("k", "v"):
                 yield self.kv_scale(layer, which)
+            if by_mode:
+                yield from self._smoothings(layer)
             for module in MODULE_NAMES:
                 if form:
                     yield from self.weight_only(layer, module, form).values()
@@ -160,29 +177,37 @@ class Layout:
             for kind in CHANNEL_SCALES:
                 yield self.channel_scale(layer, module, rank, kind, per_channel)
 
+    def _smoothings(self, layer: int) -> Iterator[Array]:
+        for linear in LINEARS:
+            yield from self.smoothing(layer, linear).values()
+
     def required(
-        self, quant: QuantConfig, ranks: range, smoothed: bool, form: WeightOnly | None = None
+        self, quant: QuantConfig, ranks: range, smoothed: bool, form: WeightOnly | None = None, by_mode: bool = False
     ) -> Iterator[Array]:
         """The arrays that engines for `ranks` are built from.
 
-        smoothed: the folder was written with -sq; form: of its calibrated integers, which are then read
+        smoothed: the folder's weights are; form: of its calibrated integers, which are then read; by_mode: the weights
+        are smoothed as the mode of `quant` needs it
         """
         for hub_name in GLOBAL_NAMES:
             yield self.global_array(hub_name)
         for layer in range(self.model.num_layers):
             for hub_norm in NORM_NAMES:
                 yield self.norm(layer, hub_norm)
+            if by_mode:
+                yield from self._smoothings(layer)
             for module in MODULE_NAMES:
                 if form:
                     yield from self.weight_only(layer, module, form).values()
                     continue
                 for rank in ranks:
-                    yield from self._required_linear(layer, module, rank, quant, smoothed)
+                    int8 = quant.weights == "smooth_quant" and not by_mode
+                    yield from self._required_linear(layer, module, rank, quant, int8, smoothed)
             if quant.kv_cache != "none":
                 yield self.output_scale(layer, QKV)
 
-    def _required_linear(self, layer: int, module: str, rank: int, quant: QuantConfig, smoothed: bool):
-        if quant.weights == "smooth_quant":
+    def _required_linear(self, layer: int, module: str, rank: int, quant: QuantConfig, int8: bool, smoothed: bool):
+        if int8:
             yield self.weight(layer, module, rank, int8_kind(quant.per_channel))
             yield self.channel_scale(layer, module, rank, "scale_w_quant_orig", quant.per_channel)
             if not quant.per_token:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.quant.grid import Grid
 from baichuan.quant.int8_scales import int8_scales, to_int8
-from baichuan.quant.ranges import LayerRanges
+from baichuan.quant.ranges import LayerRanges, LinearRange
 from baichuan.quant.scaled import require_finite, scale_for
-from baichuan.quant.smoothquant import smoother
+from baichuan.quant.smoothquant import MODES, smoother, smoothing
 from baichuan.quant.weight_only import pack_int4
 from baichuan.weights.binary.layout import CHANNEL_SCALES, LINEAR_OF, NORM_NAMES, QKV, Array, Layout, has_smoother
 from baichuan.weights.shard import LINEARS, NORM_BEFORE
@@ -35,8 +34,7 @@ class BinaryWriter:
     open_checkpoint: Callable[[], Checkpoint]
     layout: Layout
     folder: Path
-    # SmoothQuant's strength, auto = the ranges have it; None: only QKV gets 8-bit outputs, and nothing is smoothed
-    alpha: float | Literal["auto"] | None
+    alpha: float | None  # SmoothQuant's strength; None: only QKV gets 8-bit outputs, and nothing is smoothed
 
     def write_global(self, hub_name: str) -> None:
         """The embedding, the last norm or lm_head, as they are."""
@@ -56,15 +54,15 @@ class BinaryWriter:
         columns, rows = zip(*(_absmax(source) for source in sources.values()), strict=True)
         factor = torch.ones(seen.x.shape)
         if self.alpha is not None:
-            alpha = seen.alpha if self.alpha == "auto" else self.alpha
-            assert alpha is not None, "auto comes with ranges that have it"
-            factor = smoother(seen.x, torch.stack(columns).amax(0), alpha)
+            factor = smoother(seen.x, torch.stack(columns).amax(0), self.alpha)
         if name in NORM_BEFORE:
             self._write_norm(checkpoint, layer, NORM_BEFORE[name], factor)
         elif self.alpha is not None:
             for rank in range(self.layout.tp_size):
                 start, stop = linear.cut(next(iter(sources.values())).shape, rank, self.layout.tp_size)[1]
                 self._write(self.layout.smoother(layer, linear.modules[0], rank), factor[start:stop])
+        if seen.alphas is not None:
+            self._write_smoothing(layer, name, seen, torch.stack(columns).amax(0), list(sources.values()))
         if name == "qkv":
             for which, absmax in (("k", ranges.k), ("v", ranges.v)):
                 self._write(self.layout.kv_scale(layer, which), scale_for(torch.tensor([absmax]), torch.int8))
@@ -92,6 +90,19 @@ class BinaryWriter:
         source = checkpoint[f"model.layers.{layer}.{hub_norm}.weight"]
         weight = source.read(0, source.shape[0]).float() / factor
         self._write(self.layout.norm(layer, hub_norm), self._stored(weight, NORM_NAMES[hub_norm]))
+
+    def _write_smoothing(
+        self, layer: int, name: str, seen: LinearRange, columns: Tensor, sources: Sequence[TensorSource]
+    ) -> None:
+        """What smooths one of shard.LINEARS in each mode.  columns: [in_features], max|W| of each input channel"""
+        assert seen.alphas is not None
+        of_modes = []
+        for mode in MODES:
+            factor = smoother(seen.x, columns, seen.alphas[mode])
+            rows = torch.cat([_absmax(source, factor)[1] for source in sources])
+            of_modes.append(smoothing(seen.x, factor, rows, LINEARS[name].projections * len(sources)))
+        for field, array in self.layout.smoothing(layer, name).items():
+            self._write(array, torch.stack([getattr(each, field) for each in of_modes]))
 
     def _write_matrix(self, layer: int, name: str, source: TensorSource, factor, x_absmax: Tensor, y: Tensor) -> None:
         """One hub matrix: as it is stored, and where it is 8-bit, its integers and scales."""
