@@ -130,9 +130,12 @@ def test_each_linear_s_own_strength(workflow, capsys):
     workflow.convert("-sq", "auto", "-t", "fp16")
     saved = workflow.folder / "auto"
     (workflow.folder / "bin" / "1-gpu").rename(saved)
-    flags = ["--bin_model_dir", str(saved), "--use_smooth_quant", "--per_token", "--per_channel"]
-    assert workflow.build(*flags) == 0
-    assert self_check_kl(capsys.readouterr().err) < 0.1  # as with one strength for all, below
+    flags = ["--bin_model_dir", str(saved), "--use_smooth_quant"]
+    for mode, bound in (["--per_token", "--per_channel"], 0.1), ([], 0.5):  # as with one strength for all, below
+        assert workflow.build(*flags, *mode) == 0
+        assert self_check_kl(capsys.readouterr().err) < bound
+    assert workflow.build("--bin_model_dir", str(saved), "--use_weight_only") == 0, "the weights are as they were"
+    assert self_check_kl(capsys.readouterr().err) < 0.03
     with pytest.raises(SystemExit):
         workflow.convert("-sq", "automatic")
     assert "automatic is neither a number nor auto; give 0 to 1, or auto" in capsys.readouterr().err

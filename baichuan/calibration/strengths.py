@@ -3,8 +3,8 @@
 Some of the calibration texts go through the model as it is, and in each mode with the layers quantised so far.  On the
 first of them a linear takes the strength with which its layer's output comes closest to the float model's.  One
 strength for all linears goes the same way beside it, and is taken instead if the logits after the other texts are then
-closer: strengths of each linear's own can fit the first texts by chance.  None of these texts counts for the ranges that
-the search smooths and scales by, since other texts will go beyond the ranges, too.
+closer: strengths of each linear's own can fit the first texts by chance.  The ranges that the search smooths and scales
+by are of texts that it does not look at, as an engine's are.
 """
 
 from __future__ import annotations

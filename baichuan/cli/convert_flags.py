@@ -38,7 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "-sq",
         type=_strength,
         metavar="ALPHA",
-        help="calibrate for SmoothQuant with this strength, 0 to 1 or auto, and the KV cache as well",
+        help="calibrate for SmoothQuant with this strength, 0 to 1, or auto: each linear's best for each of build.py's "
+        "modes, or one for all where that is better; and the KV cache as well",
     )
     _add_weight_only_flags(parser)
     parser.add_argument(
