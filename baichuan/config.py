@@ -13,6 +13,7 @@ WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # described in w
 BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # implemented by the entries of executors/registry.py
 STORAGE_TYPES = ("fp32", "fp16")  # of a binary folder's weights; weights/binary/layout.py says what they mean
 DEVICES = ("auto", "cpu", "cuda")  # executors/device.py resolves auto
+SEEDS = 1 << 63  # random seeds are 0 to SEEDS - 1
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -248,7 +249,7 @@ class SamplingConfig:
             )
         require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         require_range("length_penalty", self.length_penalty, -10.0, 10.0)
-        require_range("random_seed", self.random_seed, 0, (1 << 63) - 1)
+        require_range("random_seed", self.random_seed, 0, SEEDS - 1)
 
     @property
     def greedy(self) -> bool:

@@ -153,6 +153,14 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 @both_formats
+def test_shards_without_their_index_are_refused(form, tmp_path):
+    shard = SINGLE[form].replace(".", "-00001-of-00002.")
+    (tmp_path / shard).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{shard} without {SINGLE[form]}.index.json, .* download that too"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
 def test_a_tensor_in_two_shards_is_refused(form, tmp_path):
     values = hub_folders.tensors(CONFIG)
     where = write_weights(tmp_path, values, form, shards=2)
@@ -280,7 +288,9 @@ def test_offline_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    for name in ("missing", "./missing/folder", str(tmp_path / "missing"), str(tmp_path / "file"), "", "a/b/c"):
+    for name in ("missing", "./missing/folder", str(tmp_path / "missing"), "", "a/b/c"):
         with pytest.raises(CheckpointError, match="is neither a folder nor a hub id"):
             resolve_folder(name)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=f"is a file; give the folder that holds it, {tmp_path}"):
+        resolve_folder(str(tmp_path / "file"))

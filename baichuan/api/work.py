@@ -15,7 +15,7 @@ from typing import Any
 from baichuan.api.llm import LLM
 from baichuan.api.prompt_file import read_prompt_file
 from baichuan.api.result_file import ResultFile
-from baichuan.config import SamplingConfig
+from baichuan.config import SEEDS, SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.generation.requests import Progress, Request
 
@@ -52,7 +52,7 @@ def read_tasks(
     tasks: list[Task] = []
     for number, line in enumerate(read_prompt_file(path)):
         prompt = as_chat(line.prompt) if as_chat and isinstance(line.prompt, str) else line.prompt
-        own: dict[str, Any] = {"random_seed": (sampling.random_seed + number) % (1 << 63)}
+        own: dict[str, Any] = {"random_seed": (sampling.random_seed + number) % SEEDS}
         most = line.settings.get("max_output_len", max_new_tokens)
         try:
             config = replace(sampling, **{**own, **line.sampling(sampling)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from baichuan.api.llm import LLM
 from baichuan.cli.terminal import EditorReader, LineReader, Stopped, TextPrinter, open_reader
-from baichuan.config import SamplingConfig
+from baichuan.config import SEEDS, SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.generation.conversation import Conversation
 from baichuan.text.printable import printable
@@ -108,7 +109,7 @@ class _Chat:
             limit = self.llm.engine.build.max_input_len
             _notice(f"the model no longer sees the {more} oldest round(s): max_input_len is {limit} tokens")
         answer, ending = self._generate(prompt)
-        self.sampling = replace(self.sampling, random_seed=self.sampling.random_seed + 1)
+        self.sampling = replace(self.sampling, random_seed=(self.sampling.random_seed + 1) % SEEDS)
         if answer or ending != "stopped":
             self.conversation.add_round(question, answer)
         if ending == "stopped":
@@ -133,15 +134,18 @@ class _Chat:
 
     def _save(self, name: str) -> None:
         """The messages as a JSON array."""
-        path = Path(name).expanduser()
-        if not name or path.exists():
-            raise ConfigError(f"{path} exists; name another file" if name else "/save needs a file's name")
+        if not name:
+            raise ConfigError("/save needs a file's name; write it behind the command")
+        path = Path(os.path.expanduser(name))  # Path's own raises where a user is unknown
         try:
+            if path.exists():
+                raise ConfigError(f"{path} exists; name another file")
             with atomic_path(path) as temporary:
                 text = json.dumps(self.conversation.messages, ensure_ascii=False, indent=1)
                 temporary.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{path} cannot be written ({why}); name another file") from None
         _notice(f"{len(self.conversation.messages)} messages are in {path}")
 
 

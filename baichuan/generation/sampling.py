@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from baichuan.config import SamplingConfig
+from baichuan.config import SEEDS, SamplingConfig
 
 
 def numbered_seeds(config: SamplingConfig, count: int) -> list[SamplingConfig]:
     """`count` copies of the settings, with seeds that count up from config.random_seed."""
-    return [replace(config, random_seed=(config.random_seed + number) % (1 << 63)) for number in range(count)]
+    return [replace(config, random_seed=(config.random_seed + number) % SEEDS) for number in range(count)]
 
 
 class Sampler:

@@ -92,8 +92,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     """
     form = next((each for each in FORMATS if each.files(folder)), None)
     if form is None:
-        names = ", ".join(name for each in FORMATS for name in (each.single, each.index))
-        raise CheckpointError(f"{folder} holds none of {names}; give the folder of a checkpoint in the hub's format")
+        raise _no_weights(folder)
     if len(form.files(folder)) > 1:
         raise CheckpointError(f"{folder} holds both {form.single} and {form.index}; remove the one that is out of date")
     sharded = form.files(folder) == [form.index]
@@ -111,6 +110,16 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     for name, shape in hub_shapes(config).items():
         _require_tensor(folder, name, tensors[name], shape)
     return tensors
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    for form in FORMATS:
+        if shards := sorted(path.name for pattern in form.patterns for path in folder.glob(pattern)):
+            return CheckpointError(
+                f"{folder} holds {shards[0]} without {form.index}, which says where each tensor is; download that too"
+            )
+    names = ", ".join(name for form in FORMATS for name in (form.single, form.index))
+    return CheckpointError(f"{folder} holds none of {names}; give the folder of a checkpoint in the hub's format")
 
 
 def is_hub_id(name: str) -> bool:
