@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ MAX_MIXED = 1024  # tokens
 MAX_PROMPTS = 16  # beside single tokens
 MOST_GRAPHS = 128  # each takes a few MB; further mixed steps run without
 MOST_PADDING = 96  # tokens that a mixed step of a new size may be padded by ...
-PATIENCE = 24  # ... so many times: as long as a capture takes, which all requests would wait for
-MEMORY_TO_CAPTURE = 2 << 30  # bytes; with less, PyTorch's spare memory is given back first
+PATIENCE = 24  # ... so many times, which take as long as a capture
 
 
 def padded_batch_size(batch_size: int) -> int:
@@ -115,21 +113,11 @@ class _Captured:
         self.load(step)
 
     def capture(self, run: Callable[[Step], Tensor], pool, out: Tensor | None) -> None:
-        """Record a run.  out: where its logits are kept; None = where the graph makes them.
-
-        torch.cuda.graph would first give back all spare memory, which the next steps would ask for again.
-        """
-        torch.cuda.synchronize()
-        if torch.cuda.mem_get_info()[0] < MEMORY_TO_CAPTURE:
-            torch.cuda.empty_cache()
+        """Record a run.  out: where its logits are kept; None = where the graph makes them."""
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
-            self.graph.capture_begin(pool=pool)
-            try:
-                logits = run(self.static)
-                self.logits = logits if out is None else out.copy_(logits)
-            finally:
-                self.graph.capture_end()
+        with torch.cuda.graph(self.graph, pool=pool):
+            logits = run(self.static)
+            self.logits = logits if out is None else out.copy_(logits)
 
     def holds(self, step: Step) -> bool:
         """Whether the mixed step fits, without much padding."""
@@ -156,12 +144,6 @@ class _Captured:
         if rows < self.rows:
             self.context_lengths[rows:].zero_()
         self.rows = rows
-
-
-@lru_cache
-def capture_stream(device: int) -> torch.cuda.Stream:
-    """All captures of a device are on one stream: graphs share their memory by streams."""
-    return torch.cuda.Stream(device)
 
 
 class StepGraphs:
