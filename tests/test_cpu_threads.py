@@ -37,6 +37,13 @@ def test_the_default_is_a_share_of_the_physical_cores(monkeypatch, caplog, physi
     assert ("--bind-to none" in caplog.text) == ((physical, ranks) == (64, 2))
 
 
+@pytest.mark.parametrize(("threads", "warned"), [(4, False), (5, True)])
+def test_more_threads_than_cores_are_warned_of(monkeypatch, caplog, threads, warned):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    use_threads(threads, 1)
+    assert ("threads 5 on 4 cores take turns" in caplog.text) == warned
+
+
 def test_a_flag_wins_over_the_environment_and_that_over_the_default(monkeypatch):
     torch.set_num_threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

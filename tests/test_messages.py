@@ -112,6 +112,21 @@ def test_temperature_0_is_greedy(engine, tmp_path):
     scripts.check_outputs(tmp_path, VERSION, (7,))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--top_k 1 --temperature 0.5", ["top_k 1 is greedy decoding, where --temperature changes nothing"]),
+        ("--temperature 0 --top_k 7", ["temperature 0 is greedy decoding, where --top_k changes nothing"]),
+        ("--top_k 1", []),
+        ("--top_k 5 --temperature 0.5 --random_seed 3", []),
+    ],
+)
+def test_what_greedy_decoding_does_not_use_is_said(engine, given, said, capsys):
+    flags = ["--engine_dir", str(engine), "--input_text", "The river", "--max_output_len", "1", *given.split()]
+    assert run.main(flags) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "greedy" in line] == said
+
+
 def test_an_empty_prompt_is_not_told_to_be_shorter(engine, capsys):
     line = last_line(run.main, ["--engine_dir", str(engine), "--input_text", "", "--max_output_len", "2"], capsys)
     assert "prompt 0 is empty; give it at least one word" in line

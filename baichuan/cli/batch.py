@@ -14,7 +14,7 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.result_file import result_file
 from baichuan.api.work import Queue, read_tasks, work
 from baichuan.cli.common import USER_ERROR, check_device, only_rank_zero
-from baichuan.cli.generate import check_flags, open_llm, sampling_config
+from baichuan.cli.generate import check_flags, open_llm, sampling_config, say_unused
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import read_engine
 from baichuan.errors import UnsupportedError
@@ -83,6 +83,7 @@ def _lead_all(path: str, llm: LLM, replica: Replica, queue: Queue) -> int:
 def open_queue(args: argparse.Namespace, llm: LLM, replicas: int, open_files: ExitStack) -> Queue:
     """The work that is left.  Raises ConfigError for a file of prompts or of results that cannot be used."""
     sampling = sampling_config(args, llm.sampling)
+    say_unused(args, sampling)
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
 
     def as_chat(text: str) -> list[dict[str, str]]:

@@ -35,6 +35,7 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
     llm = open_llm(args, Ranks(comm))
     sampling = sampling_config(args, llm.sampling)
+    say_unused(args, sampling)
     if args.chat and args.input_text is None:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *llm.roles))
         llm.requests([open_conversation(llm, args.system).ask("")], sampling, args.max_output_len)
@@ -142,6 +143,17 @@ def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> Sampl
     """The defaults, changed by the flags that were given."""
     given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     return replace(defaults, **given)
+
+
+def say_unused(args: argparse.Namespace, sampling: SamplingConfig) -> None:
+    """Say which flag changes nothing, because greedy decoding draws nothing."""
+    if not sampling.greedy:
+        return
+    cause = "temperature 0" if sampling.temperature == 0 else "top_k 1"
+    for name in ("temperature", "top_k", "top_p", "random_seed"):
+        value = getattr(args, name)
+        if value is not None and f"{name} {value:g}" != cause:
+            logger.info("%s is greedy decoding, where --%s changes nothing", cause, name)
 
 
 def read_prompts(args: argparse.Namespace, pad_id: int) -> list[Prompt]:

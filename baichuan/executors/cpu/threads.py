@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from baichuan.errors import ConfigError
+from baichuan.util.affinity import cores
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ def use_threads(threads: int | None, ranks: int) -> None:
         return
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise ConfigError(f"threads {threads} is not in 1 to {MAX_THREADS}; leave it out for every physical core")
+    if threads is not None and threads > (there := cores()):
+        logger.warning(
+            "threads %d on %d cores take turns, which is much slower; leave it out, or give less", threads, there
+        )
     torch.set_num_threads(threads or default_threads(ranks))
 
 
