@@ -29,7 +29,7 @@ def fold_grids(grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], Factors]:
     folded = {name: replace(grid, factor=None) for name, grid in grids.items()}
     for name, before in ROWS_BEFORE.items():
         if name in factors:
-            scale = folded[before].scale.float()
+            scale = folded[before].scale.to(torch.float32, copy=True)
             scale[-len(factors[name]) :] /= factors[name][:, None]
             folded[before] = replace(folded[before], scale=scale.to(folded[before].scale.dtype))
     return folded, {name: factor.cpu().numpy() for name, factor in factors.items()}
