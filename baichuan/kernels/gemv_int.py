@@ -98,35 +98,18 @@ def _of_groups(numbers, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
-def _load_block(places, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Words of the rows from word k on, [BLOCK_N, BLOCK_K]; with groups also scales, and zeros, of every four of them.
-
-    places: pointers [BLOCK_N, 1] to each row's first word, scale and zero
-    """
+def _load_block(weight, scale, zero, row, k, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr,
+                BLOCK_K: tl.constexpr):  # fmt: skip
+    """Words of these rows from word k on, [BLOCK_N, BLOCK_K]; with groups also scales, and zeros, of every four."""
     columns = k + tl.arange(0, BLOCK_K)
     # Beyond the row's end a word may be anything, because x is 0 there.
-    block = (tl.load(places[0] + columns[None, :], (columns < words)[None, :]),)
+    block = (tl.load((weight + row * words)[:, None] + columns[None, :], (columns < words)[None, :]),)
     if WORDS_PER_GROUP > 0:
-        block = block + (_of_groups(places[1], k, words, WORDS_PER_GROUP, BLOCK_K),)
+        group = row * (words // WORDS_PER_GROUP)
+        block = block + (_of_groups((scale + group)[:, None], k, words, WORDS_PER_GROUP, BLOCK_K),)
         if ZERO:
-            block = block + (_of_groups(places[2], k, words, WORDS_PER_GROUP, BLOCK_K),)
+            block = block + (_of_groups((zero + group)[:, None], k, words, WORDS_PER_GROUP, BLOCK_K),)
     return block
-
-
-@triton.jit
-def _begin(weight, scale, zero, row, words, WORDS_PER_GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr,
-           BLOCK_K: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
-    """(places, first block: of _load_block; sums, total: of _add_block; scales and zeros of rows without groups)."""
-    groups = words // WORDS_PER_GROUP if WORDS_PER_GROUP > 0 else 1
-    places = ((weight + row * words)[:, None], (scale + row * groups)[:, None], (zero + row * groups)[:, None])
-    block = _load_block(places, 0, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
-    row_scale, row_zero = 1.0, 0.0
-    if WORDS_PER_GROUP == 0:
-        row_scale = tl.load(scale + row).to(tl.float32)
-        if ZERO:
-            row_zero = tl.load(zero + row).to(tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32) if WORDS_PER_GROUP > 0 else 0.0
-    return places, block, _zeros(BLOCK_N, BLOCK_K, DIGITS), total, row_scale, row_zero
 
 
 @triton.jit
@@ -175,13 +158,25 @@ def _gemv_int(
     inside = n < out_features
     row = tl.minimum(n, out_features - 1).to(tl.int64)  # beyond the last row that one again
     columns = tl.arange(0, BLOCK_K)
-    places, block, sums, total, row_scale, row_zero = _begin(
-        weight, scale, zero, row, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS
-    )
+    groups = words // WORDS_PER_GROUP if GROUPED else 1
+    block = _load_block(weight, scale, zero, row, 0, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+    sums, total = _zeros(BLOCK_N, BLOCK_K, DIGITS), tl.zeros((BLOCK_N, BLOCK_K // 4), tl.float32)
+    row_scale, row_zero = 1.0, 0.0
+    if not GROUPED:
+        row_scale = tl.load(scale + row).to(tl.float32)
+        if ZERO:
+            row_zero = tl.load(zero + row).to(tl.float32)
     if GATED:
-        up_places, up_block, up_sums, up_total, up_scale, up_zero = _begin(
-            weight, scale, zero, row + out_features, words, WORDS_PER_GROUP, ZERO, BLOCK_N, BLOCK_K, DIGITS
-        )
+        up_weight = weight + out_features.to(tl.int64) * words
+        up_scales = scale + out_features.to(tl.int64) * groups
+        up_zeros = zero + out_features.to(tl.int64) * groups
+        up_block = _load_block(up_weight, up_scales, up_zeros, row, 0, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+        up_sums, up_total = sums, total
+        up_scale, up_zero = 1.0, 0.0
+        if not GROUPED:
+            up_scale = tl.load(up_scales + row).to(tl.float32)
+            if ZERO:
+                up_zero = tl.load(up_zeros + row).to(tl.float32)
     if DIGITS == 2 and not INT4:  # the others measure slower with a prefetch
         prefetch_beginning(weight, out_features.to(tl.int64) * words, GATED, OVERLAP)
     if WORLD_SIZE > 1:
@@ -196,12 +191,14 @@ def _gemv_int(
         if ZERO and GROUPED:
             x_sums = _of_groups(x_scale + 1, start, words, WORDS_PER_GROUP, BLOCK_K) * (4 / WORDS_PER_GROUP)
         current = block  # the next one is on its way while the sums take this one
-        block = _load_block(places, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+        block = _load_block(weight, scale, zero, row, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
         sums, total = _add_block(sums, total, current, x_words, x_sums, GROUPED, ZERO, INT4,
                                  BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
         if GATED:
             current = up_block
-            up_block = _load_block(up_places, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K)
+            up_block = _load_block(
+                up_weight, up_scales, up_zeros, row, start + BLOCK_K, words, WORDS_PER_GROUP, ZERO, BLOCK_K
+            )
             up_sums, up_total = _add_block(up_sums, up_total, current, x_words, x_sums, GROUPED, ZERO, INT4,
                                            BLOCK_N, BLOCK_K, DIGITS)  # fmt: skip
     if INT4:
