@@ -96,7 +96,7 @@ QUALITIES = (
         for measured, quant in INT4.items()
     ),
     Quality("SmoothQuant", SMOOTH, "SmoothQuant auto, pt + pc", "smooth_quant_per_token"),
-    Quality("FP8", replace(SMOOTH, weights="fp8"), "FP8, pt + pc", "fp8"),
+    Quality("FP8", replace(SMOOTH, weights="fp8"), "FP8, pt + pc", "fp8_per_token"),
 )
 
 
