@@ -1,7 +1,5 @@
 """W8A8 products of many tokens on Hopper: the bits of exact sums, in every shape of Baichuan, alone and replayed."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from kernel_device import DEVICE
@@ -12,7 +10,8 @@ from baichuan.kernels import gemm as gemm_file
 from baichuan.kernels.gemm import gemm, multiplies_by_gluon
 from baichuan.kernels.operand import Int8PerToken, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
-from baichuan.kernels.tiles import Tile
+from baichuan.kernels.silu import silu_mul
+from baichuan.kernels.tiles import LARGE, NARROW, WIDE, Tile, choose_runs_tile
 from baichuan.records import Step
 from benchmarks.random_weights import RandomWeights
 
@@ -47,13 +46,12 @@ def exact(x, weight, scale, dtype):
 @pytest.mark.cuda
 @on_hopper
 @pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
-@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("tile", [NARROW, WIDE, LARGE], ids=["narrow", "wide", "large"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_every_product_bit_for_bit(shape, tile, row_scales):
-    from baichuan.kernels.gemm_int8 import TILES, gemm_int8
+    from baichuan.kernels.gemm_int8 import gemm_int8
 
     out_features, in_features = shape
-    tile = TILES[tile][1]
     weight = operand(out_features, in_features, False, 1).values
     scale = torch.rand(out_features, device=DEVICE)
     for rows, dtype in ((1, torch.float32), (129, torch.bfloat16), (1000, torch.float16), (1024, torch.float16)):
@@ -66,6 +64,36 @@ def test_every_product_bit_for_bit(shape, tile, row_scales):
         changed = gemm_int8(x, weight, scale, dtype, tile)
         assert torch.equal(changed[:-1], y[:-1])
         assert not torch.equal(changed[-1], y[-1]), "the control: the last number of the last row"
+
+
+@pytest.mark.cuda
+@on_hopper
+@pytest.mark.parametrize("smooth", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [matrices(PRESETS[v], n)[2] for v in ("v1_7b", "v1_13b") for n in (1, 2, 4)], ids=str)
+def test_an_activation_in_the_product_has_the_bits_of_silu_mul(shape, dtype, smooth):
+    from baichuan.kernels.gemm_int8 import gated_int8
+
+    out_features, in_features = shape
+    weight = operand(out_features, in_features, False, 1).values
+    scale = torch.rand(out_features, device=DEVICE) * 0.03  # y's deviation is 3
+    smoother = torch.rand(out_features // 2, device=DEVICE) + 0.5 if smooth else None
+    form = StaticScale(torch.int8, torch.full((1,), 0.05, device=DEVICE), smoother)
+    for rows, row_scales in ((1000, False), (1024, False), (300, True)):
+        x = operand(rows, in_features, row_scales)
+        expected = silu_mul(gemm(x, weight, scale, dtype, TRITON_TILE), form).values
+        assert torch.equal(gated_int8(x, weight, scale, form, dtype).values, expected)
+        assert expected.float().std() > 5, "not only zeros"
+        swapped = weight.roll(out_features // 2, 0)
+        assert not torch.equal(gated_int8(x, swapped, scale, form, dtype).values, expected), "the control: up as gate"
+
+
+def test_the_wider_tile_is_taken_where_it_saves_a_wave():
+    """By the times of both on an H200 (docs/performance.md): (rows, output channels) -> run's channels."""
+    faster = {(1024, 5120): WIDE, (2048, 5120): WIDE, (512, 27392): WIDE, (512, 5120): NARROW, (1024, 27392): NARROW}
+    for (rows, channels), tile in faster.items():
+        assert choose_runs_tile(rows, channels, 132) == tile
+    assert choose_runs_tile(16384, 5120, 132) == LARGE
 
 
 @pytest.mark.cuda
@@ -133,14 +161,14 @@ def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch
 
 def test_where_the_kernel_is_chosen(monkeypatch):
     """On Hopper under a version of Triton that it is written for, by int8 in rows of whole 16 bytes."""
-    x = Operand(Int8PerToken(), torch.zeros(600, 64, dtype=torch.int8), torch.ones(600))
+    x = torch.zeros(600, 64, dtype=torch.int8)
     weight = torch.zeros(32, 64, dtype=torch.int8)
-    assert not multiplies_by_gluon(x, weight), "not on the CPU"
+    assert not multiplies_by_gluon(600, x, weight), "not on the CPU"
     monkeypatch.setattr(gemm_file, "overlaps", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gemm_file._has_gluon.cache_clear()
     try:
-        assert multiplies_by_gluon(x, weight)
+        assert multiplies_by_gluon(600, x, weight)
         for version, has in {
             "3.5.1": False,
             "3.6.0+git9844da95": True,
@@ -149,12 +177,13 @@ def test_where_the_kernel_is_chosen(monkeypatch):
             "4.0": False,
         }.items():
             assert gemm_file._has_gluon(weight.device, version) == has
-        assert not multiplies_by_gluon(x, weight[:, 1:]), "not contiguous"
-        assert not multiplies_by_gluon(x, weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
-        assert not multiplies_by_gluon(x, torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
-        assert not multiplies_by_gluon(replace(x, values=x.values.half()), weight)
+        assert not multiplies_by_gluon(gemm_file.MANY_ROWS - 1, x, weight)
+        assert not multiplies_by_gluon(600, x, weight[:, 1:]), "not contiguous"
+        assert not multiplies_by_gluon(600, x, weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
+        assert not multiplies_by_gluon(600, x, torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
+        assert not multiplies_by_gluon(600, x.half(), weight)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
         gemm_file._has_gluon.cache_clear()
-        assert not multiplies_by_gluon(x, weight), "another generation"
+        assert not multiplies_by_gluon(600, x, weight), "another generation"
     finally:
         gemm_file._has_gluon.cache_clear()

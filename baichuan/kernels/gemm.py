@@ -84,7 +84,7 @@ def gemm(x: Operand, weight: Tensor, scale: Tensor | None, out_dtype: torch.dtyp
     """
     x_rows, in_features = x.values.shape
     int16 = isinstance(x.form, Int16)
-    if tile is None and scale is not None and not int16 and x_rows >= MANY_ROWS and multiplies_by_gluon(x, weight):
+    if tile is None and scale is not None and not int16 and multiplies_by_gluon(x_rows, x.values, weight):
         from baichuan.kernels.gemm_int8 import gemm_int8  # other versions of Triton may lack what it imports
 
         return gemm_int8(x, weight, scale, out_dtype)
@@ -104,12 +104,17 @@ def gemm(x: Operand, weight: Tensor, scale: Tensor | None, out_dtype: torch.dtyp
     return y
 
 
-def multiplies_by_gluon(x: Operand, weight: Tensor) -> bool:
-    """Whether gemm_int8.py takes these: int8 on Hopper, in rows that its descriptors can describe."""
-    matrices = x.values, weight
-    return _has_gluon(weight.device, triton.__version__) and all(
-        matrix.dtype == torch.int8 and matrix.is_contiguous() and matrix.data_ptr() % 16 == matrix.shape[1] % 16 == 0
-        for matrix in matrices
+def multiplies_by_gluon(num_rows: int, *matrices: Tensor) -> bool:
+    """Whether gemm_int8.py takes num_rows rows of x and these matrices: many of int8 on Hopper, in whole 16 bytes."""
+    return (
+        num_rows >= MANY_ROWS
+        and _has_gluon(matrices[0].device, triton.__version__)
+        and all(
+            matrix.dtype == torch.int8
+            and matrix.is_contiguous()
+            and matrix.data_ptr() % 16 == matrix.shape[1] % 16 == 0
+            for matrix in matrices
+        )
     )
 
 

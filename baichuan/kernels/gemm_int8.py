@@ -12,6 +12,12 @@ Here one product is always in flight:
 x and the weight come into shared memory by the tensor memory accelerator, a block of channels of both to a stage.  A
 stage's barrier tells when both are there.  What lies beyond the matrices arrives as zeros.
 
+A tile's output channels are two runs.  They are neighbours, or those of a gate and of its up, whose activation is then
+written in place of both:
+
+    y      [ .. first | second .. ]          gate_up   [ .. first .. | .. second .. ]
+                                             out       [ .. silu(first) * second .. ]
+
 Gluon has no interpreter, and its names differ between versions of Triton: gemm.py says where this kernel stands in.
 """
 
@@ -31,79 +37,143 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baichuan.kernels.operand import Operand
-from baichuan.kernels.spec import cdiv, overlaps
-from baichuan.kernels.tiles import Tile
+from baichuan.kernels.operand import Operand, StaticScale
+from baichuan.kernels.spec import cdiv, overlaps, processors
+from baichuan.kernels.store_row import divide, nearest_integer
+from baichuan.kernels.tiles import LARGE, RunsTile, choose_runs_tile
 
 BAND = 8  # as in tiles.place_of_tile
-# By the number of rows, as tiles.TILES; what measures fastest on an H200 (docs/performance.md).
-TILES = ((2048, Tile(128, 128, 128, 4, 3)), (None, Tile(128, 256, 128, 8, 4)))
-INSTRUCTION_CHANNELS = 128  # output channels of one instruction of the tensor cores; for integers Triton has no 256
+GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.8
+quotient, integer = gluon.jit(divide.fn), gluon.jit(nearest_integer.fn)
+
+
+@gluon.jit
+def _scaled(sums, x_scale, scale, row, column, num_rows, end, ROW_SCALES: gl.constexpr):
+    """The sums of a run times their scales, in float32.  column: of the run's first channel; end: of the matrix"""
+    LAYOUT: gl.constexpr = sums.type.layout
+    result = sums.to(gl.float32)
+    if ROW_SCALES:
+        m = row + gl.arange(0, sums.shape[0], gl.SliceLayout(1, LAYOUT))
+        result *= gl.expand_dims(gl.load(x_scale + m, m < num_rows, other=0.0), 1)
+    else:
+        result *= gl.load(x_scale)
+    n = column + gl.arange(0, sums.shape[1], gl.SliceLayout(0, LAYOUT))
+    return result * gl.expand_dims(gl.load(scale + n, n < end, other=0.0), 0)
+
+
+@gluon.jit
+def _store(result, row, column, num_rows, width, y, LAYOUT: gl.constexpr):
+    """Write a run of y, whose rows have `width` numbers, in the layout's order: in pieces of a row."""
+    result = gl.convert_layout(result, LAYOUT)
+    m = row + gl.arange(0, result.shape[0], gl.SliceLayout(1, LAYOUT))
+    n = column + gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT))
+    target = gl.expand_dims(m.to(gl.int64) * width, 1) + gl.expand_dims(n, 0)
+    gl.store(y + target, result, gl.expand_dims(m < num_rows, 1) & gl.expand_dims(n < width, 0))
+
+
+@gluon.jit
+def _activated(gate, up, smoother, out_scale, column, width, SMOOTH: gl.constexpr, DTYPE: gl.constexpr):
+    """silu(gate) * up as silu.py and store_row.py make it: rounded to DTYPE, smoothed, in int8 of one scale.
+
+    gate, up: float32, which are rounded to DTYPE first
+    """
+    gate, up = gate.to(DTYPE).to(gl.float32), up.to(DTYPE).to(gl.float32)
+    value = (gate / (1.0 + gl.exp(-gate)) * up).to(DTYPE).to(gl.float32)
+    if SMOOTH:
+        n = column + gl.arange(0, gate.shape[1], gl.SliceLayout(0, gate.type.layout))
+        divisor = gl.load(smoother + n, n < width, other=1.0)
+        value = quotient(value, gl.expand_dims(divisor, 0), gl.expand_dims(gl.div_rn(1.0, divisor), 0))
+    scale = gl.load(out_scale)
+    limit = scale * 127.0
+    q = quotient(gl.minimum(gl.maximum(value, -limit), limit), scale, gl.div_rn(1.0, scale))
+    return integer(q).to(gl.int8)
 
 
 @gluon.jit
 def _gemm_int8(
-    x, weight, x_scale, scale,
+    x, first_weight, second_weight, x_scale, scale, smoother, out_scale,
     num_rows, in_features, out_features,
     y,
-    ROW_SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr, SUMS: gl.constexpr, ROWS: gl.constexpr, OVERLAP: gl.constexpr,
+    GATED: gl.constexpr, SMOOTH: gl.constexpr, ROW_SCALES: gl.constexpr, DTYPE: gl.constexpr,
+    BLOCK_M: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BAND: gl.constexpr, FIRST_SUMS: gl.constexpr, SECOND_SUMS: gl.constexpr, FIRST_ROWS: gl.constexpr,
+    SECOND_ROWS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """x, weight: descriptors of blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; SUMS, ROWS: layouts of a tile of y
-    as the tensor cores leave it and as it is stored, in runs of a row.
+    """x, the weights: descriptors of blocks of x's rows and of each run's; _SUMS, _ROWS: layouts of a run of y as the
+    tensor cores leave it and as it is stored; DTYPE: of the numbers, which a gated y has in int8.
     """
     if OVERLAP:
         gdc_launch_dependents()
-    blocks_m, blocks_n = gl.cdiv(num_rows, BLOCK_M), gl.cdiv(out_features, BLOCK_N)
+    width = out_features // 2 if GATED else out_features  # of y
+    CHANNELS: gl.constexpr = FIRST if GATED else FIRST + SECOND  # of y
+    blocks_m, blocks_n = gl.cdiv(num_rows, BLOCK_M), gl.cdiv(width, CHANNELS)
     band = gl.program_id(0) // (BAND * blocks_n)
     band_height = gl.minimum(blocks_m - band * BAND, BAND)
     place = gl.program_id(0) % (BAND * blocks_n)
-    row, column = (band * BAND + place % band_height) * BLOCK_M, (place // band_height) * BLOCK_N
+    row, column = (band * BAND + place % band_height) * BLOCK_M, (place // band_height) * CHANNELS
+    second_column = column + width if GATED else column + FIRST
 
     x_blocks = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], x.layout)
-    w_blocks = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
+    first_blocks = gl.allocate_shared_memory(gl.int8, [STAGES, FIRST, BLOCK_K], first_weight.layout)
+    if SECOND:
+        second_blocks = gl.allocate_shared_memory(gl.int8, [STAGES, SECOND, BLOCK_K], second_weight.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(loaded.index(i), count=1)
     fence_async_shared()
-    STAGE_BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K
+    STAGE_BYTES: gl.constexpr = (BLOCK_M + FIRST + SECOND) * BLOCK_K
     steps = gl.cdiv(in_features, BLOCK_K)
     for i in gl.static_range(STAGES - 1):  # the weight does not depend on the kernel before
-        mbarrier.expect(loaded.index(i), STAGE_BYTES, pred=i < steps)
-        load_block(weight, [column, i * BLOCK_K], loaded.index(i), w_blocks.index(i), pred=i < steps)
+        more, k, barrier = i < steps, i * BLOCK_K, loaded.index(i)
+        mbarrier.expect(barrier, STAGE_BYTES, pred=more)
+        load_block(first_weight, [column, k], barrier, first_blocks.index(i), pred=more)
+        if SECOND:
+            load_block(second_weight, [second_column, k], barrier, second_blocks.index(i), pred=more)
     if OVERLAP:
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         load_block(x, [row, i * BLOCK_K], loaded.index(i), x_blocks.index(i), pred=i < steps)
 
-    sums = gl.zeros((BLOCK_M, BLOCK_N), gl.int32, SUMS)
+    first = gl.zeros((BLOCK_M, FIRST), gl.int32, FIRST_SUMS)
+    if SECOND:
+        second = gl.zeros((BLOCK_M, SECOND), gl.int32, SECOND_SUMS)
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), (step // STAGES) & 1)
-        sums = warpgroup_mma(x_blocks.index(stage), w_blocks.index(stage).permute((1, 0)), sums, is_async=True)
-        sums = warpgroup_mma_wait(1, deps=(sums,))
+        first = warpgroup_mma(x_blocks.index(stage), first_blocks.index(stage).permute((1, 0)), first, is_async=True)
+        if SECOND:
+            second = warpgroup_mma(
+                x_blocks.index(stage), second_blocks.index(stage).permute((1, 0)), second, is_async=True
+            )
+            first, second = warpgroup_mma_wait(2, deps=(first, second))
+        else:
+            first = warpgroup_mma_wait(1, deps=(first,))
         ahead = step + STAGES - 1  # goes where the step before, which has been waited for, was read from
-        free = ahead % STAGES
-        mbarrier.expect(loaded.index(free), STAGE_BYTES, pred=ahead < steps)
-        load_block(x, [row, ahead * BLOCK_K], loaded.index(free), x_blocks.index(free), pred=ahead < steps)
-        load_block(weight, [column, ahead * BLOCK_K], loaded.index(free), w_blocks.index(free), pred=ahead < steps)
-    sums = warpgroup_mma_wait(0, deps=(sums,))
-
-    result = sums.to(gl.float32)
-    if ROW_SCALES:
-        m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, SUMS))
-        result *= gl.expand_dims(gl.load(x_scale + m, m < num_rows, other=0.0), 1)
+        free, next_k, is_there = ahead % STAGES, ahead * BLOCK_K, ahead < steps
+        mbarrier.expect(loaded.index(free), STAGE_BYTES, pred=is_there)
+        load_block(x, [row, next_k], loaded.index(free), x_blocks.index(free), pred=is_there)
+        load_block(first_weight, [column, next_k], loaded.index(free), first_blocks.index(free), pred=is_there)
+        if SECOND:
+            load_block(
+                second_weight, [second_column, next_k], loaded.index(free), second_blocks.index(free), pred=is_there
+            )
+    if SECOND:
+        first, second = warpgroup_mma_wait(0, deps=(first, second))
     else:
-        result *= gl.load(x_scale)
-    n = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
-    result *= gl.expand_dims(gl.load(scale + n, n < out_features, other=0.0), 0)
-    result = gl.convert_layout(result.to(y.dtype.element_ty), ROWS)
-    m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS))
-    n = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ROWS))
-    target = gl.expand_dims(m.to(gl.int64) * out_features, 1) + gl.expand_dims(n, 0)
-    gl.store(y + target, result, gl.expand_dims(m < num_rows, 1) & gl.expand_dims(n < out_features, 0))
+        first = warpgroup_mma_wait(0, deps=(first,))
+
+    result = _scaled(first, x_scale, scale, row, column, num_rows, width, ROW_SCALES)
+    if GATED:
+        up = _scaled(second, x_scale, scale, row, second_column, num_rows, out_features, ROW_SCALES)
+        activated = _activated(result, up, smoother, out_scale, column, width, SMOOTH, DTYPE)
+        _store(activated, row, column, num_rows, width, y, FIRST_ROWS)
+    else:
+        _store(result.to(DTYPE), row, column, num_rows, width, y, FIRST_ROWS)
+        if SECOND:
+            result = _scaled(second, x_scale, scale, row, second_column, num_rows, width, ROW_SCALES)
+            _store(result.to(DTYPE), row, second_column, num_rows, width, y, SECOND_ROWS)
 
 
 def block_layout(rows: int, block_k: int) -> gl.NVMMASharedLayout:
@@ -111,49 +181,91 @@ def block_layout(rows: int, block_k: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, block_k], gl.int8)
 
 
-def constants(tile: Tile) -> dict[str, object]:
-    """The kernel's constants that the tile decides."""
-    channels = min(tile.block_n, INSTRUCTION_CHANNELS)
+def blocks_of(tile: RunsTile) -> tuple[int, int, int]:
+    """Rows of a block of x and of each run's weights; without a second run, its descriptor is the first one's."""
+    return tile.block_m, tile.first, tile.second or tile.first
+
+
+def constants(tile: RunsTile, dtype: torch.dtype, gated: bool) -> dict[str, object]:
+    """The kernel's constants that the tile and the types decide."""
+    _, first, second = blocks_of(tile)
+    piece = 16 if gated else 8  # numbers that a thread stores at a time
+
+    def sums(channels: int) -> gl.NVMMADistributedLayout:
+        return gl.NVMMADistributedLayout([3, 0], [tile.num_warps, 1], [16, channels, 32])
+
+    def rows(channels: int) -> gl.BlockedLayout:
+        threads = min(channels // piece, 32)
+        return gl.BlockedLayout([1, piece], [32 // threads, threads], [tile.num_warps, 1], [1, 0])
+
     return {
+        "GATED": gated,
+        "DTYPE": GL_TYPES[dtype],
         "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
+        "FIRST": tile.first,
+        "SECOND": tile.second,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages,
         "BAND": BAND,
-        "SUMS": gl.NVMMADistributedLayout([3, 0], [tile.num_warps, 1], [16, channels, 32]),
-        "ROWS": gl.BlockedLayout([1, 8], [2, 16], [tile.num_warps, 1], [1, 0]),
+        "FIRST_SUMS": sums(first),
+        "SECOND_SUMS": sums(second),
+        "FIRST_ROWS": rows(first),
+        "SECOND_ROWS": rows(second),
     }
 
 
-def gemm_int8(x: Operand, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+def gemm_int8(
+    x: Operand, weight: Tensor, scale: Tensor, out_dtype: torch.dtype, tile: RunsTile | None = None
+) -> Tensor:
     """y = (x @ weightᵀ) * x.scale * scale, the same bits as gemm.gemm's.
 
     x: [num_tokens, in_features] int8 with its scale; weight: [out_features, in_features] int8; scale: [out_features]
-    float32; in_features: a multiple of 16; tile: of a power of two of warps, 64 rows or more for every four of them;
-    None = what measured fastest -> [num_tokens, out_features]
+    float32; in_features: a multiple of 16; tile: None = what measured fastest -> [num_tokens, out_features]
     """
-    values, x_scale = x.scaled
-    (num_rows, in_features), out_features = values.shape, weight.shape[0]
-    tile = tile or next(tile for limit, tile in TILES if limit is None or num_rows <= limit)
+    num_rows, out_features = x.values.shape[0], weight.shape[0]
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=weight.device)
+    tile = tile or choose_runs_tile(num_rows, out_features, processors(weight.device))
+    _launch(tile, x, weight, scale, None, y, out_dtype)
+    return y
+
+
+def gated_int8(x: Operand, weight: Tensor, scale: Tensor, form: StaticScale, dtype: torch.dtype) -> Operand:
+    """silu.silu_mul(y, form) of gemm_int8's y in the dtype, the same bits.
+
+    form: of int8 with one scale -> [num_tokens, out_features / 2]
+    """
+    y = Operand.allocate(form, x.values, x.values.shape[0], weight.shape[0] // 2)
+    _launch(LARGE, x, weight, scale, form, y.values, dtype)
+    return y
+
+
+def _launch(
+    tile: RunsTile, x: Operand, weight: Tensor, scale: Tensor, form: StaticScale | None, y: Tensor, dtype: torch.dtype
+) -> None:
+    """form: of a gated y"""
+    values, x_scale = x.scaled
+    num_rows, in_features = values.shape
     blocks = [
         TensorDescriptor.from_tensor(matrix, [rows, tile.block_k], block_layout(rows, tile.block_k))
-        for matrix, rows in ((values, tile.block_m), (weight, tile.block_n))
+        for matrix, rows in zip((values, weight, weight), blocks_of(tile), strict=True)
     ]
+    smoother = form.smoother if form else None
     overlap = overlaps(weight.device)
-    _gemm_int8[(cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n),)](
+    _gemm_int8[(cdiv(num_rows, tile.block_m) * cdiv(y.shape[1], tile.first + (0 if form else tile.second)),)](
         *blocks,
         x_scale,
         scale,
+        scale if smoother is None else smoother,
+        form.scale if form else scale,
         num_rows,
         in_features,
-        out_features,
+        weight.shape[0],
         y,
+        SMOOTH=smoother is not None,
         ROW_SCALES=x_scale.numel() > 1,
+        **constants(tile, dtype, form is not None),
         OVERLAP=overlap,
-        **constants(tile),
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
         **({"launch_pdl": True} if overlap else {}),
     )
-    return y

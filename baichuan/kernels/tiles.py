@@ -124,3 +124,35 @@ def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Til
     programs, steps = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.block_n), cdiv(in_features, tile.block_k)
     splits = max(min(tile.max_programs // programs, steps // MIN_STEPS), 1)
     return replace(tile, splits=cdiv(steps, cdiv(steps, splits)))
+
+
+@dataclass(frozen=True)
+class RunsTile:
+    """As Tile, of gemm_int8.py: block_m rows of x times one or two runs of output channels."""
+
+    block_m: int  # 64 for every four warps, or a multiple
+    first: int  # channels of the first run, at most 128: Triton has no wider instructions for integers
+    second: int  # of the second one; 0 = there is none
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs: int  # that a processor runs at a time
+
+
+# What measures fastest on an H200 (docs/performance.md).
+NARROW, WIDE = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
+LARGE = RunsTile(128, 128, 128, 128, 8, 4, 1)  # of many rows; and of a gate and its up for any number
+LARGE_ROWS = 2048  # up to so many rows the first two
+
+
+def choose_runs_tile(num_rows: int, out_features: int, num_processors: int) -> RunsTile:
+    """For up to LARGE_ROWS rows the one of two tiles whose waves, of as many programs as run at once, take less."""
+    if num_rows > LARGE_ROWS:
+        return LARGE
+
+    def time(tile: RunsTile) -> int:
+        channels = tile.first + tile.second
+        programs = cdiv(num_rows, tile.block_m) * cdiv(out_features, channels)
+        return cdiv(programs, tile.programs * num_processors) * channels
+
+    return min(NARROW, WIDE, key=time)

@@ -24,7 +24,8 @@ from baichuan.executors.cuda.ops import CudaOps, Switches
 from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels import gemm_parts
-from baichuan.kernels.spec import KernelSpec, plain_values
+from baichuan.kernels.spec import TRITON_TYPES, KernelSpec, plain_values
+from baichuan.kernels.tiles import LARGE, NARROW, WIDE
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
@@ -79,24 +80,31 @@ def run(version: str, quant: QuantConfig, rows: int, dtype: str = "float16", ran
 
 
 def compile_gluon() -> None:
-    """gemm_int8.py's kernel, whose launch is Triton's own: every tile, then the other types of y."""
+    """gemm_int8.py's kernel, whose launch is Triton's own: every tile, the other types of y, and an activation."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from baichuan.kernels.gemm_int8 import TILES, _gemm_int8, block_layout, constants
+    from baichuan.kernels import gemm_int8 as file
 
-    for tile, y_type in [(tile, "fp16") for _, tile in TILES] + [(TILES[0][1], "bf16"), (TILES[0][1], "fp32")]:
-        layouts = {rows: block_layout(rows, tile.block_k) for rows in (tile.block_m, tile.block_n)}
-        blocks = [f"tensordesc<i8[{rows}, {tile.block_k}],{layouts[rows]!r}>" for rows in (tile.block_m, tile.block_n)]
-        values = {"ROW_SCALES": y_type == "fp16", "OVERLAP": True} | constants(tile)
-        types = [*blocks, "*fp32", "*fp32", "i32", "i32", "i32", f"*{y_type}", *["constexpr"] * len(values)]
-        signature = dict(zip(_gemm_int8.arg_names, types, strict=True))
+    cases = [(tile, torch.float16, False) for tile in (NARROW, WIDE, LARGE)]
+    cases += [(NARROW, dtype, False) for dtype in (torch.bfloat16, torch.float32)]
+    cases += [(LARGE, dtype, True) for dtype in (torch.float16, torch.bfloat16)]
+    for tile, dtype, gated in cases:
+        blocks = [
+            f"tensordesc<i8[{rows}, {tile.block_k}],{file.block_layout(rows, tile.block_k)!r}>"
+            for rows in file.blocks_of(tile)
+        ]
+        values = {"SMOOTH": True, "ROW_SCALES": not gated, "OVERLAP": True} | file.constants(tile, dtype, gated)
+        y_type = "i8" if gated else TRITON_TYPES[dtype]
+        types = [*blocks, *["*fp32"] * 4, *["i32"] * 3, f"*{y_type}", *["constexpr"] * len(values)]
+        signature = dict(zip(file._gemm_int8.arg_names, types, strict=True))
         aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(blocks), len(types) - len(values))}
-        source = GluonASTSource(_gemm_int8, signature, values, aligned)
+        source = GluonASTSource(file._gemm_int8, signature, values, aligned)
         target = GPUTarget("cuda", 90, 32)
         compiled = triton.compile(source, target=target, options={"num_warps": tile.num_warps})
         ptx = compiled.asm["ptx"]
         loop = ptx[ptx.index("wgmma.mma_async") : ptx.rindex("wgmma.wait_group")]
-        assert re.search(r"wgmma\.wait_group\S*\s+1;", loop), "no product stays in flight"
+        in_flight = 2 if tile.second else 1
+        assert re.search(rf"wgmma\.wait_group\S*\s+{in_flight};", loop), "no product stays in flight"
         print("_gemm_int8", len(compiled.asm["cubin"]), compiled.metadata.shared, flush=True)
 
 

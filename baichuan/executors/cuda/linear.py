@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.products import fp8_in_library, fp8_product, fp8_sums, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.gemm import gemm
+from baichuan.kernels.gemm import gemm, multiplies_by_gluon
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemm_parts import scale_sums
 from baichuan.kernels.gemv import gemv
@@ -56,6 +57,8 @@ class LinearKernel:
     run_gated: Callable[[Operand, torch.dtype], Tensor] | None = None
     # As run; what it makes also goes to the peers' slots (kernels/peers.py).  None = it cannot.
     run_sending: Callable[[Operand, torch.dtype, Slots], Tensor] | None = None
+    # silu.silu_mul of what run makes in the dtype, in this form of int8; None = it cannot.
+    run_activated: Callable[[Operand, torch.dtype, StaticScale], Operand] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,15 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
     if choice.gemv and weight.shape[1] % BYTE_CHANNELS == 0:
         return _integer_gemv(form, q, scale)
     if choice.own_kernels:
-        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
+        activated = partial(_activated, q, scale) if multiplies_by_gluon(choice.num_tokens, q) else None
+        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype), run_activated=activated)
     return LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
+
+
+def _activated(weight: Tensor, scale: Tensor, x: Operand, dtype: torch.dtype, form: StaticScale) -> Operand:
+    from baichuan.kernels.gemm_int8 import gated_int8  # other versions of Triton may lack what it imports
+
+    return gated_int8(x, weight, scale, form, dtype)
 
 
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:

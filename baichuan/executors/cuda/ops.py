@@ -29,7 +29,7 @@ from baichuan.kernels.decode_attention import choose_splits, decode_attention
 from baichuan.kernels.exchange import quantise_over_ranks
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
-from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Operand, Plain, plain, smoother_of
+from baichuan.kernels.operand import PLAIN, Form, Int8PerToken, Operand, Plain, StaticScale, plain, smoother_of
 from baichuan.kernels.peers import Slots
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
@@ -117,6 +117,8 @@ class CudaOps:
         normed, residual = self._norm(x, residual, norm, eps, up.form)
         if up.run_gated:
             activated = self.operand(up.run_gated(normed, dtype), down.form)
+        elif up.run_activated and isinstance(down.form, StaticScale) and down.form.dtype == torch.int8:
+            activated = up.run_activated(normed, dtype, down.form)
         elif isinstance(down.form, Int8PerToken) and down.form.over_ranks:
             activated = self.operand(silu_mul(up.run(normed, dtype)).values, down.form)
         else:
