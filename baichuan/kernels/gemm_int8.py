@@ -42,7 +42,7 @@ from baichuan.kernels.spec import cdiv, overlaps, processors
 from baichuan.kernels.store_row import divide, nearest_integer
 from baichuan.kernels.tiles import LARGE, RunsTile, choose_runs_tile
 
-BAND = 8  # as in tiles.place_of_tile
+BAND = 16  # as in tiles.place_of_tile; programs that run at once then read about as much of x as of the weight
 GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.8
