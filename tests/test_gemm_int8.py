@@ -11,7 +11,7 @@ from baichuan.kernels.gemm import gemm, multiplies_by_gluon
 from baichuan.kernels.operand import Int8PerToken, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
-from baichuan.kernels.tiles import LARGE, NARROW, WIDE, Tile, choose_runs_tile
+from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256, Tile, choose_runs_tile
 from baichuan.records import Step
 from benchmarks.random_weights import RandomWeights
 
@@ -46,7 +46,7 @@ def exact(x, weight, scale, dtype):
 @pytest.mark.cuda
 @on_hopper
 @pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
-@pytest.mark.parametrize("tile", [NARROW, WIDE, LARGE], ids=["narrow", "wide", "large"])
+@pytest.mark.parametrize("tile", [TILE_128, TILE_160, TILE_256], ids=["narrow", "wide", "large"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_every_product_bit_for_bit(shape, tile, row_scales):
     from baichuan.kernels.gemm_int8 import gemm_int8
@@ -90,10 +90,16 @@ def test_an_activation_in_the_product_has_the_bits_of_silu_mul(shape, dtype, smo
 
 def test_the_wider_tile_is_taken_where_it_saves_a_wave():
     """By the times of both on an H200 (docs/performance.md): (rows, output channels) -> run's channels."""
-    faster = {(1024, 5120): WIDE, (2048, 5120): WIDE, (512, 27392): WIDE, (512, 5120): NARROW, (1024, 27392): NARROW}
+    faster = {
+        (1024, 5120): TILE_160,
+        (2048, 5120): TILE_160,
+        (512, 27392): TILE_160,
+        (512, 5120): TILE_128,
+        (1024, 27392): TILE_128,
+    }
     for (rows, channels), tile in faster.items():
         assert choose_runs_tile(rows, channels, 132) == tile
-    assert choose_runs_tile(16384, 5120, 132) == LARGE
+    assert choose_runs_tile(16384, 5120, 132) == TILE_256
 
 
 @pytest.mark.cuda

@@ -40,7 +40,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baichuan.kernels.operand import Operand, StaticScale
 from baichuan.kernels.spec import cdiv, overlaps, processors
 from baichuan.kernels.store_row import divide, nearest_integer
-from baichuan.kernels.tiles import LARGE, RunsTile, choose_runs_tile
+from baichuan.kernels.tiles import TILE_256, RunsTile, choose_runs_tile
 
 BAND = 16  # as in tiles.place_of_tile; programs that run at once then read about as much of x as of the weight
 GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -235,7 +235,7 @@ def gated_int8(x: Operand, weight: Tensor, scale: Tensor, form: StaticScale, dty
     form: of int8 with one scale -> [num_tokens, out_features / 2]
     """
     y = Operand.allocate(form, x.values, x.values.shape[0], weight.shape[0] // 2)
-    _launch(LARGE, x, weight, scale, form, y.values, dtype)
+    _launch(TILE_256, x, weight, scale, form, y.values, dtype)
     return y
 
 

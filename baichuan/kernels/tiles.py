@@ -140,19 +140,19 @@ class RunsTile:
 
 
 # What measures fastest on an H200 (docs/performance.md).
-NARROW, WIDE = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
-LARGE = RunsTile(128, 128, 128, 128, 8, 4, 1)  # of many rows; and of a gate and its up for any number
+TILE_128, TILE_160 = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
+TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # of many rows; and of a gate and its up for any number
 LARGE_ROWS = 2048  # up to so many rows the first two
 
 
 def choose_runs_tile(num_rows: int, out_features: int, num_processors: int) -> RunsTile:
     """For up to LARGE_ROWS rows the one of two tiles whose waves, of as many programs as run at once, take less."""
     if num_rows > LARGE_ROWS:
-        return LARGE
+        return TILE_256
 
     def time(tile: RunsTile) -> int:
         channels = tile.first + tile.second
         programs = cdiv(num_rows, tile.block_m) * cdiv(out_features, channels)
         return cdiv(programs, tile.programs * num_processors) * channels
 
-    return min(NARROW, WIDE, key=time)
+    return min(TILE_128, TILE_160, key=time)

@@ -25,7 +25,7 @@ from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels import gemm_parts
 from baichuan.kernels.spec import TRITON_TYPES, KernelSpec, plain_values
-from baichuan.kernels.tiles import LARGE, NARROW, WIDE
+from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
@@ -85,9 +85,9 @@ def compile_gluon() -> None:
 
     from baichuan.kernels import gemm_int8 as file
 
-    cases = [(tile, torch.float16, False) for tile in (NARROW, WIDE, LARGE)]
-    cases += [(NARROW, dtype, False) for dtype in (torch.bfloat16, torch.float32)]
-    cases += [(LARGE, dtype, True) for dtype in (torch.float16, torch.bfloat16)]
+    cases = [(tile, torch.float16, False) for tile in (TILE_128, TILE_160, TILE_256)]
+    cases += [(TILE_128, dtype, False) for dtype in (torch.bfloat16, torch.float32)]
+    cases += [(TILE_256, dtype, True) for dtype in (torch.float16, torch.bfloat16)]
     for tile, dtype, gated in cases:
         blocks = [
             f"tensordesc<i8[{rows}, {tile.block_k}],{file.block_layout(rows, tile.block_k)!r}>"
