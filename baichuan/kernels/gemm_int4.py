@@ -81,9 +81,15 @@ def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.conste
 
     rows: pointers [BLOCK_N, 1] to each row's first one
     """
-    part = tl.arange(0, PARTS)
-    group = start // GROUP + part if WIDTH == GROUP else (start + part * WIDTH) // GROUP
-    return tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0)
+    GROUPS: tl.constexpr = max(PARTS * WIDTH // GROUP, 1)
+    group = start // GROUP + tl.arange(0, GROUPS)
+    loaded = tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0)
+    # Those of several parts are repeated in registers: loads of equal addresses would be as many instructions.
+    if PARTS >= 2 * GROUPS:
+        loaded = tl.reshape(tl.join(loaded, loaded), (loaded.shape[0], 2 * GROUPS))
+    if PARTS >= 4 * GROUPS:
+        loaded = tl.reshape(tl.join(loaded, loaded), (loaded.shape[0], 4 * GROUPS))
+    return loaded
 
 
 @triton.jit
