@@ -12,6 +12,14 @@ from baichuan.records import DenseWeight, Int4Weight, Int8Weight, ModelWeights
 # From this many tokens on a product with a copy is faster than the kernel that reads the integers
 # (docs/performance.md).
 COPY_ROWS = {Int8Weight: 65, Int4Weight: 129}
+COPY_ROWS_WITH_ZEROS = 65
+
+
+def copy_rows(weight: Int8Weight | Int4Weight) -> int:
+    """The number of tokens from which on a product of this weight takes its copy."""
+    if isinstance(weight, Int4Weight) and weight.zero is not None:
+        return COPY_ROWS_WITH_ZEROS
+    return COPY_ROWS[type(weight)]
 
 
 class DenseCopies:
@@ -27,7 +35,7 @@ class DenseCopies:
 
     def get(self, weight: Int8Weight | Int4Weight, dtype: torch.dtype, num_tokens: int) -> DenseWeight | None:
         """The copy, in dtype; None where a product of num_tokens needs none, or the budget has no room for it."""
-        if num_tokens < COPY_ROWS[type(weight)]:
+        if num_tokens < copy_rows(weight):
             return None
         if weight not in self._kept:
             size = math.prod(weight.shape) * dtype.itemsize

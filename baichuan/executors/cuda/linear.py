@@ -5,7 +5,7 @@ One function for each type of weight, by weights/types.py, chooses.  An example,
 
     1 token            gemv_int, x as 16-bit integers
     a few              gemm_int4, x in float16
-    COPY_ROWS or more  cuBLAS with a dequantised copy of the weight, where memory is spare (dense_copies.py)
+    copy_rows or more  cuBLAS with a dequantised copy of the weight, where memory is spare (dense_copies.py)
     without a copy     gemm_int4 for up to GEMM_ROWS tokens, then cuBLAS with a copy that is made for the one product
 """
 
