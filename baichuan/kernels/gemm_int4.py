@@ -83,7 +83,9 @@ def _part_scales(rows, start, in_features, GROUP: tl.constexpr, PARTS: tl.conste
     """
     PAIRS: tl.constexpr = 2 * WIDTH == GROUP
     LOADS: tl.constexpr = PARTS // 2 if PAIRS else PARTS
-    group = (start + tl.arange(0, LOADS) * (PARTS // LOADS * WIDTH)) // GROUP
+    STEP: tl.constexpr = PARTS // LOADS * WIDTH
+    # Triton sees that the first form's addresses follow one another.
+    group = start // GROUP + tl.arange(0, LOADS) if STEP == GROUP else (start + tl.arange(0, LOADS) * STEP) // GROUP
     loaded = tl.load(rows + group[None, :], (group < in_features // GROUP)[None, :], other=0)
     if PAIRS:  # each for two parts, in registers: two loads of one address would be two instructions
         loaded = tl.reshape(tl.join(loaded, loaded), (loaded.shape[0], PARTS))
