@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_device import relative_error, to_device
 
-from baichuan.executors.cuda.dense_copies import COPY_ROWS, DenseCopies
+from baichuan.executors.cuda.dense_copies import COPY_ROWS, COPY_ROWS_WITH_ZEROS, DenseCopies
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
@@ -44,6 +44,16 @@ def test_dequantised_matrix(weight, dtype):
     assert dense.dtype == dtype
     assert relative_error(dense, expected) < ROUNDED[dtype]
     assert relative_error(dense.roll(1, 1), expected) > 0.5, "the control: every column in its neighbour's place"
+
+
+def test_a_weight_with_zeros_has_a_copy_from_fewer_rows_on():
+    plain = to_device(quantised(32))
+    rows, copies = COPY_ROWS_WITH_ZEROS, DenseCopies(budget=4 * 5 * WIDTH)
+    assert copies.get(to_device(with_zeros(quantised(32))), torch.float16, rows - 1) is None
+    assert copies.get(plain, torch.float16, rows) is None, "the control: without zeros the integers are faster there"
+    zeroed = with_zeros(quantised(32))
+    dense = copies.get(to_device(zeroed), torch.float16, rows)
+    assert relative_error(dense.weight, dequantise(zeroed)) < ROUNDED[torch.float16]
 
 
 def test_copies_are_made_once_for_enough_rows_and_within_the_budget():

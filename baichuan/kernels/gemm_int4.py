@@ -170,8 +170,8 @@ GEMM_INT4 = KernelSpec(
 )
 
 
-# Up to 64 tokens, what measures fastest on an H200 for (channels in a group, whether groups have zeros); tiles.py has
-# the others.
+# From 33 to 64 tokens, what measures fastest on an H200, by (channels in a group, whether groups have zeros).  Other
+# numbers of tokens and other groups take tiles.py's.
 TILES_OF_GROUPS = {
     (32, False): Tile(64, 64, 128, 4, 4),
     (64, False): Tile(64, 64, 256, 4, 3),
@@ -182,8 +182,10 @@ TILES_OF_GROUPS = {
 }
 
 
-def choose_int4_tile(num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, kind: tuple) -> Tile:
-    """kind: a key of TILES_OF_GROUPS, or any other pair of its types"""
+def choose_int4_tile(
+    num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, kind: tuple[int, bool]
+) -> Tile:
+    """As tiles.choose_tile, for x of a dtype.  kind: as the keys of TILES_OF_GROUPS"""
     if 32 < num_tokens <= 64 and dtype != torch.float32 and kind in TILES_OF_GROUPS:
         return split(TILES_OF_GROUPS[kind], num_tokens, in_features, out_features)
     return choose_tile(num_tokens, in_features, out_features, dtype, torch.uint8)
@@ -205,11 +207,13 @@ def gemm_int4(
     assert isinstance(x.form, Deinterleaved)
     num_tokens, in_features = x.values.shape
     out_features, groups = weight.shape[0], scale.shape[1]
-    kind = in_features // groups, zero is not None
-    tile = tile or choose_int4_tile(num_tokens, in_features, out_features, x.values.dtype, kind)
+    group_size = in_features // groups
+    tile = tile or choose_int4_tile(
+        num_tokens, in_features, out_features, x.values.dtype, (group_size, zero is not None)
+    )
     y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
     by_column = groups == 1 and zero is None  # y is scaled
-    constants = {"GROUP": 0 if by_column else in_features // groups, "ZERO": zero is not None}
+    constants = {"GROUP": 0 if by_column else group_size, "ZERO": zero is not None}
     inputs = (x.values, weight, scale, scale if zero is None else zero)
     scales = {"COLUMN_SCALES": by_column, "X_SCALE": False, "ROW_SCALES": False}
     multiply(GEMM_INT4, tile, inputs, constants, y, torch.float32, (scale, scale), scales)
