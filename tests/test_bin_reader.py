@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 import zipfile
 from pathlib import Path
 from random import Random
@@ -163,12 +162,13 @@ HUGE = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\x80\x01\x85R."
     [NESTED, HUGE, b"\x80\x05\x96" + (6 << 30).to_bytes(8, "little") + b".", b"\x80\x02" + b")\x85" * 900_000 + b"."],
     ids=["key nested 40 deep", "bytearray called", "bytearray of 6 GiB", "nested 900,000 deep"],
 )
+@pytest.mark.timeout(60)
 def test_a_pickle_takes_neither_time_nor_memory(content, tmp_path):
     with_pickle(tmp_path / "model.bin", content)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match="damaged") as caught:
         open_bin(tmp_path / "model.bin")
-    assert time.monotonic() - start < 20 and len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 

@@ -9,7 +9,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -99,16 +98,31 @@ def test_a_data_set_of_blank_lines(name, tmp_path):
     assert name == "a.csv" or len(list(file_rows(tmp_path / name, "dataset_path"))) == 1
 
 
-def test_an_array_of_many_small_rows_takes_as_long_as_their_lines(tmp_path):
-    """Each row copied the piece of the file that it is in."""
-    made = ['{"a":1}'] * 150_000
-    seconds = {}
-    for name, content in (("a.jsonl", "\n".join(made)), ("a.json", f"[{','.join(made)}]")):
-        (tmp_path / name).write_text(content)
-        start = time.process_time()
-        assert len(list(file_rows(tmp_path / name, "dataset_path"))) == len(made)
-        seconds[name] = time.process_time() - start
-    assert seconds["a.json"] < 2 * seconds["a.jsonl"]
+def test_an_array_of_many_small_rows_is_not_copied_with_each_of_them(tmp_path, monkeypatch):
+    copied = 0
+
+    class Counting(str):
+        """Text that counts the characters of it that are copied."""
+
+        def __getitem__(self, key):
+            nonlocal copied
+            found = super().__getitem__(key)
+            copied += len(found)
+            return Counting(found)
+
+        def __add__(self, other):
+            return Counting(super().__add__(other))
+
+    class Text(rows._Text):
+        def _more(self, count=0):
+            self.piece = Counting(self.piece)
+            return super()._more(count)
+
+    monkeypatch.setattr(rows, "_Text", Text)
+    content = f"[{','.join(['{}'] * 150_000)}]"
+    (tmp_path / "a.json").write_text(content)
+    assert len(list(file_rows(tmp_path / "a.json", "dataset_path"))) == 150_000
+    assert 0 < copied < 4 * len(content)
 
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 64])
@@ -119,13 +133,12 @@ def test_rows_of_an_array_wherever_a_piece_of_the_file_ends(piece, tmp_path, mon
     assert [row for _, row in file_rows(tmp_path / "a.json", "dataset_path")] == values
 
 
+@pytest.mark.timeout(20)  # every name compared with every other one took twice as long
 def test_a_hundred_thousand_keys_of_which_one_is_there_twice(tmp_path):
     names = "".join(f'"{n:x}":1,' for n in range(100_000))
     (tmp_path / "config.json").write_text(f'{{{names}"last":1,"last":2}}')
-    start = time.process_time()
     with pytest.raises(CheckpointError, match="'last' is there twice"):
         read_json_object(tmp_path / "config.json", MAX_CONFIG_BYTES)
-    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("content", [b"1," * (10 << 20), b"12\n" * (2 << 20), b"\n" * (2 << 20)])
@@ -261,8 +274,7 @@ def test_a_small_parquet_file_that_unpacks_to_much(kind, version, tmp_path):
     pyarrow.parquet.write_table(bomb(kind), path, compression="zstd", data_page_version=version)
     assert path.stat().st_size < 1 << 20
     for read in (lambda: list(file_rows(path, "dataset_path")), lambda: list(read_prompt_file(path))):
-        start = time.monotonic()
-        assert growth(read) < 200 << 20 and time.monotonic() - start < 20
+        assert growth(read) < 200 << 20
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
