@@ -196,10 +196,11 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
         case Int8Weight(q, scale):
             kernel = partial(gemv_int, gated=gated) if one_row else gemm
             own = partial(kernel, quantise_rows(x, Int16()), q, scale, out)
-        case Int4Weight(packed, scale) if one_row:
-            own = partial(gemv_int, quantise_rows(x, Int16(deinterleaved=True)), packed, scale, out, gated)
-        case Int4Weight(packed, scale):
-            own = partial(gemm_int4, quantise_rows(x, Deinterleaved()), packed, scale, out)
+        case Int4Weight(packed, scale, zero) if one_row:
+            form = choose_kernel(weight, Choice(1, x.dtype)).form
+            own = partial(gemv_int, quantise_rows(x, form), packed, scale, out, gated, zero=zero)
+        case Int4Weight(packed, scale, zero):
+            own = partial(gemm_int4, quantise_rows(x, Deinterleaved()), packed, scale, out, zero=zero)
         case SmoothQuantWeight(q, scale) | Fp8Weight(q, scale):
             kernel = partial(gemv_int, gated=gated) if one_row else gemm
             form = choose_kernel(weight, Choice(x.shape[0], x.dtype)).form

@@ -21,6 +21,7 @@ from baichuan.config import PRESETS
 from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
 from benchmarks.kernel_cases import matrices
+from benchmarks.random_weights import PRECISIONS
 
 Entry = tuple[int, ...]
 Place = tuple[str, str, int | str | None]  # module, and the two keys of an entry in its table
@@ -28,7 +29,6 @@ LIBRARY: Entry = ()  # PyTorch's product, of a dequantised copy where the matrix
 MARGIN = 0.01  # a candidate is chosen if it is faster by more than this: times vary by less from run to run
 
 TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
-KINDS = {"int8": "bytes", "smooth_quant_per_token": "bytes", "fp8": "bytes", "int4": "converted", "float16": "dense"}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
 ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # by this precision's times
@@ -37,7 +37,8 @@ ROWS = {
     "float16": (1, 4, 16, 32, 64, 128, 256),
     "int8": (1, 4, 8, 16, 32, 64, 256, 1024, 1536, 2048),
     "int4": (1, 4, 16, 32, 64, 128, 256),
-    "int4_per_channel": (1,),
+    "int4_per_channel": (1, 64),
+    **dict.fromkeys(("int4_g64", "int4_g128", "int4_zeros", "int4_g64_zeros", "int4_g128_zeros"), (64,)),
     "smooth_quant_per_token": (1, 4, 16, 32, 64, 128, 256, 1024),
     "fp8": (1, 4, 16, 32, 64, 128, 1024),
 }
@@ -70,6 +71,12 @@ TILES = {
     ("converted", 32): ((32, 32, 256, 2, 3), (32, 64, 128, 2, 4), (32, 64, 256, 4, 3)),
     ("converted", 64): ((64, 64, 128, 4, 3), (64, 64, 256, 4, 3), (64, 128, 64, 4, 4)),
     ("converted", None): ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
+    ("int4_g32", 64): ((64, 64, 128, 4, 3), (64, 64, 256, 4, 3), (64, 128, 128, 8, 3), (64, 128, 64, 8, 4)),
+    ("int4_g64", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 4), (64, 128, 128, 8, 3)),
+    ("int4_g128", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 4), (64, 128, 128, 8, 3)),
+    ("int4_g32_zeros", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 128, 128, 8, 3)),
+    ("int4_g64_zeros", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 3), (64, 128, 64, 8, 4)),
+    ("int4_g128_zeros", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 8, 4), (64, 128, 128, 8, 3)),
     ("dense", 8): ((8, 128, 128, 4, 4), (8, 64, 128, 4, 5), (8, 128, 256, 8, 3)),
     ("dense", 16): ((16, 64, 256, 4, 4), (16, 128, 128, 8, 4), (16, 64, 64, 4, 8)),
     ("dense", 32): ((32, 64, 128, 4, 4), (32, 128, 128, 8, 4), (32, 128, 64, 4, 6)),
@@ -105,10 +112,18 @@ class Point:
             gated = self.matrix == "gate_up"
             kind, size = "gated" if gated else "plain", self.shape[0] // (2 if gated else 1)
             return "gemv", kind, _limit(gemv.BLOCKS[kind], size)
-        kind, (out_features, in_features) = KINDS[self.precision], self.shape
-        if kind == "dense":
-            kind = tiles.dense_kind(self.x_rows, in_features, out_features)
-        return "tiles", kind, _limit(tiles.TILES[kind], self.x_rows)
+        return "tiles", self.kind, _limit(tiles.TILES[self.kind], self.x_rows)
+
+    @property
+    def kind(self) -> str:
+        """Of tiles.TILES."""
+        quant, (out_features, in_features) = PRECISIONS[self.precision], self.shape
+        match quant.weights:
+            case "none":
+                return tiles.dense_kind(self.x_rows, in_features, out_features)
+            case "int4":
+                return tiles.int4_kind(self.x_rows, quant.group_size or in_features, quant.zero_points)
+        return "bytes"
 
 
 Times = Mapping[Point, Mapping[Entry, float | None]]  # seconds; None = a wrong or failing candidate

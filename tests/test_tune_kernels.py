@@ -13,6 +13,7 @@ from baichuan.kernels import gemv, gemv_int, tiles
 from baichuan.kernels.spec import GemvBlock
 from benchmarks import tune_kernels, tune_tables
 from benchmarks.kernel_cases import product_case, small_sizes
+from benchmarks.random_weights import PRECISIONS
 from benchmarks.tune_tables import LIBRARY, PROGRAMS, Point, candidates, choose, points, present
 
 VERSIONS = ("v2_13b", "v1_7b")
@@ -38,19 +39,23 @@ def test_places_and_splits_are_the_kernels_own(monkeypatch):
     for number, blocks in enumerate(gemv_int.BLOCKS.values()):
         for other, kind in enumerate(blocks):
             monkeypatch.setitem(blocks, kind, GemvBlock(8, 128 + number, other))  # no two alike
+    for number, kind in enumerate(kind for kind in tiles.TILES if kind.startswith("int4")):
+        monkeypatch.setitem(tiles.TILES, kind, ((64, tiles.Tile(64, 64, 128, 4, 2 + number)),))
     types = {
         "int8": (torch.int8, torch.int8),
         "int4": (torch.float16, torch.uint8),
-        "smooth_quant_per_token": (torch.int8, torch.int8),
+        "smooth_quant": (torch.int8, torch.int8),
         "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn),
-        "float16": (torch.float16, torch.float16),
+        "none": (torch.float16, torch.float16),
     }
     for point in points(VERSIONS):
         (out_features, in_features), gated = point.shape, point.matrix == "gate_up"
         rows = out_features // 2 if gated else out_features
         kernel, _, kind = point.place
         if point.rows > 1 or point.precision == "fp8":
-            tile = tiles.choose_tile(point.x_rows, in_features, out_features, *types[point.precision])
+            quant = PRECISIONS[point.precision]
+            groups = (quant.group_size or in_features, quant.zero_points) if quant.weights == "int4" else None
+            tile = tiles.choose_tile(point.x_rows, in_features, out_features, *types[quant.weights], groups)
             expected = (*astuple(tile)[:5], tile.splits)
         else:
             own = kernel == "gemv_int"
@@ -136,13 +141,13 @@ BLOCK, TILE = (32, 32, 1), (16, 64, 64, 1, 2, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("precision", ["float16", "int8", "int4", "smooth_quant_per_token", "fp8"])
+@pytest.mark.parametrize("precision", ["float16", "int8", "int4", "int4_zeros", "smooth_quant_per_token", "fp8"])
 def test_every_product_is_checked_as_the_kernel_computes_it(precision, rows):
     case = product_case(SMALL, DEVICE, precision, "gate_up", rows)
     operands = case.make(0)
     run, expected = tune_kernels.bound(*operands, "gate_up"), case.expected(*operands)
     entries = [BLOCK if rows == 1 and precision != "fp8" else TILE] + [LIBRARY] * (
-        rows > 1 and precision in ("float16", "int8", "int4")
+        rows > 1 and precision in ("float16", "int8", "int4", "int4_zeros")
     )
     for entry in entries:
         assert tune_kernels.wrong(run, entry, expected, case.tolerance) == ""
@@ -171,8 +176,8 @@ def test_a_candidate_that_computes_something_else_has_no_time(on_small_matrices,
     right, bad = tune_kernels.gemv_int, (64, 32, 1)
     monkeypatch.setattr(tune_kernels, "candidates", lambda point: (BLOCK, bad))
 
-    def kernel(*args, block):
-        return right(*args, block=block) * (1.5 if block == GemvBlock(*bad) else 1)
+    def kernel(*args, block, zero):
+        return right(*args, block=block, zero=zero) * (1.5 if block == GemvBlock(*bad) else 1)
 
     monkeypatch.setattr(tune_kernels, "gemv_int", kernel)
     arguments = Namespace(model_version=["v2_13b"], precision=list(tune_tables.ROWS), seconds=600, compile_threads=1)

@@ -30,7 +30,7 @@ from baichuan.kernels.gemm_parts import multiply, store_tile
 from baichuan.kernels.operand import Deinterleaved, Operand
 from baichuan.kernels.primitives import INTERPRETED, start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec
-from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split, split
+from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, share_of_split
 
 
 def _mantissas(prefix: str) -> tl.constexpr:
@@ -170,27 +170,6 @@ GEMM_INT4 = KernelSpec(
 )
 
 
-# From 33 to 64 tokens, what measures fastest on an H200, by (channels in a group, whether groups have zeros).  Other
-# numbers of tokens and other groups take tiles.py's.
-TILES_OF_GROUPS = {
-    (32, False): Tile(64, 64, 128, 4, 4),
-    (64, False): Tile(64, 64, 256, 4, 3),
-    (128, False): Tile(64, 64, 256, 4, 3),
-    (32, True): Tile(64, 128, 64, 8, 4),
-    (64, True): Tile(64, 128, 128, 8, 3),
-    (128, True): Tile(64, 64, 256, 4, 3),
-}
-
-
-def choose_int4_tile(
-    num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, kind: tuple[int, bool]
-) -> Tile:
-    """As tiles.choose_tile, for x of a dtype.  kind: as the keys of TILES_OF_GROUPS"""
-    if 32 < num_tokens <= 64 and dtype != torch.float32 and kind in TILES_OF_GROUPS:
-        return split(TILES_OF_GROUPS[kind], num_tokens, in_features, out_features)
-    return choose_tile(num_tokens, in_features, out_features, dtype, torch.uint8)
-
-
 def gemm_int4(
     x: Operand,
     weight: Tensor,
@@ -207,13 +186,11 @@ def gemm_int4(
     assert isinstance(x.form, Deinterleaved)
     num_tokens, in_features = x.values.shape
     out_features, groups = weight.shape[0], scale.shape[1]
-    group_size = in_features // groups
-    tile = tile or choose_int4_tile(
-        num_tokens, in_features, out_features, x.values.dtype, (group_size, zero is not None)
-    )
+    group_size, zeros = in_features // groups, zero is not None
+    tile = tile or choose_tile(num_tokens, in_features, out_features, x.values.dtype, weight.dtype, (group_size, zeros))
     y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
-    by_column = groups == 1 and zero is None  # y is scaled
-    constants = {"GROUP": 0 if by_column else group_size, "ZERO": zero is not None}
+    by_column = groups == 1 and not zeros  # y is scaled
+    constants = {"GROUP": 0 if by_column else group_size, "ZERO": zeros}
     inputs = (x.values, weight, scale, scale if zero is None else zero)
     scales = {"COLUMN_SCALES": by_column, "X_SCALE": False, "ROW_SCALES": False}
     multiply(GEMM_INT4, tile, inputs, constants, y, torch.float32, (scale, scale), scales)

@@ -69,7 +69,8 @@ def share_of_split(in_features, BLOCK_K: tl.constexpr):
 
 # What measures fastest on an H200: (most rows of x, tile), None for any number.  With few rows the time goes into
 # reading the weights, with many into the tensor cores.  "bytes": x and weight both of 8 bits; "converted": an integer
-# weight becomes x's float type; "dense": both of a 16-bit float type; "narrow": those of dense_kind.
+# weight becomes x's float type, "int4_...": those of int4_kind; "dense": both of a 16-bit float type, "narrow": those
+# of dense_kind.
 TILES = {
     "bytes": (
         (8, Tile(8, 64, 256, 4, 4)),
@@ -86,6 +87,12 @@ TILES = {
         (64, Tile(64, 128, 128, 8, 3)),
         (None, Tile(128, 64, 128, 4, 3)),
     ),
+    "int4_g32": ((64, Tile(64, 64, 128, 4, 4)),),
+    "int4_g64": ((64, Tile(64, 64, 256, 4, 3)),),
+    "int4_g128": ((64, Tile(64, 64, 256, 4, 3)),),
+    "int4_g32_zeros": ((64, Tile(64, 128, 64, 8, 4)),),
+    "int4_g64_zeros": ((64, Tile(64, 128, 128, 8, 3)),),
+    "int4_g128_zeros": ((64, Tile(64, 64, 256, 4, 3)),),
     "dense": (
         (8, Tile(8, 64, 256, 4, 4)),
         (16, Tile(16, 64, 128, 4, 5, 132)),
@@ -105,16 +112,30 @@ def dense_kind(num_rows: int, in_features: int, out_features: int) -> str:
     return "narrow" if 32 < num_rows <= 64 and max(in_features, out_features) <= NARROW else "dense"
 
 
+def int4_kind(num_rows: int, group_size: int, zeros: bool) -> str:
+    """Groups of 32, 64 and 128 channels, with and without zeros, have a kind each for 33 to 64 rows."""
+    kind = f"int4_g{group_size}_zeros" if zeros else f"int4_g{group_size}"
+    return kind if 32 < num_rows <= 64 and kind in TILES else "converted"
+
+
 def choose_tile(
-    num_rows: int, in_features: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    groups: tuple[int, bool] | None = None,
 ) -> Tile:
-    """The table's tile for num_rows rows of x (operand.Int16 has two for each token), with its splits."""
+    """The table's tile for num_rows rows of x (operand.Int16 has two for each token), with its splits.
+
+    groups: of a weight of 4 bits (channels in a group, whether groups have zeros)
+    """
     if x_dtype == torch.float32:
         kind = "float32"
     elif x_dtype == weight_dtype:
         kind = "bytes" if x_dtype.itemsize == 1 else dense_kind(num_rows, in_features, out_features)
     else:
-        kind = "converted"
+        kind = int4_kind(num_rows, *groups) if groups else "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
     return split(tile, num_rows, in_features, out_features)
 
