@@ -5,19 +5,20 @@ import torch
 from kernel_device import DEVICE
 
 from baichuan.config import PRESETS, ModelConfig, QuantConfig
+from baichuan.executors.cuda import linear
 from baichuan.executors.cuda.executor import CudaExecutor
-from baichuan.kernels import gemm as gemm_file
-from baichuan.kernels.gemm import gemm, multiplies_by_gluon
+from baichuan.executors.cuda.linear import Choice, choose_kernel, in_gluon
+from baichuan.kernels.gemm import gemm
 from baichuan.kernels.operand import Int8PerToken, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256, Tile, choose_runs_tile
-from baichuan.records import Step
+from baichuan.records import SmoothQuantWeight, Step
 from benchmarks.random_weights import RandomWeights
 
-HOPPER = DEVICE.type == "cuda" and gemm_file._has_gluon(DEVICE, gemm_file.triton.__version__)
+HOPPER = DEVICE.type == "cuda" and linear._has_gluon(DEVICE, linear.triton.__version__)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
-TRITON_TILE = Tile(128, 128, 128, 8, 3)  # given one, gemm() is Triton's own product
+TRITON_TILE = Tile(128, 128, 128, 8, 3)  # of gemm.gemm, the product that this file's are compared with
 
 
 def matrices(model, ranks):
@@ -107,6 +108,8 @@ def test_the_wider_tile_is_taken_where_it_saves_a_wave():
 @pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
 def test_a_chain_in_a_graph_reads_what_was_just_written(row_scales):
     """Each product's rows are quantised by a kernel that lets it start early; 200 replays over changing inputs."""
+    from baichuan.kernels.gemm_int8 import gemm_int8
+
     rows, width, depth = 777, 2048, 12
     form = Int8PerToken() if row_scales else StaticScale(torch.int8, torch.full((1,), 0.05, device=DEVICE))
     weights = [operand(width, width, False, seed).values for seed in range(depth)]
@@ -116,19 +119,19 @@ def test_a_chain_in_a_graph_reads_what_was_just_written(row_scales):
         for seed in range(4)
     ]
 
-    def chain(x, tile):
+    def chain(x, product, **tile):
         for weight in weights:
-            x = gemm(quantise_rows(x, form), weight, scale, torch.float16, tile)
+            x = product(quantise_rows(x, form), weight, scale, torch.float16, **tile)
         return x
 
-    expected = [chain(x, TRITON_TILE) for x in inputs]
+    expected = [chain(x, gemm, tile=TRITON_TILE) for x in inputs]
     assert not torch.equal(expected[0], expected[1]), "the control: other inputs, other results"
     x = inputs[0].clone()
-    chain(x, None)
+    chain(x, gemm_int8)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = chain(x, None)
+        y = chain(x, gemm_int8)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     stale = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for replay in range(200):
@@ -158,7 +161,7 @@ def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch
         return [prefill, *(cuda.forward(decode).clone() for _ in range(3))]
 
     by_gluon = logits()
-    monkeypatch.setattr(gemm_file, "MANY_ROWS", 1 << 30)
+    monkeypatch.setattr(linear, "GLUON_ROWS", 1 << 30)
     by_triton = logits()
     for one, other in zip(by_gluon, by_triton, strict=True):
         assert torch.equal(one, other) and one.isfinite().all()
@@ -167,14 +170,19 @@ def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch
 
 def test_where_the_kernel_is_chosen(monkeypatch):
     """On Hopper under a version of Triton that it is written for, by int8 in rows of whole 16 bytes."""
-    x = torch.zeros(600, 64, dtype=torch.int8)
     weight = torch.zeros(32, 64, dtype=torch.int8)
-    assert not multiplies_by_gluon(600, x, weight), "not on the CPU"
-    monkeypatch.setattr(gemm_file, "overlaps", lambda device: True)
+    record = SmoothQuantWeight(weight, torch.ones(32), torch.ones(1), None)
+
+    def activates(rows, **choice):
+        return choose_kernel(record, Choice(rows, torch.float16, **choice)).run_activated is not None
+
+    assert not in_gluon(weight) and not activates(600), "not on the CPU"
+    monkeypatch.setattr(linear, "overlaps", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gemm_file._has_gluon.cache_clear()
+    linear._has_gluon.cache_clear()
     try:
-        assert multiplies_by_gluon(600, x, weight)
+        assert in_gluon(weight) and activates(linear.GLUON_ROWS)
+        assert not activates(linear.GLUON_ROWS - 1) and not activates(600, own_kernels=False)
         for version, has in {
             "3.5.1": False,
             "3.6.0+git9844da95": True,
@@ -182,14 +190,12 @@ def test_where_the_kernel_is_chosen(monkeypatch):
             "3.10.0": False,
             "4.0": False,
         }.items():
-            assert gemm_file._has_gluon(weight.device, version) == has
-        assert not multiplies_by_gluon(gemm_file.MANY_ROWS - 1, x, weight)
-        assert not multiplies_by_gluon(600, x, weight[:, 1:]), "not contiguous"
-        assert not multiplies_by_gluon(600, x, weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
-        assert not multiplies_by_gluon(600, x, torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
-        assert not multiplies_by_gluon(600, x.half(), weight)
+            assert linear._has_gluon(weight.device, version) == has
+        assert not in_gluon(weight[:, 1:]), "not contiguous"
+        assert not in_gluon(weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
+        assert not in_gluon(torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-        gemm_file._has_gluon.cache_clear()
-        assert not multiplies_by_gluon(600, x, weight), "another generation"
+        linear._has_gluon.cache_clear()
+        assert not in_gluon(weight), "another generation"
     finally:
-        gemm_file._has_gluon.cache_clear()
+        linear._has_gluon.cache_clear()

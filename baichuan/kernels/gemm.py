@@ -12,8 +12,6 @@ Each program computes one tile of y, block_m tokens by block_n output channels, 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,11 +20,8 @@ from torch import Tensor
 from baichuan.kernels.gemm_parts import multiply, store_tile
 from baichuan.kernels.operand import Int16, Operand
 from baichuan.kernels.primitives import start_dependents, to_dtype, wait_for_inputs
-from baichuan.kernels.spec import KernelSpec, overlaps
+from baichuan.kernels.spec import KernelSpec
 from baichuan.kernels.tiles import Tile, choose_tile, place_of_tile, prefetch_weight, share_of_split
-
-MANY_ROWS = 256  # of int8, from which gemm_int8.py is faster
-GLUON_VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose Gluon gemm_int8.py is written for
 
 
 @triton.jit
@@ -79,15 +74,11 @@ def gemm(x: Operand, weight: Tensor, scale: Tensor | None, out_dtype: torch.dtyp
     """y = (x @ weightᵀ) * scale * x.scale for the types of records.py.
 
     x: [num_tokens, in_features] in any form but the deinterleaved ones; weight: [out_features, in_features] of the
-    type of x's values, or int8; scale: [out_features] float32, or None for 1; tile: this file's kernel with that tile,
-    None = what measured fastest, which for many rows of int8 may be gemm_int8.py -> [num_tokens, out_features]
+    type of x's values, or int8; scale: [out_features] float32, or None for 1; tile: None = what measured fastest
+    -> [num_tokens, out_features]
     """
     x_rows, in_features = x.values.shape
     int16 = isinstance(x.form, Int16)
-    if tile is None and scale is not None and not int16 and multiplies_by_gluon(x_rows, x.values, weight):
-        from baichuan.kernels.gemm_int8 import gemm_int8  # other versions of Triton may lack what it imports
-
-        return gemm_int8(x, weight, scale, out_dtype)
     num_tokens, out_features = x_rows // 2 if int16 else x_rows, weight.shape[0]
     tile = tile or choose_tile(x_rows, in_features, out_features, x.values.dtype, weight.dtype)
     y = torch.empty(num_tokens, out_features, dtype=out_dtype, device=weight.device)
@@ -102,24 +93,3 @@ def gemm(x: Operand, weight: Tensor, scale: Tensor | None, out_dtype: torch.dtyp
     inputs, constants = (x.values, x_scale, weight, scale), {"INT16": int16, **scales}
     multiply(GEMM, tile, inputs, constants, y, sum_dtype, (x_scale, scale), scales)
     return y
-
-
-def multiplies_by_gluon(num_rows: int, *matrices: Tensor) -> bool:
-    """Whether gemm_int8.py takes num_rows rows of x and these matrices: many of int8 on Hopper, in whole 16 bytes."""
-    return (
-        num_rows >= MANY_ROWS
-        and _has_gluon(matrices[0].device, triton.__version__)
-        and all(
-            matrix.dtype == torch.int8
-            and matrix.is_contiguous()
-            and matrix.data_ptr() % 16 == matrix.shape[1] % 16 == 0
-            for matrix in matrices
-        )
-    )
-
-
-@lru_cache
-def _has_gluon(device: torch.device, triton_version: str) -> bool:
-    first, last = GLUON_VERSIONS
-    known = first <= tuple(map(int, triton_version.split(".")[:2])) <= last
-    return known and overlaps(device) and torch.cuda.get_device_capability(device) == (9, 0)

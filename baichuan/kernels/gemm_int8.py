@@ -18,7 +18,8 @@ written in place of both:
     y      [ .. first | second .. ]          gate_up   [ .. first .. | .. second .. ]
                                              out       [ .. silu(first) * second .. ]
 
-Gluon has no interpreter, and its names differ between versions of Triton: gemm.py says where this kernel stands in.
+Gluon has no interpreter, and its names differ between versions of Triton: executors/cuda/linear.py says where this
+kernel is taken.
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.products import fp8_in_library, fp8_product, fp8_sums, int8_product, product
 from baichuan.kernels.dequantise import dequantise_to
-from baichuan.kernels.gemm import gemm, multiplies_by_gluon
+from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemm_parts import scale_sums
 from baichuan.kernels.gemv import gemv
@@ -37,6 +38,7 @@ from baichuan.kernels.operand import (
     StaticScale,
 )
 from baichuan.kernels.peers import Slots
+from baichuan.kernels.spec import overlaps
 from baichuan.parallel.comm import Communicator, Solo
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from baichuan.weights.types import product_of
@@ -45,6 +47,8 @@ from baichuan.weights.types import product_of
 GEMM_ROWS = 256
 INT16_ROWS = 2048  # the same for an INT8 weight and x as 16-bit integers
 DENSE_ROWS = 64  # up to this many our kernel is faster than cuBLAS with a dense weight or one in e4m3
+GLUON_ROWS = 256  # from this many on gemm_int8.py is faster than gemm.py for W8A8
+GLUON_VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose Gluon gemm_int8.py is written for
 
 
 @dataclass(frozen=True)
@@ -136,16 +140,34 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
         form = StaticScale(torch.int8, weight.input_scale, weight.smoother)
     if choice.gemv and weight.shape[1] % BYTE_CHANNELS == 0:
         return _integer_gemv(form, q, scale)
+    if choice.own_kernels and choice.num_tokens >= GLUON_ROWS and in_gluon(q):
+        return _gluon(form, q, scale)
     if choice.own_kernels:
-        activated = partial(_activated, q, scale) if multiplies_by_gluon(choice.num_tokens, q) else None
-        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype), run_activated=activated)
+        return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
     return LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
 
 
-def _activated(weight: Tensor, scale: Tensor, x: Operand, dtype: torch.dtype, form: StaticScale) -> Operand:
-    from baichuan.kernels.gemm_int8 import gated_int8  # other versions of Triton may lack what it imports
+def in_gluon(weight: Tensor) -> bool:
+    """Whether gemm_int8.py takes this int8 matrix: on Hopper, in rows of whole 16 bytes."""
+    aligned = weight.is_contiguous() and weight.data_ptr() % 16 == weight.shape[1] % 16 == 0
+    return aligned and _has_gluon(weight.device, triton.__version__)
 
-    return gated_int8(x, weight, scale, form, dtype)
+
+@lru_cache
+def _has_gluon(device: torch.device, triton_version: str) -> bool:
+    first, last = GLUON_VERSIONS
+    known = first <= tuple(map(int, triton_version.split(".")[:2])) <= last
+    return known and overlaps(device) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _gluon(form: Form, q: Tensor, scale: Tensor) -> LinearKernel:
+    from baichuan.kernels.gemm_int8 import gated_int8, gemm_int8  # other versions of Triton may lack what it imports
+
+    return LinearKernel(
+        form,
+        lambda x, out_dtype: gemm_int8(x, q, scale, out_dtype),
+        run_activated=lambda x, dtype, out_form: gated_int8(x, q, scale, out_form, dtype),
+    )
 
 
 def fp8(weight: Fp8Weight, choice: Choice) -> LinearKernel:
