@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from baichuan.errors import counted
 from baichuan.util.files import cache_folder
 from baichuan.util.nvidia import driver_gpus
 from baichuan.util.streams import printing
@@ -246,7 +247,7 @@ def _print_findings() -> int:
             print(f"{finding.level:6}{finding.area:14}{finding.text}")
             if finding.remedy:
                 print(f"{'':20}-> {finding.remedy}", flush=True)
-    print(f"{faults} fault(s)" if faults else "nothing that engines need is broken")
+    print(counted(faults, "fault") if faults else "nothing that engines need is broken")
     return 1 if faults else 0
 
 

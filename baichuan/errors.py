@@ -19,3 +19,8 @@ class EngineError(BaichuanError):
 
 class UnsupportedError(BaichuanError):
     """A combination that is valid in itself but that this backend or machine cannot run."""
+
+
+def counted(number: int, noun: str) -> str:
+    """For messages: "1 rank", "2 ranks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

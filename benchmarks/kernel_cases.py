@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from baichuan.config import ModelConfig
+from baichuan.errors import counted
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.executors.cpu.reference_linear import linear
 from baichuan.executors.cuda.ops import CudaOps, Switches
@@ -148,7 +149,7 @@ def product_case(model: ModelConfig, device: torch.device, precision: str, name:
     if gated:
         tolerance *= 2  # gate and up are rounded, then their product
     return Case(
-        name=f"{kernel} {precision} {name} {out_features}x{in_features}, {_count(rows, 'row')}",
+        name=f"{kernel} {precision} {name} {out_features}x{in_features}, {counted(rows, 'row')}",
         make=make,
         run=run,
         expected=expected,
@@ -176,7 +177,7 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for tokens in sizes.tokens:
         for kind, (form, tolerance) in kinds.items():
             yield Case(
-                name=f"add_rms_norm {kind}, {_count(tokens, 'token')}",
+                name=f"add_rms_norm {kind}, {counted(tokens, 'token')}",
                 make=partial(make, tokens),
                 run=lambda x, residual, weight, form=form: add_rms_norm(x, residual, weight, EPS, form),
                 expected=lambda x, residual, weight, form=form: torch.cat(
@@ -224,7 +225,7 @@ def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for tokens in sizes.tokens:
         for kind, (form, tolerance) in kinds.items():
             yield Case(
-                name=f"silu_mul {kind}, {_count(tokens, 'token')}",
+                name=f"silu_mul {kind}, {counted(tokens, 'token')}",
                 make=lambda seed, tokens=tokens: (_normal((tokens, 2 * width), device, seed),),
                 run=lambda x, form=form: silu_mul(x, form),
                 expected=lambda x, form=form: _rounded(ReferenceOps.silu_mul(None, x), form),
@@ -238,7 +239,7 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for tokens in sizes.tokens:
         for kind, form, tolerance in (("int8", Int8PerToken(), NEIGHBOUR), ("int16", Int16(), INT16_STEPS)):
             yield Case(
-                name=f"quantise_rows to {kind}, {_count(tokens, 'token')}",
+                name=f"quantise_rows to {kind}, {counted(tokens, 'token')}",
                 make=lambda seed, tokens=tokens: (_normal((tokens, width), device, seed),),
                 run=lambda x, form=form: quantise_rows(x, form),
                 expected=lambda x, form=form: _rounded(x, form),
@@ -247,7 +248,7 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             )
     for rows in sizes.tokens[:2]:
         yield Case(
-            name=f"argmax of {vocab_size} logits, {_count(rows, 'row')}",
+            name=f"argmax of {vocab_size} logits, {counted(rows, 'row')}",
             make=lambda seed, rows=rows: (_normal((rows, vocab_size), device, seed, torch.float32),),
             run=argmax,
             expected=lambda logits: (
@@ -354,7 +355,3 @@ def _position(spec: AttentionSpec) -> str:
 
 def _cache(kv_cache: str) -> str:
     return "float16" if kv_cache == "none" else kv_cache
-
-
-def _count(number: int, unit: str) -> str:
-    return f"{number} {unit}{'' if number == 1 else 's'}"

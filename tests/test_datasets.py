@@ -88,7 +88,7 @@ def test_rows_without_text_are_left_out_counted_and_not_part_of_the_limit(file, 
     empty = [{"id": "e", "article": "", "highlights": "x"}, {"id": "f", "article": "x", "highlights": " \n"}]
     dataset = load_samples(write(file, [*empty, *ROWS]), 2)
     assert dataset.samples == SAMPLES[:2] and dataset.left_out == 2
-    assert "2 row(s)" in caplog.text
+    assert "2 rows left out" in caplog.text
     assert load_samples(write(file), 2).left_out == 0
 
 

@@ -129,7 +129,7 @@ def test_another_number_of_ranks_ends_every_rank(tmp_path):
     found = scripts.sentences(done.stderr)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert sorted(line.split("(rank ")[1][0] for line in found) == ["0", "1"]
-    assert all("was built for 1 rank(s) and 2 are running; start it with mpirun -n 1" in line for line in found)
+    assert all("was built for 1 rank and 2 are running; start it with mpirun -n 1" in line for line in found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "prompts.csv"]
 
 

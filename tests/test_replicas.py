@@ -50,8 +50,10 @@ def run_on(program: list[str], cwd, *sizes: int) -> subprocess.CompletedProcess:
 def test_the_ranks_of_a_replica_are_of_one_machine():
     assert groups_of([[0, 1, 2, 3]], 2) == [[0, 1], [2, 3]]
     assert groups_of([[0, 2], [1, 3]], 2) == [[0, 2], [1, 3]], "mpirun --map-by node"
-    with pytest.raises(ConfigError, match="machine 1 runs 1 rank"):
+    with pytest.raises(ConfigError, match="machine 1 runs 1 rank and .* 2 of one machine; .* slots=2"):
         groups_of([[0, 1], [2]], 2)
+    with pytest.raises(ConfigError, match="runs 3 ranks and .* takes 2; start a multiple of 2 .mpirun -n 2, "):
+        groups_of([[0, 1, 2]], 2)
 
 
 def test_machines_of_one_name_are_told_apart_by_places_that_occur_twice():
@@ -99,7 +101,7 @@ def test_a_machine_with_half_a_replica_is_refused(engines, tmp_path):
     done = run_on(scripts.script("run.py", flags(engines[2], prompts, out)), tmp_path, 2, 1)
     found = scripts.sentences(done.stderr)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(found) == 3
-    assert all("machine 1 runs 1 rank(s) and each replica of the engine takes 2" in line for line in found)
+    assert all("machine 1 runs 1 rank and each replica of the engine takes 2" in line for line in found)
 
 
 SLOW = """import sys, time

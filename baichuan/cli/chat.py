@@ -107,7 +107,8 @@ class _Chat:
         prompt = self.conversation.ask(question)
         if more := self.conversation.left_out - left_out:
             limit = self.llm.engine.build.max_input_len
-            _notice(f"the model no longer sees the {more} oldest round(s): max_input_len is {limit} tokens")
+            oldest = "oldest round" if more == 1 else f"{more} oldest rounds"
+            _notice(f"the model no longer sees the {oldest}: max_input_len is {limit} tokens")
         answer, ending = self._generate(prompt)
         self.sampling = replace(self.sampling, random_seed=(self.sampling.random_seed + 1) % SEEDS)
         if answer or ending != "stopped":

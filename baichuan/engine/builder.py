@@ -17,7 +17,7 @@ import torch
 
 from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig
 from baichuan.engine.folder import Engine, publish, rank_file_name, staging, write_config
-from baichuan.errors import UnsupportedError
+from baichuan.errors import UnsupportedError, counted
 from baichuan.executors.backend import RankToWrite
 from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import full_kv_cache_bytes, require_host_memory, sequence_kv_cache_bytes
@@ -87,7 +87,7 @@ def _require_resources(request: BuildRequest, sizes: Sequence[int]) -> None:
         "%.2f GB of weights and %.2f GB of KV cache per rank",
         *(each / 1e9 for each in (sum(sizes), processes * memory, max(sizes), cache)),
     )
-    require_host_memory(processes * memory, f"a build with {processes} process(es)")
+    require_host_memory(processes * memory, f"a build with {counted(processes, 'process')}")
     free = shutil.disk_usage(request.output_dir).free
     if disk + DISK_SLACK_BYTES > free:
         raise UnsupportedError(

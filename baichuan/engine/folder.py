@@ -15,7 +15,7 @@ from typing import Any
 
 from baichuan import __version__
 from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig, from_json, to_json
-from baichuan.errors import BaichuanError, ConfigError, EngineError
+from baichuan.errors import BaichuanError, ConfigError, EngineError, counted
 from baichuan.executors.backend import Backend
 from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
@@ -157,8 +157,9 @@ def _described(files: Any) -> dict[str, dict]:
 def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
     """Raise EngineError unless the engine was built for this many ranks and, if given, for this version."""
     if comm.world_size != engine.build.world_size:
+        running = "1 is" if comm.world_size == 1 else f"{comm.world_size} are"
         raise EngineError(
-            f"{engine.folder} was built for {engine.build.world_size} rank(s) and {comm.world_size} are running; "
+            f"{engine.folder} was built for {counted(engine.build.world_size, 'rank')} and {running} running; "
             f"start it with mpirun -n {engine.build.world_size}, or build with --world_size {comm.world_size}"
         )
     if model_version not in (None, engine.model.model_version):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from baichuan.errors import ConfigError
+from baichuan.errors import ConfigError, counted
 from baichuan.text.hub_dataset import CNN_DAILYMAIL, CONFIGS, hub_rows
 from baichuan.text.rows import READERS, Row, file_rows, not_utf8
 
@@ -63,7 +63,7 @@ def load_samples(path: Path | None, limit: int) -> Dataset:
     if not samples:
         raise ConfigError(f"{source} holds no row with an article and highlights; give a dataset that does")
     if left_out:
-        logger.warning("%d row(s) of %s have no article or no highlights and are left out", left_out, source)
+        logger.warning("%s left out of %s for want of an article or highlights", counted(left_out, "row"), source)
     return Dataset(source, tuple(samples), left_out)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from baichuan.errors import ConfigError
+from baichuan.errors import ConfigError, counted
 from baichuan.parallel.comm import Communicator, Mpi, Solo
 
 POLL_S = 1e-3  # between two looks for a message: MPI's own waiting would take a core
@@ -23,9 +23,12 @@ def groups_of(machines: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """
     for number, ranks in enumerate(machines):
         if len(ranks) % size:
+            of_one, there, how = " of one machine", " on every machine", f"mpirun's hostfile: slots={size}"
+            if len(machines) == 1:
+                of_one, there, how = "", "", f"mpirun -n {size}, for example"
             raise ConfigError(
-                f"machine {number} runs {len(ranks)} rank(s) and each replica of the engine takes {size} of one "
-                f"machine; start a multiple of {size} on every machine (mpirun's hostfile: slots={size})"
+                f"machine {number} runs {counted(len(ranks), 'rank')} and each replica of the engine takes "
+                f"{size}{of_one}; start a multiple of {size}{there} ({how})"
             )
     return [list(ranks[start : start + size]) for ranks in machines for start in range(0, len(ranks), size)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig, WeightOnly
-from baichuan.errors import CheckpointError
+from baichuan.errors import CheckpointError, counted
 from baichuan.quant.scaled import LIMITS, scale_for
 from baichuan.quant.smoothquant import MODES, Mode, Smoothing
 from baichuan.weights.binary.config_ini import SEAL, BinaryConfig
@@ -265,7 +265,7 @@ def open_binary(
     ranks = values.integer("tensor_parallelism")
     if ranks != tp_size:
         raise CheckpointError(
-            f"{path} was written for {ranks} rank(s) and the engine has {tp_size}; "
+            f"{path} was written for {counted(ranks, 'rank')} and the engine has {tp_size}; "
             f"build with --world_size {ranks}, or convert the checkpoint again with -tp {tp_size}"
         )
     storage = values.text("weight_data_type")
