@@ -58,7 +58,7 @@ def smoothing(x_absmax: Tensor, factor: Tensor, row_absmax: Tensor, projections:
     return Smoothing(factor, input_scale, scale_for(of_projections, torch.int8))
 
 
-def quantise_rows(rows: Tensor, factor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantise_smoothed(rows: Tensor, factor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of a smoothed weight as integers, and each row's scale.
 
     rows: [n, in_features]; factor: [in_features], the smoother; scale: one for all rows, None = max|row| / 127 of each
@@ -74,7 +74,7 @@ def smooth_weight(weight: Tensor, x_absmax: Tensor, alpha: float, mode: Mode, pr
     factor = smoother(x_absmax, weight.abs().amax(0), alpha)
     of_all = smoothing(x_absmax, factor, (weight * factor).abs().amax(1), projections)
     blocks = zip(weight.chunk(projections), of_all.weight_scales, strict=True)
-    rows = [quantise_rows(block, factor, None if mode.per_channel else scale) for block, scale in blocks]
+    rows = [quantise_smoothed(block, factor, None if mode.per_channel else scale) for block, scale in blocks]
     q, scales = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return SmoothQuantWeight(q, scales, None if mode.per_token else of_all.input_scale, factor)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from baichuan.config import ModelConfig, QuantConfig
-from baichuan.quant.smoothquant import Mode, Smoothing, quantise_rows
+from baichuan.quant.smoothquant import Mode, Smoothing, quantise_smoothed
 from baichuan.weights.binary.folder import BinaryFolder
 from baichuan.weights.converters import Converter
 from baichuan.weights.rank_tensors import LinearConverters, TensorBlocks, from_checkpoint
@@ -43,7 +43,7 @@ def _converter(smoothing: Smoothing, scale: Tensor | None) -> Converter:
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
         of_all = None if scale is None else scale.to(rows.device)
-        weight, scales = quantise_rows(rows, smoothing.smoother.to(rows.device), of_all)
+        weight, scales = quantise_smoothed(rows, smoothing.smoother.to(rows.device), of_all)
         return {"weight": weight, "scale": scales}
 
     return convert
