@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from baichuan.cli.common import Parser, add_model_version, run_script
+from baichuan.config import ModelConfig
 from baichuan.parallel.comm import Communicator
 from baichuan.weights.shard import hub_shapes
 from benchmarks.random_checkpoint import model_of
@@ -33,10 +34,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(args: argparse.Namespace, comm: Communicator) -> int:
-    folder, generator = args.output_dir, torch.Generator().manual_seed(0)
+    write_adapter(args.output_dir, model_of(args.model_version, args.small))
+    return 0
+
+
+def write_adapter(folder: Path, model: ModelConfig) -> None:
+    """Of the model's shapes, with changes as small as after a short training."""
+    generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, targets = {}, set()
-    for name, shape in hub_shapes(model_of(args.model_version, args.small)).items():
+    for name, shape in hub_shapes(model).items():
         if name.endswith("_proj.weight") or name.endswith("W_pack.weight"):
             stem = "base_model.model." + name.removesuffix(".weight")
             tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
@@ -45,7 +52,6 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(targets)}
     write_json(folder / "adapter_config.json", settings)
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 from demo_checkpoint import demo_checkpoint
-from gptq_folder import write_gptq
-from lora_adapter import write_adapter
 
 import build
 import hf_baichuan_convert
 import run
 import summarize
 from baichuan.engine.folder import Engine, read_engine
-from benchmarks import readme_table
+from baichuan.weights.hub.config_json import read_model_config
+from benchmarks import random_checkpoint, readme_table
+from benchmarks.random_adapter import write_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
@@ -88,8 +88,10 @@ def execute(words: list[str], capsys) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     found = {name: demo_checkpoint(version, 3) for name, version in CHECKPOINTS.items()}
-    adapter = write_adapter(tmp_path_factory.mktemp("adapter"), found["baichuan-inc/Baichuan-13B-Chat"])
-    gptq = write_gptq(tmp_path_factory.mktemp("gptq"), found["baichuan-inc/Baichuan-13B-Chat"])
+    adapter, gptq = (tmp_path_factory.mktemp(name) for name in ("adapter", "gptq"))
+    write_adapter(adapter, read_model_config(found["baichuan-inc/Baichuan-13B-Chat"], "v1_13b", "float16"))
+    gptq_flags = ["--model_version", "v1_13b", "--small", "--gptq", "--output_dir", str(gptq)]
+    assert random_checkpoint.main(gptq_flags) == 0
     return found | {"./my-adapter": adapter, "./Baichuan-13B-Chat-GPTQ": gptq}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import goldens
 import hub_folders
-import lora_adapter
 import numpy as np
 
 import build
@@ -20,6 +19,7 @@ import hf_baichuan_convert
 import run
 import summarize
 from baichuan.config import ModelConfig
+from benchmarks.random_adapter import write_adapter
 
 IMPORTED = Path(__file__).resolve().parents[1] / "data/imported"
 SIZES: dict[str, Any] = dict(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48, vocab_size=1000)
@@ -38,13 +38,16 @@ def quietly(main: Callable, *argv: str) -> None:
     assert code == 0, argv
 
 
+def model(form: str = "safetensors") -> ModelConfig:
+    return ModelConfig(VERSIONS[form], dtype="float16", **SIZES)
+
+
 def checkpoint(folder: Path, form: str = "safetensors", shards: int = 2) -> None:
-    version = VERSIONS[form]
-    config = ModelConfig(version, dtype="float16", **SIZES)
+    config = model(form)
     (folder / "config.json").write_text(json.dumps(hub_folders.hub_values(config)))
     hub_folders.write_weights(folder, hub_folders.tensors(config), form, shards)
     for name in ("tokenizer.model", "generation_config.json"):
-        (folder / name).write_bytes((goldens.checkpoint(version) / name).read_bytes())
+        (folder / name).write_bytes((goldens.checkpoint(VERSIONS[form]) / name).read_bytes())
 
 
 def articles(folder: Path) -> None:
@@ -159,7 +162,7 @@ def with_articles(folder: Path) -> None:
 
 def with_adapter(folder: Path) -> None:
     checkpoint(folder)
-    lora_adapter.write_adapter(folder / "lora", folder)
+    write_adapter(folder / "lora", model())
 
 
 def int4_engine(folder: Path) -> None:
