@@ -1,5 +1,6 @@
 """AWQ against its definition in NumPy and float64; folded factors against the transformers model, and in a folder."""
 
+import logging
 from dataclasses import replace
 from functools import partial
 
@@ -163,13 +164,14 @@ def test_what_is_not_finite_is_refused():
 
 
 def found_by_awq(model, samples, folder, form=FORM):
-    """(integers, grid) by layer and linear, and the factors of each layer."""
+    """(integers, grid) by layer and linear, the factors of each layer, and the folded model's ranges."""
     found = {}
 
     def write(layer, name, q, grid):
         found[layer, name] = q, grid
 
-    return found, quantise_layers(make_checkpoint(model), model, samples, folder, "cpu", form, "awq", write)
+    factors, ranges = quantise_layers(make_checkpoint(model), model, samples, folder, "cpu", form, "awq", write)
+    return found, factors, ranges
 
 
 def hf_model(model, checkpoint):
@@ -213,7 +215,7 @@ def test_the_folded_model_is_the_same_model(model):
 def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
     """Each linear's inputs by hooks on a transformers model that is folded, and quantised up to there."""
     samples = make_samples(model)
-    found, layers = found_by_awq(model, samples, tmp_path)
+    found, layers, _ = found_by_awq(model, samples, tmp_path)
     checkpoint = make_checkpoint(model)
     hf = hf_model(model, folded(checkpoint, layers))
     for (layer, name), (q, grid) in found.items():
@@ -227,10 +229,28 @@ def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
         rows = dequantised(q, grid).split([source.shape[0] for source in sources])
         for hub, values in zip(hubs, rows, strict=True):
             hf.get_submodule(hub).weight.data = values
-    again, same = found_by_awq(model, samples, tmp_path)
+    again, same, _ = found_by_awq(model, samples, tmp_path)
     assert all(torch.equal(q, again[key][0]) for key, (q, _) in found.items()), "the same texts give the same integers"
     assert all(np.array_equal(layers[1][name], same[1][name]) for name in HUB_LINEARS)
     assert list(tmp_path.iterdir()) == [], "the hidden states are deleted"
+
+
+@each_model
+def test_the_ranges_are_those_of_the_folded_model(model, tmp_path):
+    samples, checkpoint = make_samples(model), make_checkpoint(model)
+    _, layers, ranges = found_by_awq(model, samples, tmp_path)
+    expected, unfolded = (
+        calibrate(each, model, samples, tmp_path, "cpu") for each in (folded(checkpoint, layers), checkpoint)
+    )
+    for ours, theirs, wrong in zip(ranges, expected, unfolded, strict=True):
+        assert (ours.k, ours.v) == pytest.approx((theirs.k, theirs.v), rel=1e-4)
+        assert abs(wrong.v / theirs.v - 1) > 1e-2, "the control"
+        for name, seen in theirs.linears.items():
+            for field in ("x", "y"):
+                values = getattr(ours.linears[name], field), getattr(seen, field)
+                torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5, msg=name)  # sums of other numbers
+        changed = [(wrong.linears[name].x / seen.x - 1).abs().max() for name, seen in theirs.linears.items()]
+        assert max(changed) > 1e-2, "the control"
 
 
 MODEL = replace(ROTARY, intermediate_size=128)
@@ -247,7 +267,7 @@ def converted(folder, tp_size, **how):
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_folder_holds_the_folded_model_and_its_integers(tmp_path, tp_size):
-    found, layers = found_by_awq(MODEL, make_samples(MODEL), tmp_path)
+    found, layers, _ = found_by_awq(MODEL, make_samples(MODEL), tmp_path)
     source = weight.WeightSource(binary_folder=converted(tmp_path, tp_size))
     model, quant = replace(MODEL, dtype="float32"), QuantConfig("int4", 32, zero_points=True, kv_cache="int8")
     ranks = [in_memory(weight.rank_tensors(source, model, quant, rank, tp_size)) for rank in range(tp_size)]
@@ -268,7 +288,7 @@ def test_an_engine_computes_what_the_integers_stand_for(tmp_path):
     """The INT4 engine is the original model with other matrices: the integers' values, each column over its factor."""
     [sample] = make_samples(MODEL, count=1)
     folder = converted(tmp_path, 1)
-    found, layers = found_by_awq(MODEL, make_samples(MODEL), tmp_path)
+    found, layers, _ = found_by_awq(MODEL, make_samples(MODEL), tmp_path)
 
     def engine(quant):
         source = weight.WeightSource(binary_folder=folder)
@@ -289,6 +309,24 @@ def test_an_engine_computes_what_the_integers_stand_for(tmp_path):
     quantised = logits_of(original, sample)
     assert (engine(QuantConfig("int4", 32, zero_points=True)) - quantised).abs().max() < 1e-4 * size
     assert (quantised - exact).abs().max() > 1e-2 * size, "the control: the integers are no floats"
+
+
+@pytest.mark.parametrize("how", [{"weight_only": FORM, "method": "awq"}, {"weight_only": FORM}, {"alpha": "auto"}])
+def test_the_texts_go_through_one_loading_of_each_layer(tmp_path, caplog, how):
+    caplog.set_level(logging.INFO)
+    read = []
+
+    def watched(name, source):
+        return replace(source, read=lambda start, stop: read.append(name) or source.read(start, stop))
+
+    checkpoint = {name: watched(name, source) for name, source in make_checkpoint(MODEL).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baichuan.calibration.convert._write_all", lambda *_: [])  # what else reads the weights
+        patch.setattr("baichuan.calibration.convert._fp8_scales", lambda *_: [])
+        convert(ConvertRequest(tmp_path, MODEL, lambda: checkpoint, **how), make_samples(MODEL), {})
+    linears = [name for name in read if "proj" in name or "W_pack" in name]
+    assert sorted(linears) == sorted(name for name in checkpoint if "proj" in name or "W_pack" in name)
+    assert sum("calibrating on" in record.message for record in caplog.records) == 1
 
 
 def test_int8_is_refused(tmp_path):

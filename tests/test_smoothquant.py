@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from baichuan.parallel.comm import Solo
+from baichuan.quant import smoothquant
 from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.smoothquant import MODES, int8_matmul, quantise_input, smooth_weight, smoother
 from baichuan.records import SmoothQuantWeight
+from baichuan.util.tensor_cores import tensor_cores
 
 
 def activations(tokens=40, channels=256, seed=0) -> torch.Tensor:
@@ -32,10 +34,11 @@ def test_smoother_formula(alpha):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("alpha", [0.3, 0.8])
-def test_a_smoothed_weight_is_its_formula_in_float64(mode, alpha):
+def test_a_smoothed_weight_is_its_formula_in_float64(mode, alpha, monkeypatch):
     x, w = activations().abs().amax(0), torch.randn(96, 256, generator=torch.Generator().manual_seed(3))
     w[:32, 9] *= 20
-    ours = smooth_weight(w, x, alpha, mode, projections=3)
+    monkeypatch.setattr(smoothquant, "BLOCK_ELEMENTS", 5 * 256)  # blocks that do not divide the rows
+    ours = smooth_weight(w, x, smoother(x, w.abs().amax(0), alpha), mode, projections=3)
     s = np.maximum(x.double().numpy() ** alpha / np.abs(w.double().numpy()).max(0) ** (1 - alpha), 1e-5)
     rows = w.double().numpy() * s
     largest = np.abs(rows).max(1) if mode.per_channel else np.abs(rows).reshape(3, -1).max(1).repeat(32)
@@ -46,6 +49,18 @@ def test_a_smoothed_weight_is_its_formula_in_float64(mode, alpha):
         assert ours.input_scale.item() == pytest.approx((x.double().numpy() / s).max() / 127, rel=1e-6)
     differences = np.abs(ours.weight.numpy() - np.rint(rows / (largest / 127)[:, None]))
     assert differences.max() <= 1 and differences.mean() < 1e-3, "one that lies between two integers may fall to either"
+
+
+@pytest.mark.cuda
+def test_tensor_cores_multiply_8_bit_integers_exactly():
+    """Sums of 1,024 products of the largest integers, which are nearly 2²⁴, and odd; and random ones."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-127, 128, (rows, 3000), dtype=torch.int8, generator=generator) for rows in (70, 300))
+    x[:8], w[:8] = 127, 127
+    x[0, ::1024], w[1, 5] = 126, -1
+    with tensor_cores():
+        ours = int8_matmul(x.cuda(), w.cuda())
+    assert torch.equal(ours.cpu().long(), x.long() @ w.long().T)
 
 
 def smoothed_product(x, w, alpha, per_token, per_channel):

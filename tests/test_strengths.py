@@ -1,5 +1,6 @@
 """`-sq auto`: what it leaves on texts that it has not seen, and what its folder holds."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -7,19 +8,23 @@ import pytest
 import torch
 from binary_models import ALIBI, ROTARY, make_samples, make_tensors
 
-from baichuan.calibration import strengths
+from baichuan.calibration import layers, strengths
 from baichuan.calibration.calibrate import calibrate
 from baichuan.calibration.convert import convert
+from baichuan.calibration.layers import layer_passes
+from baichuan.calibration.ops import RepeatingOps
 from baichuan.calibration.request import ConvertRequest
 from baichuan.config import QuantConfig
 from baichuan.errors import CheckpointError
-from baichuan.executors.cpu.reference import ReferenceExecutor
+from baichuan.executors.cpu.reference import ReferenceExecutor, ReferenceOps
 from baichuan.quant.smoothquant import MODES, Mode
-from baichuan.records import Step
+from baichuan.records import DenseWeight, Step
+from baichuan.util.progress import Progress
 from baichuan.weights.assemble import assemble
 from baichuan.weights.binary.folder import open_binary
 from baichuan.weights.calibrated import from_binary
 from baichuan.weights.rank_tensors import from_checkpoint, in_memory
+from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import known
 
 MODELS = pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
@@ -152,6 +157,29 @@ def test_a_folder_without_its_smoothers_is_refused(folder_of, tmp_path):
 
 
 @MODELS
+def test_a_pass_repeats_what_comes_before_the_exchanged_weight(model, tmp_path, monkeypatch):
+    products, linear = [], ReferenceOps.linear
+    monkeypatch.setattr(ReferenceOps, "linear", lambda ops, x, w: products.append(w) or linear(ops, x, w))
+    samples, made = make_samples(model), {}
+    with (
+        layer_passes(checkpoint_with_outliers(model), model, samples, tmp_path, "cpu") as passes,
+        Progress("", 1, "token") as progress,
+    ):
+        _, layer = next(passes.layers())
+        repeating, plain = passes.ops(RepeatingOps), passes.ops(ReferenceOps)
+        for left, name in zip((4, 4, 3, 2), LINEARS, strict=True):  # from the linear exchanged before on
+            for scale in (2, 3):
+                weights = replace(layer, **made, **{name: DenseWeight(getattr(layer, name).weight * scale)})
+                products.clear()
+                repeating.restart()
+                ours = passes.output(repeating, weights, progress)
+                assert len(products) == (left if scale == 2 else 4 - list(LINEARS).index(name)), (name, scale)
+                assert torch.equal(ours, passes.output(plain, weights, progress)), (name, scale)
+            made[name] = DenseWeight(getattr(layer, name).weight * 2)
+        assert not torch.equal(ours, passes.output(plain, layer, progress)), "the negative control"
+
+
+@MODELS
 def test_divergences_are_those_of_whole_logits(model, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 7, model.hidden_size, generator=generator)
@@ -189,7 +217,9 @@ def test_the_ranges_are_those_of_all_texts(tmp_path):
 
 @pytest.mark.cuda
 @MODELS
-def test_the_gpu_finds_and_builds_the_same(folder_of, model, tmp_path):
+def test_the_gpu_finds_and_builds_the_same(folder_of, model, tmp_path, monkeypatch):
+    if model is ALIBI:
+        monkeypatch.setattr(layers, "GPU_SHARE", 0)  # the hidden states are in files
     request = ConvertRequest(
         tmp_path, model, partial(checkpoint_with_outliers, model), processes=1, alpha="auto", device="cuda"
     )

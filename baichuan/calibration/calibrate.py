@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baichuan.calibration.layers import DenseOps, layer_passes
+from baichuan.calibration.layers import LayerPasses, layer_passes
+from baichuan.calibration.ops import DenseOps
 from baichuan.config import ModelConfig
-from baichuan.parallel.comm import Solo
 from baichuan.quant.ranges import LayerRanges, LinearRange
 from baichuan.records import AttentionSpec, DenseWeight, LayerCache, LayerWeights
 from baichuan.util.progress import Progress
@@ -36,24 +36,29 @@ def calibrate(
         layer_passes(checkpoint, model, samples, scratch, device) as passes,
         Progress("calibrating", model.num_layers * passes.tokens, "token") as progress,
     ):
-        ops = _ObservingOps(passes.spec, passes.longest, device)
+        observer = Observer(passes, progress)
         for _, layer in passes.layers():
-            observed = ops.observe(layer)
-            passes.run(ops, layer, progress)
-            ranges.append(observed.ranges())
+            ranges.append(observer.run(layer))
     return ranges
+
+
+class Observer:
+    """Passes that note the ranges of one layer after another."""
+
+    def __init__(self, passes: LayerPasses, progress: Progress):
+        self.passes, self.progress, self._ops = passes, progress, passes.ops(_ObservingOps)
+
+    def run(self, layer: LayerWeights) -> LayerRanges:
+        """As LayerPasses.run -> the layer's ranges over all samples."""
+        observed = self._ops.observed = _Observed(layer)
+        self.passes.run(self._ops, layer, self.progress)
+        return observed.ranges()
 
 
 class _ObservingOps(DenseOps):
     """Ops that note the magnitudes that they see."""
 
-    def __init__(self, spec: AttentionSpec, capacity: int, device: str):
-        super().__init__(spec, Solo(), capacity, device)
-
-    def observe(self, layer: LayerWeights) -> _Observed:
-        """Observe this layer's linears from now on."""
-        self.observed = _Observed(layer)
-        return self.observed
+    observed: _Observed  # of the layer that is next
 
     def linear(self, x, weight):
         y = super().linear(x, weight)

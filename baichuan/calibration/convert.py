@@ -14,7 +14,7 @@ import torch
 
 from baichuan.calibration.calibrate import calibrate
 from baichuan.calibration.request import ConvertRequest
-from baichuan.calibration.strengths import calibrate_by_mode
+from baichuan.calibration.strengths import calibrate_by_mode, hidden_bytes
 from baichuan.calibration.weight_only import quantise_layers
 from baichuan.engine.folder import staging
 from baichuan.errors import UnsupportedError
@@ -54,15 +54,17 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
     """
     layout = Layout(request.model, request.tp_size, STORAGE_DTYPES[request.storage_type])
     with staging(request.folder) as staged:
-        _require_disk(request, layout, sum(map(len, samples)))
+        _require_disk(request, layout, samples)
         device = resolve_device(request.device)
+        tokens = sum(map(len, samples))
+        logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
         writer = BinaryWriter(request.open_checkpoint, layout, staged, request.fixed_alpha)
+        args = request.open_checkpoint(), request.model, samples, staged, device
         if form := request.weight_only:
-            args = request.open_checkpoint(), request.model, samples, staged, device
-            factors = quantise_layers(*args, form, request.method, partial(writer.write_integers, form))
+            factors, ranges = quantise_layers(*args, form, request.method, partial(writer.write_integers, form))
             writer = replace(writer, open_checkpoint=partial(_open_folded, request.open_checkpoint, factors))
-        observe = calibrate_by_mode if request.by_mode else calibrate
-        ranges = observe(writer.open_checkpoint(), request.model, samples, staged, device)
+        else:
+            ranges = (calibrate_by_mode if request.by_mode else calibrate)(*args)
         size = sum(array.size for array in layout.written(request.fixed_alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
         weight_absmax = _write_all(writer, ranges, processes)
@@ -128,12 +130,13 @@ def _fp8_scales(ranges: Sequence[LayerRanges], weight_absmax: Sequence[Mapping[s
     return layers
 
 
-def _require_disk(request: ConvertRequest, layout: Layout, tokens: int) -> None:
+def _require_disk(request: ConvertRequest, layout: Layout, samples: Sequence[Sequence[int]]) -> None:
     """Raise UnsupportedError unless the folder and the calibration's hidden states fit on the disk."""
     written = layout.written(request.fixed_alpha is not None, request.weight_only, request.by_mode)
     arrays = {array.name: array.size for array in written}
     needed = sum(arrays.values()) + DISK_SLACK_BYTES
-    needed += (8 if request.weight_only else 4) * tokens * request.model.hidden_size
+    needed += (8 if request.weight_only else 4) * sum(map(len, samples)) * request.model.hidden_size
+    needed += hidden_bytes(request.model, samples) if request.by_mode else 0
     free = shutil.disk_usage(request.folder).free
     logger.info("the folder takes %.2f GB; %.2f GB are free on its disk", sum(arrays.values()) / 1e9, free / 1e9)
     if needed > free:

@@ -6,19 +6,18 @@ fixed order, so that the same texts give the same numbers.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from baichuan.calibration.ops import OpsUpTo, Reached
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.model.decoder import attention_spec, decoder_layer
@@ -28,18 +27,11 @@ from baichuan.util.progress import Progress
 from baichuan.weights.shard import LINEARS, NORMS
 from baichuan.weights.source import Checkpoint, TensorSource
 
-logger = logging.getLogger(__name__)
+AnyOps = TypeVar("AnyOps", bound=ReferenceOps)
 
 TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}  # bounds the activations' memory
 GPU_SHARE = 0.25  # of the free GPU memory that hidden states may take
 READ_BYTES = 64 << 20  # how much of a weight is read at a time, in float32
-
-
-class DenseOps(ReferenceOps):
-    """The reference's ops on dense float32 weights, on either device."""
-
-    def linear(self, x, weight):
-        return F.linear(x, weight.weight)
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,10 @@ class LayerPasses:
     steps: Sequence[tuple[int, Step]]  # the samples, with the number of tokens before each step
     buffers: _Buffers
 
+    def ops(self, kind: type[AnyOps]) -> AnyOps:
+        """Ops that these passes can go through."""
+        return kind(self.spec, Solo(), self.longest, self.device)
+
     def layers(self) -> Iterator[tuple[int, LayerWeights]]:
         """Each layer's number and weights, which are valid until the next one."""
         for index in range(self.model.num_layers):
@@ -67,17 +63,17 @@ class LayerPasses:
             self.hidden[first : first + len(output)] = output.to(self.hidden.device)
 
     def output(self, ops: ReferenceOps, layer: LayerWeights, progress: Progress) -> Tensor:
-        """What the layer makes of `hidden`, which stays: [tokens, hidden_size]"""
-        outputs = [self._step(ops, layer, first, step, progress) for first, step in self.steps]
-        return torch.cat(outputs).to(self.hidden.device)
+        """What the layer makes of `hidden`, which stays: [tokens, hidden_size] on the device"""
+        return torch.cat([self._step(ops, layer, first, step, progress) for first, step in self.steps])
 
     def inputs(self, layer: LayerWeights, name: str, progress: Progress) -> Iterator[Tensor]:
         """What goes into the layer's linear `name`, step by step: [tokens of the step, in_features] float32."""
-        ops = _OpsUpTo(getattr(layer, name), self)
+        ops = self.ops(OpsUpTo)
+        ops.last = getattr(layer, name)
         for first, step in self.steps:
             try:
                 self._step(ops, layer, first, step, progress)
-            except _Reached as reached:
+            except Reached as reached:
                 yield reached.x
 
     def _step(self, ops: ReferenceOps, layer: LayerWeights, first: int, step: Step, progress: Progress) -> Tensor:
@@ -97,25 +93,14 @@ class LayerPasses:
         with _hidden_states(path, self.tokens, self.model.hidden_size, self.device) as hidden:
             yield replace(self, hidden=hidden.copy_(self.hidden))
 
+    def of_others(
+        self, samples: Sequence[Sequence[int]], path: Path, tokens_per_step: int | None = None
+    ) -> AbstractContextManager[LayerPasses]:
+        """Passes of other samples through the same layers, whose weights are loaded once for all.
 
-class _Reached(Exception):
-    """The input x of the linear that was looked for; what comes after it in the layer is left out."""
-
-    def __init__(self, x: Tensor):
-        self.x = x
-
-
-class _OpsUpTo(DenseOps):
-    """Ops that raise _Reached at one linear."""
-
-    def __init__(self, linear: DenseWeight, passes: LayerPasses):
-        super().__init__(passes.spec, Solo(), passes.longest, passes.device)
-        self._last = linear
-
-    def linear(self, x, weight):
-        if weight is self._last:
-            raise _Reached(x)
-        return super().linear(x, weight)
+        path: as for apart(); tokens_per_step: None = as suits the device
+        """
+        return _passes(self.buffers, self.model, samples, path, tokens_per_step)
 
 
 @contextmanager
@@ -125,20 +110,28 @@ def layer_passes(
     samples: Sequence[Sequence[int]],
     scratch: Path,
     device: str,
-    tokens_per_step: int | None = None,
 ) -> Iterator[LayerPasses]:
     """Passes of the samples, each a sequence of token ids, through the checkpoint's layers.
 
-    scratch: a folder for the hidden states, 4 * hidden_size bytes per token; tokens_per_step: None = as
-    suits the device
+    scratch: a folder for the hidden states, 4 * hidden_size bytes per token
     """
-    longest, tokens = max(map(len, samples)), sum(map(len, samples))
-    logger.info("calibrating on %d texts, %d tokens, with the %s", len(samples), tokens, device.upper())
-    with torch.inference_mode(), _hidden_states(scratch / "hidden", tokens, model.hidden_size, device) as hidden:
-        _embed(checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
+    with torch.inference_mode(), _passes(_Buffers(checkpoint, device), model, samples, scratch / "hidden") as passes:
+        yield passes
+
+
+@contextmanager
+def _passes(
+    buffers: _Buffers,
+    model: ModelConfig,
+    samples: Sequence[Sequence[int]],
+    path: Path,
+    tokens_per_step: int | None = None,
+) -> Iterator[LayerPasses]:
+    longest, tokens, device = max(map(len, samples)), sum(map(len, samples)), buffers.device
+    with _hidden_states(path, tokens, model.hidden_size, device) as hidden:
+        _embed(buffers.checkpoint["model.embed_tokens.weight"], torch.tensor(list(chain(*samples))), hidden)
         steps = list(_steps(samples, tokens_per_step or TOKENS_PER_STEP[device], device))
-        spec = attention_spec(model, 0, 1)
-        yield LayerPasses(model, spec, device, longest, tokens, hidden, steps, _Buffers(checkpoint, device))
+        yield LayerPasses(model, attention_spec(model, 0, 1), device, longest, tokens, hidden, steps, buffers)
 
 
 def _steps(samples: Sequence[Sequence[int]], limit: int, device: str) -> Iterator[tuple[int, Step]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baichuan.calibration.calibrate import calibrate
-from baichuan.calibration.layers import DenseOps, LayerPasses, layer_passes
+from baichuan.calibration.calibrate import Observer
+from baichuan.calibration.layers import LayerPasses, layer_passes
+from baichuan.calibration.ops import DenseOps, RepeatingOps
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceOps
-from baichuan.parallel.comm import Solo
 from baichuan.quant.ranges import LayerRanges, joined
-from baichuan.quant.smoothquant import MODES, Mode, smooth_weight
-from baichuan.records import LayerWeights
+from baichuan.quant.smoothquant import MODES, Mode, smooth_weight, smoother
+from baichuan.records import LayerWeights, SmoothQuantWeight
 from baichuan.util.progress import Progress
+from baichuan.util.tensor_cores import tensor_cores
 from baichuan.weights.rank_tensors import NORM_HEAD_EPS
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource
@@ -47,48 +49,32 @@ def calibrate_by_mode(
 ) -> list[LayerRanges]:
     """calibrate.calibrate()'s ranges, and every linear's strength in each mode.
 
-    samples: token ids of each text; scratch: a folder for hidden states; device: "cpu" or "cuda"
+    samples: token ids of each text; scratch: a folder for hidden states, those of the search as hidden_bytes() says;
+    device: "cpu" or "cuda"
     """
     tried = spread(samples)
     some, rest = ([s for n, s in enumerate(samples) if (n in tried) == chosen] for chosen in (True, False))
-    if sum(map(len, rest)) > sum(map(len, some)):
-        without = calibrate(checkpoint, model, rest, scratch, device)
-        ranges = [*map(joined, without, calibrate(checkpoint, model, some, scratch, device))]
-    else:
-        without = ranges = calibrate(checkpoint, model, samples, scratch, device)
-    strengths = choose_strengths(checkpoint, model, [text[:TOKENS] for text in some], without, scratch, device)
-    return [_with_strengths(*each) for each in zip(ranges, strengths, strict=True)]
+    apart = sum(map(len, rest)) > sum(map(len, some))
+    seen, ranges = [rest, some] if apart else [samples], []
+    with ExitStack() as stack:
+        passes = [stack.enter_context(layer_passes(checkpoint, model, seen[0], scratch, device))]
+        passes += [stack.enter_context(passes[0].of_others(each, scratch / "hidden_others")) for each in seen[1:]]
+        floats = passes[0].of_others([text[:TOKENS] for text in some], scratch / "hidden_floats", TOKENS)
+        search = _Search(stack.enter_context(floats), checkpoint, scratch, stack)
+        tokens = sum(each.tokens for each in passes) + search.tokens
+        progress = stack.enter_context(Progress("calibrating", model.num_layers * tokens, "token"))
+        observers = [Observer(each, progress) for each in passes]
+        for index, layer in passes[0].layers():
+            found = [observer.run(layer) for observer in observers]
+            search.advance(index, layer, found[0], progress)
+            ranges.append(reduce(joined, found))
+        return [_with_strengths(*each) for each in zip(ranges, search.strengths(), strict=True)]
 
 
-def choose_strengths(
-    checkpoint: Checkpoint,
-    model: ModelConfig,
-    samples: Sequence[Sequence[int]],
-    ranges: Sequence[LayerRanges],
-    scratch: Path,
-    device: str,
-) -> list[dict[Mode, Strengths]]:
-    """Every layer's strengths in each mode.
-
-    samples: token ids of the texts; ranges: of each layer, to smooth and to scale by; the rest as above
-    """
-    with layer_passes(checkpoint, model, samples, scratch, device, TOKENS) as floats, ExitStack() as stack:
-        searched = len(floats.steps[0][1].tokens)
-        runs = floats.tokens * (1 + len(MODES) * (1 + len(FIXED))) + searched * len(MODES) * len(LINEARS) * len(ALPHAS)
-        progress = stack.enter_context(Progress("smoothing", model.num_layers * runs, "token"))
-        plain, ops = (kind(floats.spec, Solo(), floats.longest, device) for kind in (DenseOps, ReferenceOps))
-        ways: list[_Way] = []
-        for mode in MODES:
-            for fixed in (None, *FIXED):
-                apart = floats.apart(scratch / f"hidden_{len(ways)}")
-                ways.append(_Way(mode, fixed, stack.enter_context(apart), ops, progress))
-        for index, layer in floats.layers():
-            floats.run(plain, layer, progress)
-            exact = _Exact(floats.hidden, _norm_after(checkpoint, model, index).to(device))
-            for way in ways:
-                way.advance(layer, ranges[index], exact)
-        best = _best(ways, floats.hidden, searched if len(floats.steps) > 1 else 0, checkpoint, model)
-    return [{mode: way.chosen[index] for mode, way in best.items()} for index in range(model.num_layers)]
+def hidden_bytes(model: ModelConfig, samples: Sequence[Sequence[int]]) -> int:
+    """What the hidden states of the search take beside those of the calibration."""
+    tokens = sum(len(samples[number][:TOKENS]) for number in spread(samples))
+    return 4 * tokens * model.hidden_size * (1 + len(MODES) * (1 + len(FIXED)))
 
 
 def spread(samples: Sequence[Sequence[int]]) -> list[int]:
@@ -99,19 +85,61 @@ def spread(samples: Sequence[Sequence[int]]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Exact:
-    """What a layer of the float model gives."""
+class _Layer:
+    """A layer of the float model, and what becomes of the texts there."""
 
-    hidden: Tensor  # [tokens, hidden_size] float32
-    norm: Tensor  # [hidden_size] float32, the weight of the norm that it goes into
+    weights: LayerWeights
+    x_absmax: Mapping[str, Tensor]  # of each linear, max|x| of its input channels
+    columns: Mapping[str, Tensor]  # max|W| of the same
+    norm: Tensor  # [hidden_size] float32, the weight of the norm that its output goes into
+    normed: Tensor  # [tokens, hidden_size] float32, what that norm makes of its output
 
-    def error(self, hidden: Tensor) -> float:
-        """The sum of |y - y'|² over the first tokens, y and y' being what the norm makes of hidden and of self.hidden.
+    def error(self, hidden: Tensor) -> Tensor:
+        """The sum of |y - y'|² over the first tokens, y and y' being what the norm makes of hidden and of the float
+        model's: a float64 number.  hidden: [some tokens, hidden_size]"""
+        return (_normed(hidden, self.norm) - self.normed[: len(hidden)]).square().sum(dtype=torch.float64)
 
-        hidden: [some tokens, hidden_size]
-        """
-        exact = _normed(self.hidden[: len(hidden)], self.norm)
-        return (_normed(hidden, self.norm) - exact).square().sum(dtype=torch.float64).item()
+    def smoothed(self, name: str, alpha: float, mode: Mode) -> SmoothQuantWeight:
+        """One of the linears as integers of the mode."""
+        weight, linear, x_absmax = getattr(self.weights, name).weight, LINEARS[name], self.x_absmax[name]
+        factor = smoother(x_absmax, self.columns[name], alpha)
+        return smooth_weight(weight, x_absmax, factor, mode, linear.projections * len(linear.modules))
+
+
+class _Search:
+    """The texts through the float model, and each way to quantise it beside it."""
+
+    def __init__(self, floats: LayerPasses, checkpoint: Checkpoint, scratch: Path, stack: ExitStack):
+        self.floats, self.checkpoint = floats, checkpoint
+        self.ways: list[_Way] = []
+        for mode in MODES:
+            for fixed in (None, *FIXED):
+                passes = stack.enter_context(floats.apart(scratch / f"hidden_{len(self.ways)}"))
+                self.ways.append(_Way(mode, fixed, passes))
+
+    @property
+    def tokens(self) -> int:
+        """That go through each layer, of all passes."""
+        tried = len(MODES) * len(LINEARS) * len(ALPHAS)
+        return self.floats.tokens * (1 + len(self.ways)) + len(self.floats.steps[0][1].tokens) * tried
+
+    def advance(self, index: int, weights: LayerWeights, ranges: LayerRanges, progress: Progress) -> None:
+        """Through the next layer.  ranges: to smooth and to scale by"""
+        with tensor_cores():
+            self.floats.run(self.floats.ops(DenseOps), weights, progress)
+            device = weights.input_norm.device
+            norm = _norm_after(self.checkpoint, self.floats.model, index).to(device)
+            x_absmax = {name: ranges.linears[name].x.to(device) for name in LINEARS}
+            columns = {name: getattr(weights, name).weight.abs().amax(0) for name in LINEARS}
+            layer = _Layer(weights, x_absmax, columns, norm, _normed(self.floats.hidden.to(device), norm))
+            for way in self.ways:
+                way.advance(layer, progress)
+
+    def strengths(self) -> list[dict[Mode, Strengths]]:
+        """Every layer's strengths in each mode, after the last one."""
+        steps, layers = self.floats.steps, range(self.floats.model.num_layers)
+        best = _best(self.ways, self.floats, steps[1][0] if len(steps) > 1 else 0, self.checkpoint)
+        return [{mode: way.chosen[index] for mode, way in best.items()} for index in layers]
 
 
 @dataclass(frozen=True)
@@ -121,36 +149,30 @@ class _Way:
     mode: Mode
     fixed: float | None  # the strength of all linears; None = each has its own
     passes: LayerPasses
-    ops: ReferenceOps
-    progress: Progress
     chosen: list[Strengths] = field(default_factory=list)  # of the layers so far
 
-    def advance(self, layer: LayerWeights, ranges: LayerRanges, exact: _Exact) -> None:
+    def advance(self, layer: _Layer, progress: Progress) -> None:
         """Through the next layer."""
-        strengths = self._search(layer, ranges, exact) if self.fixed is None else dict.fromkeys(LINEARS, self.fixed)
+        strengths = self._search(layer, progress) if self.fixed is None else dict.fromkeys(LINEARS, self.fixed)
+        weights: dict[str, Any] = {name: layer.smoothed(name, alpha, self.mode) for name, alpha in strengths.items()}
         self.chosen.append(strengths)
-        self.passes.run(self.ops, self._smoothed(layer, ranges, strengths), self.progress)
+        self.passes.run(self.passes.ops(ReferenceOps), replace(layer.weights, **weights), progress)
 
-    def _search(self, layer: LayerWeights, ranges: LayerRanges, exact: _Exact) -> Strengths:
+    def _search(self, layer: _Layer, progress: Progress) -> Strengths:
         """Each linear's best strength, one linear after another, those before it quantised."""
-        first, chosen = replace(self.passes, steps=self.passes.steps[:1]), {}
+        first, ops = replace(self.passes, steps=self.passes.steps[:1]), self.passes.ops(RepeatingOps)
+        weights, chosen = layer.weights, {}
         for name in LINEARS:
-            errors = {}
+            errors = []
             for alpha in ALPHAS:
-                tried = self._smoothed(layer, ranges, {name: alpha})
-                errors[alpha] = exact.error(first.output(self.ops, tried, self.progress))
-            chosen[name] = min(errors, key=errors.__getitem__)
-            layer = self._smoothed(layer, ranges, {name: chosen[name]})
+                tried: dict[str, Any] = {name: layer.smoothed(name, alpha, self.mode)}
+                ops.restart()
+                errors.append(layer.error(first.output(ops, replace(weights, **tried), progress)))
+            left = torch.stack(errors).tolist()
+            chosen[name] = ALPHAS[left.index(min(left))]
+            best: dict[str, Any] = {name: layer.smoothed(name, chosen[name], self.mode)}
+            weights = replace(weights, **best)
         return chosen
-
-    def _smoothed(self, layer: LayerWeights, ranges: LayerRanges, strengths: Strengths) -> LayerWeights:
-        """The layer with these linears as integers of the mode."""
-        weights: dict[str, Any] = {}
-        for name, alpha in strengths.items():
-            weight, linear = getattr(layer, name).weight, LINEARS[name]
-            x_absmax = ranges.linears[name].x.to(weight.device)
-            weights[name] = smooth_weight(weight, x_absmax, alpha, self.mode, linear.projections * len(linear.modules))
-        return replace(layer, **weights)
 
 
 def _norm_after(checkpoint: Checkpoint, model: ModelConfig, layer: int) -> Tensor:
@@ -164,15 +186,11 @@ def _normed(hidden: Tensor, norm: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + TINY) * norm
 
 
-def _best(
-    ways: Sequence[_Way], exact: Tensor, first: int, checkpoint: Checkpoint, model: ModelConfig
-) -> dict[Mode, _Way]:
-    """Each mode's way whose logits are closest to the float model's.
-
-    exact: [tokens, hidden_size], the float model's hidden states after the last layer; first: token to begin with
-    """
-    hidden = torch.stack([each[first:] for each in (exact, *(way.passes.hidden for way in ways))])
-    norm = _norm_after(checkpoint, model, model.num_layers - 1).to(exact.device)
+def _best(ways: Sequence[_Way], floats: LayerPasses, first: int, checkpoint: Checkpoint) -> dict[Mode, _Way]:
+    """Each mode's way whose logits are closest to the float model's.  first: token to begin with"""
+    model, all_passes = floats.model, [floats, *(way.passes for way in ways)]
+    hidden = torch.stack([each.hidden[first:] for each in all_passes]).to(floats.device)
+    norm = _norm_after(checkpoint, model, model.num_layers - 1).to(hidden.device)
     found = divergences(_normed(hidden, norm), checkpoint["lm_head.weight"], model.version.norm_head).tolist()
     best: dict[Mode, tuple[float, _Way]] = {}
     for kl, way in zip(found, ways, strict=True):

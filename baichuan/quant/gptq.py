@@ -81,6 +81,7 @@ def compensating(weight: Tensor, inputs: InputMoments, inverse: Tensor) -> Tenso
 
     inverse: that of shrunk(inputs.squares), in float64
     """
+    assert inputs.drift is not None
     drift = inputs.drift * COMPENSATED * _kept(inputs.num_tokens, len(inverse))
     return weight + ((weight @ drift).double() @ inverse).float()
 

@@ -78,8 +78,8 @@ def _product(importance: Tensor, group_size: int) -> Product:
     if importance.dim() == 1:
         each = importance.view(1, -1, group_size) + tiny
         return lambda a, b: (a * b * each).sum(-1, keepdim=True)
-    groups = importance.split(group_size)
-    blocks = torch.stack([rows.split(group_size, 1)[index] for index, rows in enumerate(groups)])
+    groups = importance.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))
+    blocks = groups.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
     blocks.diagonal(dim1=-2, dim2=-1).add_(tiny)  # blocks: [groups, group_size, group_size]
     return lambda a, b: ((a.transpose(0, 1) @ blocks).transpose(0, 1) * b).sum(-1, keepdim=True)
 

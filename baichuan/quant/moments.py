@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from baichuan.errors import CheckpointError
+from baichuan.util.tensor_cores import tensor_cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +19,7 @@ class InputMoments:
     """
 
     squares: Tensor  # mean(x xᵀ), [in_features, in_features] float32
-    drift: Tensor  # mean((e - x) xᵀ), the same
+    drift: Tensor | None  # mean((e - x) xᵀ), the same; None where the method does not ask for it
     num_tokens: int
 
     def __post_init__(self):
@@ -27,4 +28,5 @@ class InputMoments:
 
     def error(self, left: Tensor) -> float:
         """mean |left x|²: of products with a matrix that is off by `left`, [out_features, in_features]."""
-        return ((left @ self.squares) * left).sum(dtype=torch.float64).item()
+        with tensor_cores():
+            return ((left @ self.squares) * left).sum(dtype=torch.float64).item()

@@ -5,6 +5,7 @@ x @ Wᵀ = (x / s) @ (W * s)ᵀ for any s > 0 per input channel; s is chosen so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 
 SMALLEST = 1e-5  # lower bound of a smoother and of max|W| in its formula
+BLOCK_ELEMENTS = 1 << 22  # of a matrix's rows that are quantised at a time
 EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 product over up to this many int8 channels is exact
 
 
@@ -54,8 +56,11 @@ def smoothing(x_absmax: Tensor, factor: Tensor, row_absmax: Tensor, projections:
     projections: equal blocks of the rows
     """
     of_projections = row_absmax.view(projections, -1).amax(1)
-    input_scale = scale_for((x_absmax / factor).amax()[None], torch.int8)
-    return Smoothing(factor, input_scale, scale_for(of_projections, torch.int8))
+    return Smoothing(factor, _input_scale(x_absmax, factor), scale_for(of_projections, torch.int8))
+
+
+def _input_scale(x_absmax: Tensor, factor: Tensor) -> Tensor:
+    return scale_for((x_absmax / factor).amax()[None], torch.int8)
 
 
 def quantise_smoothed(rows: Tensor, factor: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,14 +74,22 @@ def quantise_smoothed(rows: Tensor, factor: Tensor, scale: Tensor | None) -> tup
     return quantise(smoothed, scales[:, None], torch.int8), scales
 
 
-def smooth_weight(weight: Tensor, x_absmax: Tensor, alpha: float, mode: Mode, projections: int) -> SmoothQuantWeight:
-    """A whole matrix [out_features, in_features] in one mode, whose input is smoothed by itself and not by a norm."""
-    factor = smoother(x_absmax, weight.abs().amax(0), alpha)
-    of_all = smoothing(x_absmax, factor, (weight * factor).abs().amax(1), projections)
-    blocks = zip(weight.chunk(projections), of_all.weight_scales, strict=True)
-    rows = [quantise_smoothed(block, factor, None if mode.per_channel else scale) for block, scale in blocks]
-    q, scales = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    return SmoothQuantWeight(q, scales, None if mode.per_token else of_all.input_scale, factor)
+def smooth_weight(weight: Tensor, x_absmax: Tensor, factor: Tensor, mode: Mode, projections: int) -> SmoothQuantWeight:
+    """A whole matrix in one mode, whose input is smoothed by itself and not by a norm.
+
+    weight: [out_features, in_features]; x_absmax, factor: [in_features], max|x| and the smoother; projections: equal
+    blocks of the rows
+    """
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    blocks = [projection.split(rows) for projection in weight.chunk(projections)]
+    scales: Sequence[Tensor | None] = [None] * projections
+    if not mode.per_channel:
+        row_absmax = torch.cat([(block * factor).abs_().amax(1) for each in blocks for block in each])
+        scales = list(smoothing(x_absmax, factor, row_absmax, projections).weight_scales)
+    pairs = [(block, scale) for each, scale in zip(blocks, scales, strict=True) for block in each]
+    quantised = (quantise_smoothed(block, factor, scale) for block, scale in pairs)
+    q, row_scales = (torch.cat(parts) for parts in zip(*quantised, strict=True))
+    return SmoothQuantWeight(q, row_scales, None if mode.per_token else _input_scale(x_absmax, factor), factor)
 
 
 def quantise_input(x: Tensor, weight: SmoothQuantWeight, comm: Communicator) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from baichuan.quant.grid import Grid
+from baichuan.quant.ranges import LayerRanges
 from baichuan.weights.shard import LINEARS, NORM_BEFORE, ROWS_BEFORE
 from baichuan.weights.source import Checkpoint, TensorSource
 
@@ -47,6 +48,19 @@ def folded(checkpoint: Checkpoint, layers: Sequence[Factors]) -> Checkpoint:
             module = f"model.layers.{index}.{before}.weight"
             changed[module] = _rows_divided(changed[module], factor)
     return changed
+
+
+def fold_ranges(ranges: LayerRanges, factors: Factors) -> LayerRanges:
+    """A layer's ranges -> those of the folded model's layer."""
+    linears = dict(ranges.linears)
+    for name, factor in ((name, torch.from_numpy(values)) for name, values in factors.items()):
+        linears[name] = replace(linears[name], x=linears[name].x / factor)
+        if name in ROWS_BEFORE:
+            before = linears[ROWS_BEFORE[name]]
+            y = before.y.clone()
+            y[-len(factor) :] /= factor
+            linears[ROWS_BEFORE[name]] = replace(before, y=y)
+    return LayerRanges(linears, ranges.k, linears["qkv"].y.chunk(3)[-1].max().item())
 
 
 def _columns_multiplied(source: TensorSource, factor: Tensor) -> TensorSource:
