@@ -85,6 +85,14 @@ def test_build_checks_itself_and_parallel_ranks_have_the_same_bytes(tmp_path, ca
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
+@pytest.mark.parametrize(("length", "warned"), [(4072, False), (4073, True)])
+def test_longer_than_the_model_was_trained_for(tmp_path, capsys, length, warned):
+    given = scripts.build_flags(tmp_path / "engine", VERSION, "--max_input_len", str(length), "--no_self_check")
+    assert build.main(given) == 0
+    sentence = "make sequences of up to 4097 tokens, and the model was trained for 4096"
+    assert (sentence in capsys.readouterr().err) == warned
+
+
 # What run.py offers besides
 
 
@@ -314,6 +322,7 @@ RUN_ERRORS = [
     (["--random_seed", "99999999999999999999"], "random_seed 99999999999999999999 is out of range"),
     (["--log_level", "x"], "invalid choice: 'x'"),
     (["--max_output", "3"], "unrecognized arguments"),
+    (["--length_penalty", "-1e-3"], "(one that begins with - needs an =, as in --flag=-x)"),
 ]
 
 
@@ -322,6 +331,18 @@ def test_wrong_flags_of_run(engine, prompts, tmp_path, capsys, more, sentence):
     given = ["--engine_dir", str(engine), "--input_tokens", str(prompts), "--max_output_len", "4"]
     refused(run.main, [*given, *more], sentence, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.csv"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "baichuan_float32_tp1_rank0.engine"])
+def test_an_output_never_replaces_a_file_of_the_engine(engine, prompts, tmp_path, capsys, name):
+    shutil.copytree(engine, tmp_path / "engine")
+    (tmp_path / "link").symlink_to(tmp_path / "engine")
+    before = snapshot(tmp_path / "engine")
+    given = ["--engine_dir", str(tmp_path / "engine"), "--input_tokens", str(prompts), "--max_output_len", "1"]
+    refused(run.main, [*given, "--output_csv", str(tmp_path / "link" / name)], "is a file of the engine", capsys)
+    assert run.main([*given, "--output_csv", str(tmp_path / "link/mine.csv")]) == 0
+    (tmp_path / "engine/mine.csv").unlink()
+    assert snapshot(tmp_path / "engine") == before
 
 
 @pytest.mark.parametrize(

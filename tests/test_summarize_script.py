@@ -138,12 +138,28 @@ def test_wrong_flags_give_one_sentence(articles, capsys, change, sentence):
         assert code == 2 and sentence in err.splitlines()[-1] and "error: " in err.splitlines()[-1]
 
 
+def test_an_article_that_is_longer_than_the_engine_takes_is_named_with_the_flag_that_cuts_it(tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": "n", "article": "many " * 300, "highlights": "many"}))
+    given = flags(engine("v1_7b"), "v1_7b", path)
+    assert summarize.main(given) == 2
+    said = capsys.readouterr().err
+    assert "article n makes a prompt of " in said and "takes 1 to 256; give --max_input_length 256" in said
+    assert summarize.main([*given, "--max_input_length", "256"]) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         (["--test_hf"], "--test_hf needs a checkpoint"),
         (["--test_hf", "--hf_model_dir", "x", "--check_accuracy"], "--check_accuracy judges the engine"),
         (["--test_hf", "--hf_model_dir", "x", "--data_type", "int8"], "invalid choice"),
+        (["--test_trt_llm", "--tensorrt_llm_rouge1_threshold", "20"], "is what --check_accuracy judges by; add that"),
+        (
+            ["--test_trt_llm", "--check_accuracy", "--tensorrt_llm_rouge1_threshold", "nan"],
+            "threshold nan is out of range",
+        ),
+        (["--test_trt_llm", "--engine_dir", "x", "y", "./x"], "x is given twice; name each engine once"),
     ],
 )
 def test_flags_that_lack_another(given, sentence, capsys):

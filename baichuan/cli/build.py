@@ -15,7 +15,7 @@ import weight
 from baichuan.cli import build_records
 from baichuan.cli.ahead import FLOAT_MODEL, KERNELS, imported_meanwhile
 from baichuan.cli.common import check_device
-from baichuan.config import ModelConfig, QuantConfig, WeightOnly
+from baichuan.config import BuildConfig, ModelConfig, QuantConfig, WeightOnly
 from baichuan.engine import self_check
 from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
@@ -52,6 +52,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
     build_records.check_sizes(args, model)
     check_text_files(source, model)
     limits = build_records.build_config(args, backend)
+    say_length(model, limits)
     found = weight.stored_weight_only(source, model)
     quant = build_records.quant_config(args, model, found)
     if source.binary_folder:
@@ -98,6 +99,20 @@ def open_source(args: argparse.Namespace) -> tuple[weight.WeightSource, ModelCon
         adapter = open_adapter(folder, model)
         logger.info("%s: %d matrices changed, %d replaced", folder, len(adapter.changes), len(adapter.whole))
     return source, model
+
+
+def say_length(model: ModelConfig, limits: BuildConfig) -> None:
+    """Warn of sequences longer than those that the model was trained for."""
+    longest, known = limits.max_input_len + limits.max_output_len, int(model.max_positions * model.rope_factor)
+    if longest > known:
+        logger.warning(
+            "max_input_len %d and max_output_len %d make sequences of up to %d tokens, and the model was trained for "
+            "%d: longer texts get worse",
+            limits.max_input_len,
+            limits.max_output_len,
+            longest,
+            known,
+        )
 
 
 def say_dequantised(folder: Path, form: Format, found: WeightOnly | None, quant: QuantConfig) -> None:

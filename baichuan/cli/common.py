@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import time
@@ -74,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
+        if re.search(r"expected .*argument", message):
+            message += " (one that begins with - needs an =, as in --flag=-x)"
         self.exit(USER_ERROR, f"{self.prog}: error: {sentence(message)}; {self.prog} --help lists every flag\n")
 
 

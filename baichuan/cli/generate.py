@@ -19,6 +19,7 @@ from baichuan.cli.common import cache_settings, check_device
 from baichuan.cli.run_flags import DEFAULT_TEXT, FILE_FLAGS, SAMPLING_FLAGS
 from baichuan.cli.terminal import TextPrinter
 from baichuan.config import SamplingConfig
+from baichuan.engine.folder import CONFIG_NAME, Engine
 from baichuan.engine.text import require_text
 from baichuan.errors import ConfigError
 from baichuan.generation import token_files
@@ -34,6 +35,7 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     check_device(args, comm)
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
     llm = open_llm(args, Ranks(comm))
+    check_outputs(args, llm.engine)
     sampling = sampling_config(args, llm.sampling)
     say_unused(args, sampling)
     if args.chat and args.input_text is None:
@@ -137,6 +139,14 @@ def _check_file_flags(args: argparse.Namespace) -> None:
     for name in ("input_text", "input_tokens", "streaming", "output_csv", "output_npy", "output_logits_npy"):
         if getattr(args, name):
             raise ConfigError(f"--{name} does not go with --prompt_file, whose results are JSON lines; leave one out")
+
+
+def check_outputs(args: argparse.Namespace, engine: Engine) -> None:
+    """Raise ConfigError for an output that would replace a file of the engine."""
+    own = {realpath(engine.folder / name) for name in (CONFIG_NAME, *engine.files, *engine.text_files)}
+    for name in ("output_csv", "output_npy", "output_logits_npy"):
+        if (path := getattr(args, name)) and realpath(path) in own:
+            raise ConfigError(f"{name} {path} is a file of the engine; name another")
 
 
 def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:

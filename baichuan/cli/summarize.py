@@ -7,6 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def is_scoring(args: argparse.Namespace) -> bool:
 
 def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
     """Every engine, without its weights.  Raises ConfigError unless one tokenizer and one checkpoint fit all."""
+    if twice := [name for name, count in Counter(map(realpath, args.engine_dir)).items() if count > 1]:
+        raise ConfigError(f"engine_dir {twice[0]} is given twice; name each engine once")
     settings = {"device": args.device, "keep_copies": not args.no_weight_copies, "model_version": args.model_version}
     settings |= cache_settings(args, len(args.engine_dir) + bool(args.test_hf))
     llms = [LLM(folder, ranks=ranks, digests=args.ahead.digests, **settings) for folder in args.engine_dir]

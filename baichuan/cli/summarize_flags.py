@@ -14,7 +14,7 @@ from baichuan.cli.common import (
     add_model_version,
     add_weight_copies,
 )
-from baichuan.config import DEVICES, SamplingConfig
+from baichuan.config import DEVICES, SamplingConfig, require_range
 from baichuan.errors import ConfigError
 from baichuan.evaluation.request import Request
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from baichuan.parallel.comm import Communicator
 
 TEXT_SUFFIX = ".txt"
+THRESHOLD = 15.0  # ROUGE-1 in percent
 DECODING = ("num_beams", "top_k", "top_p", "temperature", "repetition_penalty", "length_penalty", "random_seed")
 DATA_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
@@ -104,7 +105,10 @@ def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
         "--check_accuracy", action="store_true", help="end with exit code 1 if ROUGE-1 of the engine is too low"
     )
     judging.add_argument(
-        "--tensorrt_llm_rouge1_threshold", type=float, default=15.0, help="lowest ROUGE-1 that --check_accuracy accepts"
+        "--tensorrt_llm_rouge1_threshold",
+        type=float,
+        default=THRESHOLD,
+        help="lowest ROUGE-1 that --check_accuracy accepts",
     )
     judging.add_argument(
         "--output_dir", help="folder for results.json, summaries.jsonl and the report, or perplexity.json"
@@ -121,6 +125,9 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError("--lora_dir changes the checkpoint of --test_hf, and an engine holds what it was built with")
     if args.check_accuracy and not args.test_trt_llm:
         raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
+    require_range("tensorrt_llm_rouge1_threshold", args.tensorrt_llm_rouge1_threshold, 0.0, 100.0)
+    if args.tensorrt_llm_rouge1_threshold != THRESHOLD and not args.check_accuracy:
+        raise ConfigError("--tensorrt_llm_rouge1_threshold is what --check_accuracy judges by; add that")
     if comm.world_size > 1 and not args.test_trt_llm:
         raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
 

@@ -101,6 +101,11 @@ def check_tasks(tasks: Sequence[Task], request: Request, engines: Sequence[Engin
     for batch in batches_of(tasks, request):
         for engine in engines:
             for task in batch:
+                if (count := len(task.prompt)) > (limit := engine.build.max_input_len):
+                    raise ConfigError(
+                        f"article {task.sample.id} makes a prompt of {count} tokens and the engine takes 1 to {limit}; "
+                        f"give --max_input_length {limit}, or build with a larger --max_input_len"
+                    )
                 check_request(engine.model, engine.build, task.prompt, request.sampling, request.output_len)
         if scoring and min(len(task.scored) for task in batch) < 2:
             raise ConfigError("one token has no perplexity; give a larger --max_input_length, or build with one")
