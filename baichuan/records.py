@@ -171,8 +171,8 @@ class Step:
     output_rows: Tensor  # [num_outputs] int64, the tokens whose logits are wanted
     max_new_tokens: int  # no sequence adds more; 1 = decode, exactly one token per sequence
     max_context_length: int  # upper bound of context_lengths
-    # So many sequences, the first ones, add exactly one token each; batch_size = decode.  Of a captured step an upper
-    # bound, and num_singles, [1] int32, is the number; a decode step needs none.
+    # How many of the first sequences add exactly one token each; batch_size = decode.  In a captured step this is an
+    # upper bound, and num_singles, [1] int32, holds the number itself; a decode step needs no num_singles.
     singles: int = 0
     num_singles: Tensor | None = None
 

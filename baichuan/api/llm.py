@@ -34,8 +34,8 @@ Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: i
 Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
 T = TypeVar("T")
 
-WARM_UP_TOKENS = 4  # new tokens: the prefill's, a captured step's and replayed steps'
-GIVEN_AHEAD = 4  # requests that the engine knows of, for each that it runs at once
+WARM_UP_TOKENS = 4  # new ones: by the prefill, a captured step and replayed ones
+GIVEN_AHEAD = 4  # requests that the engine is given, as a multiple of those that it runs at once
 SCORED_AT_ONCE = 2048  # tokens whose logits are held at once: 1 GB for a vocabulary of 125696
 
 

@@ -19,7 +19,7 @@ from baichuan.config import SEEDS, SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.generation.requests import Progress, Request
 
-AHEAD = 8  # one request waits for each so many that run, so that a row that ends is filled at once
+AHEAD = 8  # for every 8 requests that run one waits beside them, so that a row that ends is filled at once
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What takes time, begun while something else is waited for: beside PyTorch's import what does without PyTorch, and
-imports for a later part of a command."""
+"""Work that is begun early, while a command waits for something else: while PyTorch is imported, what needs no
+PyTorch; later, imports for the command's next part."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from baichuan.config import BACKEND_NAMES, DTYPES, BuildConfig
 _BUILD = {field.name: field.default for field in fields(BuildConfig)}
 SWITCH = (*DTYPES, "on", "off")
 
-# Sizes of dummy weights: the old example's flag, and the ModelConfig field that it sets.
+# Flags for the sizes of dummy weights, as TensorRT-LLM's example calls them, and the ModelConfig field that each sets.
 SIZE_FLAGS = {
     "vocab_size": "vocab_size",
     "n_layer": "num_layers",
@@ -20,13 +20,13 @@ SIZE_FLAGS = {
     "n_head": "num_heads",
     "inter_size": "intermediate_size",
 }
-# Flags for what every engine has: they are accepted and change nothing.
+# Flags of that example for what every engine has here: they are accepted and change nothing.
 ALWAYS_ON = {
     "enable_context_fmha": "attention over the prompt is always fused",
     "enable_context_fmha_fp32_acc": "attention always accumulates in float32",
     "strongly_typed": "every network is strongly typed",
 }
-# What engines with a paged KV cache always do, and others never.
+# Flags for what engines with a paged KV cache always do, and others never.
 PAGED = {
     "paged_kv_cache": "the KV cache of the backend torch is paged",
     "use_inflight_batching": "the backend torch takes and finishes requests at every step",

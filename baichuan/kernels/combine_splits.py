@@ -26,7 +26,7 @@ def _combine_splits(
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     SUMS_SAY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """SUMS_SAY: a split whose total is 0 has no part, and a row without any is left alone; else the lengths say."""
+    """SUMS_SAY: a split with a total of 0 has no part, a row without parts is not written; False: by the lengths."""
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)

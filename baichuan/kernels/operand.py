@@ -29,8 +29,8 @@ class Int16:
     [2 * num_tokens, in_features] int8, each token's high bytes before its low ones, both signed.  Products with
     integer weights are exact sums, and 16 bits say more than the 11 significant ones of float16.
     deinterleaved: each row's even columns before its odd ones; in_features is then a multiple of 8
-    sums: for weights with zeros, whose groups have this many channels, a power of two or all of them: 16 times the sums
-    of x / scale over each group, float32, lie behind the scales; None = there are none
+    sums: for weights with zeros, how many channels a group has, a power of two or all of them; the sums of x / scale
+    over each group, times 16, then lie behind the scales in float32.  None = there are no sums
     """
 
     deinterleaved: bool = False

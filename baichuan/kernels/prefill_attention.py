@@ -169,11 +169,11 @@ def prefill_attention(
     """Causal attention of the step's q, as store_kv left it, to the cache, into `out`.
 
     The step's first sequences, with a single new token each, are left to decode_attention.  split: whether the keys
-    are cut into splits where few programs would walk over all of them; of steps without single tokens
+    may be cut into splits, where there are few programs otherwise; only in steps without single tokens
     qkv: [num_tokens, 3 * num_heads * head_dim]; slopes: [num_heads] float32, unread with RoPE;
     out: [num_tokens, num_heads * head_dim]
     """
-    if qkv.dtype == torch.float32:  # of which a tile has twice the bytes
+    if qkv.dtype == torch.float32:  # a tile of it has twice the bytes
         block_k, num_stages = 32, 1
     block_k = min(block_k, cache.tokens_per_block)
     block_q = min(block_q, max(16, next_power_of_2(step.max_new_tokens)))

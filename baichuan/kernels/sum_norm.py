@@ -25,7 +25,7 @@ from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
 from baichuan.kernels.store_row import form_constant
 
-TWO_SHOT_ROWS = 32  # from so many on the links' bandwidth counts more than a second message's latency
+TWO_SHOT_ROWS = 32  # from this many on bandwidth counts more than the latency of a second message
 
 
 @triton.jit

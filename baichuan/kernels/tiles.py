@@ -157,13 +157,13 @@ class RunsTile:
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int  # that a processor runs at a time
+    programs: int  # that a multiprocessor runs at a time
 
 
 # What measures fastest on an H200 (docs/performance.md).
 TILE_128, TILE_160 = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
-TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # of many rows; and of a gate and its up for any number
-LARGE_ROWS = 2048  # up to so many rows the first two
+TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # for more than LARGE_ROWS rows, and for every gate and its up
+LARGE_ROWS = 2048  # up to this many rows TILE_128 or TILE_160
 
 
 def choose_runs_tile(num_rows: int, out_features: int, num_processors: int) -> RunsTile:

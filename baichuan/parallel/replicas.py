@@ -58,7 +58,7 @@ def join_replica(world: Communicator, size: int) -> Replica:
 
 
 class Asker:
-    """On the leaders of the replicas other than rank 0's: questions to rank 0."""
+    """Puts questions to rank 0, on the leader of every other replica."""
 
     def __init__(self, messages: Any):
         self._messages, self._asked = messages, False
@@ -79,7 +79,7 @@ class Asker:
         return self._messages.recv(source=0)
 
     def tell(self, news: Any) -> None:
-        """What gets no answer."""
+        """Send what gets no answer."""
         self._messages.send(news, dest=0)
 
 

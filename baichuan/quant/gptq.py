@@ -61,8 +61,8 @@ def gptq(weight: Tensor, inputs: InputMoments, form: WeightOnly, scale_dtype: to
 def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
     """The H of other texts, as far as these can tell: [in_features, in_features] float32.
 
-    How inputs go together is known the less the more of them there are for a token, so the products of different ones
-    shrink.  The damping also gives an input that is always zero a size of no consequence.
+    The more inputs there are for each token, the less is known of how two of them go together: the products of
+    different inputs, off the diagonal, are made smaller.  The damping keeps H invertible where an input is always zero.
     """
     mean = hessian.diagonal().mean()
     in_features = len(hessian)
@@ -72,12 +72,12 @@ def shrunk(hessian: Tensor, num_tokens: int) -> Tensor:
 
 
 def _kept(num_tokens: int, in_features: int) -> float:
-    """The share that holds for other texts, of a mean of products of different inputs."""
+    """By what the means of products of two different inputs are multiplied, to hold for other texts."""
     return num_tokens / (num_tokens + in_features)
 
 
 def compensating(weight: Tensor, inputs: InputMoments, inverse: Tensor) -> Tensor:
-    """The float matrix that makes up for half of what has happened to its inputs, as weight.
+    """The float matrix, shaped like weight, that makes up for half of its inputs' change from e to x.
 
     inverse: that of shrunk(inputs.squares), in float64
     """

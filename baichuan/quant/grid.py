@@ -73,7 +73,7 @@ def nearest(weight: Tensor, grid: Grid, form: WeightOnly) -> Tensor:
 
 
 def _product(importance: Tensor, group_size: int) -> Product:
-    """The product of a group's a and b in which the error is the product of d with itself."""
+    """<a, b> of two vectors of a group, such that the error of d is <d, d>: see search_grid's importance."""
     tiny = torch.finfo(torch.float32).tiny  # where nothing is important, the error is still the least
     if importance.dim() == 1:
         each = importance.view(1, -1, group_size) + tiny

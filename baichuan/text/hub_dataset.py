@@ -23,7 +23,7 @@ def hub_rows(name: str, split: str, remedy: str) -> Iterator[dict]:
     try:
         if not HF_HUB_OFFLINE:
             HfApi().dataset_info(name, timeout=TIMEOUT_S)  # load_dataset would try again and again for 20 s
-        # Streaming reads what is asked for; offline, the cache can only be read without it.
+        # Streaming downloads only the rows that are read; the cache, all there is offline, cannot be streamed.
         yield from datasets.load_dataset(name, CONFIGS.get(name), split=split, streaming=not HF_HUB_OFFLINE)
     except Exception as error:  # the library raises many types, for networks, formats and missing names
         raise ConfigError(f"{name} cannot be loaded from the hub ({reason(error)}); {remedy}") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 MAX_SENTENCE = 2000  # characters
-# Control characters but for newline and tab, Unicode's own ends of lines, those that reorder what stands around them on
-# the screen, and halves of characters, which no encoding writes.
+# Control characters except tab and newline, Unicode's line separators, characters that change the direction of the
+# text around them, and surrogates, which no encoding can write.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

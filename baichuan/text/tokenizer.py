@@ -15,7 +15,7 @@ from baichuan.util.files import read_at_most
 MODEL_NAME = "tokenizer.model"
 MAX_MODEL_BYTES = 64 << 20  # the largest released tokenizer.model has 2 MB
 REPLACEMENT = "\ufffd"  # what SentencePiece writes for each byte that is not part of a UTF-8 character
-# Pieces that stand for no text of their own; the HTML tags, digits and punctuation beside them in the model do.
+# Pieces that stand for no text; the model's other user-defined pieces, HTML tags, digits and punctuation, are text.
 CONTROL_PIECE = re.compile(r"<(SEP|CLS|reserved_\d+)>")
 ROLE_PIECE = re.compile(r"<[^<>\s]+>")  # a checkpoint may give its roles other names
 
@@ -138,7 +138,7 @@ class TextStream:
             return ""
         self._window.append(token)
         text = self._model.decode(self._window)
-        # Up to three bytes may be the beginning of a character; until it is whole they decode to one mark each.
+        # The last one to three bytes may begin a character; until it is whole, each decodes to a REPLACEMENT.
         trailing = len(text) - len(text.rstrip(REPLACEMENT))
         held = min(trailing, 3) if self._model.is_byte(token) else 0
         end = max(self._shown, len(text) - held)

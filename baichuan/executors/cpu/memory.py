@@ -1,4 +1,4 @@
-"""Memory that activations leave is kept for the next ones: the system's new pages take a tenth of a prompt's time."""
+"""Freed memory is kept for the next activations: getting new pages from the system takes a tenth of a prompt's time."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TYPES = ("nf4", "fp4")
 
 
 def todays_name(name: str) -> str:
-    """Of the matrix's 4-bit numbers, which those checkpoints call X.weight.data."""
+    """X.weight for X.weight.data, as such checkpoints call a matrix's 4-bit numbers; other names unchanged."""
     return name.removesuffix(".data") if name.endswith(DATA_END) else name
 
 
