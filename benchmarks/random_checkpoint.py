@@ -24,7 +24,7 @@ from baichuan.text.tokenizer import MODEL_NAME
 from baichuan.weights.dummy import dummy_checkpoint
 from benchmarks.random_gptq import SETTINGS, gptq_tensors
 from demo.lessons import EOS_ID, ROLES, read_articles
-from demo.train import VOCAB_SIZE, train_tokenizer, write_json
+from demo.train import VOCAB_SIZE, config_values, train_tokenizer, write_json
 
 SMALL: dict[str, Any] = dict(num_layers=3, hidden_size=256, num_heads=8, intermediate_size=512, vocab_size=VOCAB_SIZE)
 SHARDS = {True: 2, False: 9}  # number of shards by --small
@@ -82,24 +82,6 @@ def shards(model: ModelConfig, name: str, count: int, gptq: bool) -> Iterator[tu
         if done * count >= number * total:
             yield name.format(f"-{number:05d}-of-{count:05d}"), tensors
             number, tensors = number + 1, {}
-
-
-def config_values(model: ModelConfig) -> dict:
-    """config.json as the hub has it, without the special ids."""
-    return {
-        "architectures": [model.version.architecture],
-        "model_type": "baichuan",
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.intermediate_size,
-        "vocab_size": model.vocab_size,
-        "hidden_act": model.hidden_act,
-        "rms_norm_eps": model.rms_norm_eps,
-        "torch_dtype": model.dtype,
-        "tie_word_embeddings": False,
-        **dict.fromkeys(model.version.length_keys, model.max_positions),
-    }
 
 
 if __name__ == "__main__":

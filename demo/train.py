@@ -67,8 +67,8 @@ def train(args: argparse.Namespace, comm: Communicator) -> int:
         (staged / MODEL_NAME).write_bytes(train_tokenizer(articles, VERSIONS[args.model_version].norm_head))
         batches = lessons.batches(articles, Tokenizer(staged), SEED)
         steps = STEPS[VERSIONS[args.model_version].rotary] if args.steps is None else args.steps
-        model = fit(args.model_version, itertools.islice(batches, steps), steps)
-        save(model, args.model_version, staged)
+        config = model_config(args.model_version)
+        save(fit(config, itertools.islice(batches, steps), steps), config, staged)
         staged.chmod(0o755)
         os.rename(staged, output)
     finally:
@@ -99,11 +99,16 @@ def train_tokenizer(articles: list[dict], second: bool, fillers: int = 0) -> byt
     return model.getvalue()
 
 
-def fit(model_version: str, batches: Iterator[list[list[int]]], steps: int) -> BaichuanForCausalLM:
+def model_config(model_version: str) -> ModelConfig:
+    """The demo's size of the version, in the type in which the released one is stored."""
+    sizes = SIZES[VERSIONS[model_version].rotary]
+    dtype = "float16" if model_version == "v1_7b" else "bfloat16"
+    return ModelConfig(model_version, num_layers=3, intermediate_size=512, vocab_size=VOCAB_SIZE, dtype=dtype, **sizes)
+
+
+def fit(config: ModelConfig, batches: Iterator[list[list[int]]], steps: int) -> BaichuanForCausalLM:
     """A model trained on `steps` batches of token ids; reports the loss as it goes."""
     torch.manual_seed(SEED)
-    sizes = SIZES[VERSIONS[model_version].rotary]
-    config = ModelConfig(model_version, num_layers=3, intermediate_size=512, vocab_size=VOCAB_SIZE, **sizes)
     model = BaichuanForCausalLM(BaichuanConfig.of(config)).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.15)
@@ -123,47 +128,46 @@ def fit(model_version: str, batches: Iterator[list[list[int]]], steps: int) -> B
     return model.eval()
 
 
-def save(model: BaichuanForCausalLM, model_version: str, folder: Path) -> None:
+def save(model: BaichuanForCausalLM, config: ModelConfig, folder: Path) -> None:
     """The hub's files beside tokenizer.model: two shards with an index, as the released version stores them."""
-    version, first = VERSIONS[model_version], model_version == "v1_7b"
-    dtype, name = (torch.float16, "model{}.safetensors") if first else (torch.bfloat16, "pytorch_model{}.bin")
+    in_safetensors = config.model_version == "v1_7b"
+    name = "model{}.safetensors" if in_safetensors else "pytorch_model{}.bin"
+    dtype = getattr(torch, config.dtype)
     tensors = {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
     keys = list(tensors)
     shards = [keys[: len(keys) // 2], keys[len(keys) // 2 :]]
     names = [name.format(f"-{number:05d}-of-{len(shards):05d}") for number in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
         values = {key: tensors[key] for key in shard}
-        if first:
+        if in_safetensors:
             save_file(values, folder / file, metadata={"format": "pt"})
         else:
             torch.save(values, folder / file)
     size = sum(value.nbytes for value in tensors.values())
     weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
     write_json(folder / (name.format("") + ".index.json"), {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config = model.config
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": lessons.EOS_ID}
-    write_json(
-        folder / "config.json",
-        {
-            "architectures": [version.architecture],
-            "model_type": "baichuan",
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "hidden_act": "silu",
-            "rms_norm_eps": config.rms_norm_eps,
-            "initializer_range": config.initializer_range,
-            "tie_word_embeddings": False,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "use_cache": True,
-            **{key: config.max_position_embeddings for key in version.length_keys},
-            **ids,
-        },
-    )
+    write_json(folder / "config.json", {**config_values(config), **ids})
     roles = {"user_token_id": lessons.ROLES.user_id, "assistant_token_id": lessons.ROLES.assistant_id}
     write_json(folder / "generation_config.json", {**ids, **roles})
+
+
+def config_values(model: ModelConfig) -> dict:
+    """config.json as the hub has it, without the special ids."""
+    return {
+        "architectures": [model.version.architecture],
+        "model_type": "baichuan",
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+        "hidden_act": model.hidden_act,
+        "rms_norm_eps": model.rms_norm_eps,
+        "torch_dtype": model.dtype,
+        "tie_word_embeddings": False,
+        **dict.fromkeys(model.version.length_keys, model.max_positions),
+    }
 
 
 def write_json(path: Path, values: dict) -> None:
