@@ -16,7 +16,7 @@ from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256, Tile, choose_ru
 from baichuan.records import SmoothQuantWeight, Step
 from benchmarks.random_weights import RandomWeights
 
-HOPPER = DEVICE.type == "cuda" and linear._has_gluon(DEVICE, linear.triton.__version__)
+HOPPER = DEVICE.type == "cuda" and linear.has_gluon(DEVICE, linear.triton.__version__)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 TRITON_TILE = Tile(128, 128, 128, 8, 3)  # of gemm.gemm, the product that this file's are compared with
 
@@ -179,7 +179,7 @@ def test_where_the_kernel_is_chosen(monkeypatch):
     assert not in_gluon(weight) and not activates(600), "not on the CPU"
     monkeypatch.setattr(linear, "overlaps", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    linear._has_gluon.cache_clear()
+    linear.has_gluon.cache_clear()
     try:
         assert in_gluon(weight) and activates(linear.GLUON_ROWS)
         assert not activates(linear.GLUON_ROWS - 1) and not activates(600, own_kernels=False)
@@ -190,12 +190,12 @@ def test_where_the_kernel_is_chosen(monkeypatch):
             "3.10.0": False,
             "4.0": False,
         }.items():
-            assert linear._has_gluon(weight.device, version) == has
+            assert linear.has_gluon(weight.device, version) == has
         assert not in_gluon(weight[:, 1:]), "not contiguous"
         assert not in_gluon(weight.flatten()[1:1985].view(31, 64)), "not at a multiple of 16 bytes"
         assert not in_gluon(torch.zeros(32, 72, dtype=torch.int8)), "rows of 72 bytes"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-        linear._has_gluon.cache_clear()
+        linear.has_gluon.cache_clear()
         assert not in_gluon(weight), "another generation"
     finally:
-        linear._has_gluon.cache_clear()
+        linear.has_gluon.cache_clear()

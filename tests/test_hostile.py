@@ -17,7 +17,7 @@ import torch
 
 import build
 import summarize
-from baichuan.cli.common import _configure_logging
+from baichuan.cli.common import configure_logging
 from baichuan.engine.folder import read_engine
 from baichuan.errors import BaichuanError, CheckpointError, ConfigError, EngineError
 from baichuan.evaluation import report
@@ -95,7 +95,7 @@ def test_a_shards_name_is_shown_and_not_obeyed(name, tmp_path, capsys):
 
 
 def test_messages_of_ours_and_of_libraries_are_shown_and_not_obeyed(capfd):
-    _configure_logging("info", Solo())
+    configure_logging("info", Solo())
     logging.getLogger("baichuan.x").info("reading %s", HOSTILE_NAME)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -108,7 +108,7 @@ def test_messages_of_ours_and_of_libraries_are_shown_and_not_obeyed(capfd):
 
 
 def test_what_datasets_says_of_a_file_is_not_obeyed(tmp_path, capfd):
-    _configure_logging("info", Solo())
+    configure_logging("info", Solo())
     (tmp_path / "texts.json").write_text('{"\x1b[31m": 1')
     with pytest.raises(ConfigError):
         read_texts(str(tmp_path / "texts.json"), 1, "--calib_dataset")

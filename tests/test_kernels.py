@@ -14,7 +14,7 @@ from kernel_device import DEVICE, relative_error
 from scattered import row_of, scattered
 from torch.nn import functional as F
 
-from baichuan.executors.cuda.graph import Size, _Captured
+from baichuan.executors.cuda.graph import Captured, Size
 from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.kernels import store_row
 from baichuan.kernels.argmax import argmax
@@ -503,7 +503,7 @@ def test_prefill_splits_its_keys(monkeypatch, rotary, kv, past, lengths):
         expected = attention.expected(qkv, step)
         if count is past:
             attention.prefill(qkv, step)
-    padded = _Captured(step, Size.of(step)).static
+    padded = Captured(step, Size.of(step)).static
     qkv = torch.cat([qkv, torch.zeros(len(padded.tokens) - len(qkv), qkv.shape[1], dtype=qkv.dtype, device=DEVICE)])
     monkeypatch.setattr("baichuan.kernels.prefill_attention.PROGRAMS", 1 << 10)
     results = []
@@ -529,7 +529,7 @@ def test_a_captured_mixed_step_is_the_step(rotary):
         if each.mixed:
             size = Size.of(each)
             assert size == Size(32, 16, 4) and size.mixed
-            each, padding = _Captured(each, size).static, size.tokens - len(qkv)
+            each, padding = Captured(each, size).static, size.tokens - len(qkv)
         qkv = torch.cat([qkv, torch.full((padding, qkv.shape[1]), torch.nan, dtype=qkv.dtype, device=DEVICE)])
         result = attention.prefill(qkv, each)[: len(expected)]
         assert relative_error(result, expected) < bound(torch.float16)

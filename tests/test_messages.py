@@ -287,6 +287,6 @@ def test_run_checks_before_it_loads(engine, capsys, monkeypatch, flags, sentence
 def test_messages_of_libraries_heed_the_level(level, shown, capsys):
     """transformers' loggers have a level of their own, whatever the root logger's is."""
     through_our_log("transformers")
-    common._configure_logging(level, Solo())
+    common.configure_logging(level, Solo())
     logging.getLogger("transformers.generation.stopping_criteria").warning("a friendly reminder")
     assert ("a friendly reminder" in capsys.readouterr().err) == shown

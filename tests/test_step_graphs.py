@@ -17,7 +17,7 @@ from baichuan.config import BuildConfig, ModelConfig, QuantConfig, SamplingConfi
 from baichuan.executors.cuda import executor as cuda_executor
 from baichuan.executors.cuda import graph
 from baichuan.executors.cuda.executor import CudaExecutor
-from baichuan.executors.cuda.graph import PATIENCE, Size, StepGraphs, _Captured
+from baichuan.executors.cuda.graph import PATIENCE, Captured, Size, StepGraphs
 from baichuan.executors.kv_cache import PoolSettings
 from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.generation.requests import Request
@@ -47,7 +47,7 @@ def replays(monkeypatch):
 
         self.graph = SimpleNamespace(replay=replay)
 
-    monkeypatch.setattr(_Captured, "capture", capture)
+    monkeypatch.setattr(Captured, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(cuda_executor, "spare_device_memory", lambda device: 0)
     return sizes
@@ -129,7 +129,7 @@ def test_a_graph_that_keeps_its_first_tokens_is_noticed(weights, replays, monkey
     captured, eager = (CudaExecutor(MODEL, QuantConfig(), weights, pool=PoolSettings(16)) for _ in range(2))
     eager.captures = False
     expected = serve(eager, requests())
-    load = _Captured.load
+    load = Captured.load
 
     def keep_tokens(self, step):
         before = self.tokens.clone()
@@ -137,5 +137,5 @@ def test_a_graph_that_keeps_its_first_tokens_is_noticed(weights, replays, monkey
         if hasattr(self, "graph") and self.size.mixed:
             self.tokens.copy_(before)
 
-    monkeypatch.setattr(_Captured, "load", keep_tokens)
+    monkeypatch.setattr(Captured, "load", keep_tokens)
     assert serve(captured, requests()) != expected

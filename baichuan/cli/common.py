@@ -201,7 +201,7 @@ def _run(parser: Parser, args: argparse.Namespace, body: Body, bound: bool) -> i
         from baichuan.parallel.comm import world_of_this_process
 
     comm = world_of_this_process()
-    _configure_logging(args.log_level, comm)
+    configure_logging(args.log_level, comm)
     if bound:
         logger.info("this rank was bound to one core and runs on all %d; mpirun --bind-to none says the same", cores())
     came: list[tuple[int, float]] = []
@@ -259,7 +259,7 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _configure_logging(level: str, comm: Communicator) -> None:
+def configure_logging(level: str, comm: Communicator) -> None:
     """Log to standard error; messages below a warning come from rank 0 alone, those of libraries from a warning on."""
     level_number = getattr(logging, level.upper())
     handler = logging.StreamHandler(sys.stderr)

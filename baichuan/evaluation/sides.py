@@ -28,10 +28,6 @@ class Side(Protocol):
     label: str  # its name for people
     facts: dict[str, Any]  # JSON values: bytes and number of its weights, device_facts(), and what it was built from
 
-    @property
-    def max_score_tokens(self) -> int | None:
-        """The longest sequence for score(); None = no limit of its own."""
-
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, max_new_tokens: int
     ) -> list[Generation]:
@@ -49,7 +45,6 @@ class EngineSide:
 
     def __init__(self, llm: LLM, key: str = "engine"):
         self._llm, self.key, engine = llm, key, llm.engine
-        self.max_score_tokens = engine.build.max_input_len
         self.label = engine_label(engine)
         self.facts = {
             "engine_dir": str(engine.folder),
@@ -95,7 +90,6 @@ class HfSide:
     model: Any  # transformers.PreTrainedModel, from hf.load_hf_model
     model_dir: str
     key: str = "hf"
-    max_score_tokens: int | None = None
 
     def __post_init__(self):
         from transformers import GenerationConfig

@@ -36,7 +36,6 @@ class BigramSide:
     seed: int = 0
     answer: Callable[[list[int]], str] | None = None
     before: Callable[[int], None] = lambda call: None  # told the number of each call of generate
-    max_score_tokens: int | None = None
     calls: int = 0
 
     def __post_init__(self):

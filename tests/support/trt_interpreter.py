@@ -8,7 +8,6 @@ type that the network gives their result.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 
 import torch
@@ -196,7 +195,3 @@ class Interpreter:
 def trt_name(layer, trt) -> str:
     """An activation's name: the attribute `type` of its own class hides the layer's type."""
     return trt.IActivationLayer.type.fget(layer).name
-
-
-def volume(shape) -> int:
-    return math.prod(shape)

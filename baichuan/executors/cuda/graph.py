@@ -79,7 +79,7 @@ class Size:
         return Size(multiple_of(tokens, 32), sequences, prompts)
 
 
-class _Captured:
+class Captured:
     """One graph with the tensors that it reads and the one that it writes.
 
     A sequence of padding has a context length of 0 and no new tokens, or in a decode step one that is not stored;
@@ -150,7 +150,7 @@ class StepGraphs:
     """The captured steps of one set of KV caches; dropped with them."""
 
     def __init__(self):
-        self._captured: dict[Size, _Captured] = {}
+        self._captured: dict[Size, Captured] = {}
         self._met: Counter[Size] = Counter()  # of mixed steps without a graph of their own
         self._out: Tensor | None = None  # the logits of mixed steps: each graph's own would take a GB together
         self._pool = torch.cuda.graph_pool_handle()
@@ -170,7 +170,7 @@ class StepGraphs:
             if captured is None and (full or self._met[size] == 1):
                 return run(step)
         if captured is None:
-            captured = _Captured(step, size)
+            captured = Captured(step, size)
             logits = run(captured.static)  # compiles kernels and makes library handles, which a capture must not
             captured.capture(run, self._pool, self._room_for(logits) if size.mixed else None)
             self._captured[size] = captured

@@ -150,11 +150,11 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
 def in_gluon(weight: Tensor) -> bool:
     """Whether gemm_int8.py takes this int8 matrix: on Hopper, in rows of whole 16 bytes."""
     aligned = weight.is_contiguous() and weight.data_ptr() % 16 == weight.shape[1] % 16 == 0
-    return aligned and _has_gluon(weight.device, triton.__version__)
+    return aligned and has_gluon(weight.device, triton.__version__)
 
 
 @lru_cache
-def _has_gluon(device: torch.device, triton_version: str) -> bool:
+def has_gluon(device: torch.device, triton_version: str) -> bool:
     first, last = GLUON_VERSIONS
     known = first <= tuple(map(int, triton_version.split(".")[:2])) <= last
     return known and overlaps(device) and torch.cuda.get_device_capability(device) == (9, 0)
