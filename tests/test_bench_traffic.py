@@ -10,7 +10,7 @@ import torch
 from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Solo, run_ranks
-from benchmarks import bench_traffic
+from benchmarks import bench_planning, bench_traffic
 
 TINY = ModelConfig("v1_7b", 64, 2, 4, 96, 50)
 
@@ -69,3 +69,14 @@ def test_two_ranks_serve_together(monkeypatch, tmp_path, capsys, on_the_cpu):
     values = json.loads((tmp_path / "out.json").read_text())
     assert (values["tp_size"], values["results"][0]["requests"]) == (2, 5)
     assert capsys.readouterr().out.count("all at once") == 1
+
+
+def test_planning_without_a_gpu(capsys):
+    flags = ["--rows", "20", "--requests", "60", "--mean_input", "9", "--mean_output", "7", "--longest", "40"]
+    assert bench_planning.main([*flags, "--chunk_tokens", "64"]) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("20 rows, 60 requests, chunks of 64 tokens, ")
+    assert [line[:16].rstrip() for line in lines] == ["decode alone", "beside prompts"]
+    for line in lines:
+        scheduling, host = (list(map(float, part.split())) for part in line.split("|")[1:])
+        assert 0 < scheduling[0] <= scheduling[2] and scheduling[0] < host[0] <= host[2]

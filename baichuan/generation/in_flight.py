@@ -186,17 +186,17 @@ class InFlight:
         sampled: list[Job] = []
         places: list[int] = []  # their rows of the logits
         for piece, (first, count) in zip(plan.pieces, rows, strict=True):
-            job, own = piece.job, logits[first : first + count]
+            job, end = piece.job, first + count  # a view of each row would take most of the time
             if job in self._kept:
-                self._kept[job].see(piece, own)
+                self._kept[job].see(piece, logits[first:end])
             if not piece.chooses:
                 if job.decoding:  # a prompt that is only scored has been computed to its end
                     self._end(job, "length")
             elif job in self._searches:
-                self._search(job, own[-len(job.tables.rows) :])
+                self._search(job, logits[end - len(job.tables.rows) : end])
             else:
                 sampled.append(job)
-                places.append(first + count - 1)
+                places.append(end - 1)
         prefills = not plan.pieces[-1].decodes
         made = sum(piece.job.request.sampling.num_beams for piece in plan.pieces if piece.chooses)
         self.timing.new_tokens += made

@@ -154,13 +154,15 @@ class Scheduler:
         admitted = []
         while self.waiting:
             job = self.waiting[0]
+            width = job.request.sampling.num_beams
+            if width > len(self._slots):
+                break
             length, size = len(job.ids), self.pool.tokens_per_block
             job.names = [] if job.request.prompt_logits else names_of(job.ids, size, job.names)
             found = self.pool.find(job.names[: (length - 1) // size])  # one token at least gives logits
             kept_free = sum(len(other.tables.rows) for other in self.running)
             needed = -(-length // size) - len(found) + self.pool.idle(found)
-            width = job.request.sampling.num_beams
-            if width > len(self._slots) or needed + kept_free > self.pool.free:
+            if needed + kept_free > self.pool.free:
                 break
             self.waiting.popleft()
             self.running.append(job)
