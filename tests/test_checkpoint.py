@@ -142,13 +142,63 @@ def test_truncated_files_are_refused(form, shards, cut, tmp_path):
 
 @both_formats
 def test_other_content_is_refused(form, tmp_path):
-    (tmp_path / SINGLE[form]).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / SINGLE[form]).write_bytes(b"<html>Not found</html>")
     with pytest.raises(CheckpointError, match=SINGLE[form]):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@both_formats
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "run git lfs pull in {folder}, or"),
+    ],
+)
+def test_what_a_download_left_unfinished_is_named(form, shards, content, message, tmp_path):
+    where = write_weights(tmp_path, hub_folders.tensors(CONFIG), form, shards)
+    (tmp_path / (where[UP] if shards else SINGLE[form])).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message.format(folder=tmp_path)):
         open_checkpoint(tmp_path, CONFIG)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds none of model.safetensors, .* pytorch_model.bin"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+@both_formats
+def test_a_file_of_another_name_may_be_renamed(form, tmp_path):
+    write_weights(tmp_path, hub_folders.tensors(CONFIG), form, 0)
+    (tmp_path / SINGLE[form]).rename(tmp_path / f"mine{Path(SINGLE[form]).suffix}")
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"holds mine\..* rename it to {SINGLE[form]}"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+def test_names_of_another_trainer_are_shown(tmp_path):
+    values = {f"module.{name}": tensor for name, tensor in hub_folders.tensors(CONFIG).items()}
+    write_weights(tmp_path, values, "safetensors", 0)
+    with pytest.raises(
+        CheckpointError, match=r"lacks model\.embed.* and holds module\.lm_head.* save it under the names"
+    ):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+def test_a_tied_head_has_a_sentence_of_its_own(tmp_path):
+    values = hub_folders.tensors(CONFIG)
+    del values["lm_head.weight"]
+    write_weights(tmp_path, values, "safetensors", 0)
+    with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight; .* where it was tied to the embedding"):
+        open_checkpoint(tmp_path, CONFIG)
+
+
+def test_the_settings_that_autogptq_wrote_beside_are_to_be_copied(tmp_path):
+    values = hub_folders.tensors(CONFIG) | {UP.replace("weight", "qweight"): torch.zeros(4, 48).int()}
+    write_weights(tmp_path, values, "safetensors", 0)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4}')
+    with pytest.raises(CheckpointError, match="copy the settings of quantize_config.json into config.json"):
         open_checkpoint(tmp_path, CONFIG)
 
 
@@ -294,3 +344,16 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=f"is a file; give the folder that holds it, {tmp_path}"):
         resolve_folder(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("above", [".", "models--b--c", "models--b--c/snapshots"])
+def test_a_folder_above_the_checkpoint_names_it(above, tmp_path):
+    snapshot = tmp_path / "models--b--c/snapshots/0abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "baichuan"}')
+    folder = tmp_path / above
+    if above == ".":
+        snapshot.rename(tmp_path / "mine")
+        snapshot = tmp_path / "mine"
+    with pytest.raises(CheckpointError, match=f"is a folder above {snapshot.name}; give {snapshot}"):
+        resolve_folder(str(folder))

@@ -186,14 +186,14 @@ def _too_large(folder):
 
 DAMAGED = {
     "missing": (lambda folder: None, "there is no tokenizer at"),
-    "empty": (lambda folder: folder.joinpath("tokenizer.model").touch(), r"not a SentencePiece model \(0 bytes\)"),
+    "empty": (lambda folder: folder.joinpath("tokenizer.model").touch(), "tokenizer.model is empty; download it again"),
     "garbage": (
         lambda folder: folder.joinpath("tokenizer.model").write_bytes(b"\xff" * 99),
         "not a SentencePiece model",
     ),
     "pointer": (
         lambda folder: folder.joinpath("tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "not a SentencePiece model",
+        "is Git LFS's pointer to the file, not the file; run git lfs pull in",
     ),
     "cut": (_cut, "not a SentencePiece model"),
     "piece that is not UTF-8": (_broken_piece, "not a SentencePiece model"),
@@ -229,7 +229,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("baichuan.text.tokenizer.read_at_most", refuse)
+    monkeypatch.setattr("baichuan.text.tokenizer.stand_in", refuse)
     with pytest.raises(CheckpointError, match="cannot be read \\(Permission denied\\)"):
         Tokenizer(file)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor, set_min_log_level
 
 from baichuan.errors import CheckpointError, ConfigError
-from baichuan.util.files import read_at_most
+from baichuan.util.files import read_at_most, stand_in
 
 MODEL_NAME = "tokenizer.model"
 MAX_MODEL_BYTES = 64 << 20  # the largest released tokenizer.model has 2 MB
@@ -165,6 +165,8 @@ def _load(path: Path) -> tuple[SentencePieceProcessor, list[str]]:
         file = path / MODEL_NAME if path.is_dir() else path
         if not file.is_file():
             raise CheckpointError(f"there is no tokenizer at {file}; give the folder that holds {MODEL_NAME}")
+        if left := stand_in(file):
+            raise CheckpointError(f"{file} {left}")
         content = read_at_most(file, MAX_MODEL_BYTES)
     except OSError as error:
         raise CheckpointError(

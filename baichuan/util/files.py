@@ -19,6 +19,7 @@ from baichuan.util.signals import ENDING, deferred
 
 logger = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs"  # how the pointer begins that a clone without Git LFS has for a large file
 NEW_S = 0.2  # age below which an unfinished file may not have its lock yet
 
 
@@ -41,6 +42,17 @@ def read_at_most(path: Path, limit: int) -> bytes:
         if len(content) > limit:
             raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
         return content
+
+
+def stand_in(path: Path) -> str | None:
+    """What an unfinished download left in the file's place, as a predicate for messages; None for any other content."""
+    with open_regular(path) as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return (
+            f"is Git LFS's pointer to the file, not the file; run git lfs pull in {path.parent}, or download it again"
+        )
+    return None if start else "is empty; download it again"
 
 
 def atomic_path(path: Path) -> AbstractContextManager[Path]:

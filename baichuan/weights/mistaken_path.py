@@ -49,6 +49,9 @@ def _kind(path: Path) -> tuple[str, str]:
     if inside := sorted(path.glob("*-gpu")):
         kind = _kind(inside[0])[0]
         return f"above {kind}", f"is the folder above {' and '.join(each.name for each in inside)}; give {inside[0]}"
+    if not values and (configs := [*path.glob("snapshots/*/config.json"), *path.glob("*/config.json")]):  # hub's cache
+        latest = max(configs, key=lambda config: config.stat().st_mtime).parent
+        return f"above {_kind(latest)[0]}", f"is a folder above {latest.name}; give {latest}"
     return "", ""
 
 

@@ -80,7 +80,8 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, TensorSourc
         if not isinstance(value, StoredTensor) or not isinstance(name, str):
             kind = "Tensor" if isinstance(value, StoredTensor) else type(value).__name__
             raise CheckpointError(
-                f"{path} holds {repr(name)[:MAX_SHOWN]}, a {kind} that is not a plain tensor with a name"
+                f"{path} holds {repr(name)[:MAX_SHOWN]}, a {kind} that is not a plain tensor with a name; save the "
+                "model's state_dict() alone"
             )
         sources[todays_name(name)] = source(value)
     return sources

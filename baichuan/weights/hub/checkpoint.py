@@ -12,6 +12,7 @@ import torch
 
 from baichuan.config import ModelConfig
 from baichuan.errors import CheckpointError
+from baichuan.util.files import stand_in
 from baichuan.util.library_logs import through_our_log
 from baichuan.weights.hub.bin_reader import open_bin
 from baichuan.weights.hub.config_json import MAX_CONFIG_BYTES, read_format, read_json_object, read_model_config
@@ -48,12 +49,16 @@ DOWNLOADED = ("config.json", "generation_config.json", "tokenizer.model")  # bes
 MAX_NAME = 200  # characters of a shard's name
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # computed; v1_7b checkpoints may carry it
+NO_MODEL = re.compile(r"(adapter|training_args|optimizer|scheduler|rng_state|scaler)")  # what trainers save beside one
 QUANTISED = {  # parts of a tensor's name, and the tools that write such names
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\b.*)$": "bitsandbytes in 4 bits",
     r"\.(SCB|CB|weight_format)$": "bitsandbytes in 8 bits",
     r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
     r"\.(weight_scale|weight_scale_inv|weight_packed|input_scale)$": "compressed-tensors or FP8",
 }
+
+
+GPTQ_SETTINGS = "quantize_config.json"  # where AutoGPTQ wrote them before config.json had a place
 
 
 def resolve_folder(name: str) -> Path:
@@ -96,7 +101,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
     if len(form.files(folder)) > 1:
         raise CheckpointError(f"{folder} holds both {form.single} and {form.index}; remove the one that is out of date")
     sharded = form.files(folder) == [form.index]
-    tensors = _open_shards(folder, form) if sharded else form.open(folder / form.single)
+    tensors = _open_shards(folder, form) if sharded else _open_file(folder / form.single, form)
     if not config.version.rotary and (rotary := [name for name in tensors if IGNORED.search(name)]):
         raise CheckpointError(
             f"{folder} holds {_some(rotary)}, which 7B models alone have, and a {config.model_version} model has no "
@@ -117,6 +122,13 @@ def _no_weights(folder: Path) -> CheckpointError:
         if shards := sorted(path.name for pattern in form.patterns for path in folder.glob(pattern)):
             return CheckpointError(
                 f"{folder} holds {shards[0]} without {form.index}, which says where each tensor is; download that too"
+            )
+    for form in FORMATS:
+        others = [path.name for path in folder.glob(f"*{Path(form.single).suffix}") if not NO_MODEL.match(path.name)]
+        if len(others) == 1:
+            return CheckpointError(
+                f"{folder} holds {others[0]}, which is no name of the hub's; rename it to {form.single} if it is the "
+                "whole model"
             )
     names = ", ".join(name for form in FORMATS for name in (form.single, form.index))
     return CheckpointError(f"{folder} holds none of {names}; give the folder of a checkpoint in the hub's format")
@@ -150,6 +162,15 @@ def download(name: str, patterns: tuple[str, ...] = ()) -> Path:
         ) from None
 
 
+def _open_file(path: Path, form: Format) -> Mapping[str, TensorSource]:
+    try:
+        if left := stand_in(path):
+            raise CheckpointError(f"{path} {left}")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); download it again") from None
+    return form.open(path)
+
+
 def _open_shards(folder: Path, form: Format) -> dict[str, TensorSource]:
     path = folder / form.index
     where = read_json_object(path, MAX_CONFIG_BYTES).get("weight_map")
@@ -162,7 +183,7 @@ def _open_shards(folder: Path, form: Format) -> dict[str, TensorSource]:
             raise CheckpointError(f"{path} points at {shard!r}; a shard is a file of the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{path} points at {shard}, which is missing; download it again")
-        for name, source in form.open(folder / shard).items():
+        for name, source in _open_file(folder / shard, form).items():
             if name in tensors and not IGNORED.search(name):
                 raise CheckpointError(f"{folder} holds {name} twice, in {homes[name]} and in {shard}; remove one")
             tensors[name], homes[name] = source, shard
@@ -178,17 +199,32 @@ def _refuse_quantised(folder: Path, tensors: Mapping[str, TensorSource]) -> None
     for name in tensors:
         for pattern, writer in QUANTISED.items():
             if re.search(pattern, name):
-                raise CheckpointError(
-                    f"{folder} is quantised by {writer} (it holds {name}); take the float checkpoint that it was made "
-                    "from and let build.py quantise it"
-                )
+                remedy = "take the float checkpoint that it was made from and let build.py quantise it"
+                if (folder / GPTQ_SETTINGS).is_file():
+                    remedy = (
+                        f"copy the settings of {GPTQ_SETTINGS} into config.json as its quantization_config, with "
+                        '"quant_method": "gptq"'
+                    )
+                raise CheckpointError(f"{folder} is quantised by {writer} (it holds {name}); {remedy}")
 
 
 def _require_names(folder: Path, tensors: Mapping[str, TensorSource], config: ModelConfig) -> None:
     expected = hub_shapes(config)
-    if missing := [name for name in expected if name not in tensors]:
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing and unexpected:
+        raise CheckpointError(
+            f"{folder} lacks {_some(missing)} and holds {_some(unexpected)}, which a {config.model_version} model does "
+            "not have; save it under the names that the released checkpoints have"
+        )
+    if missing == ["lm_head.weight"]:
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}; download it again, or save it with an lm_head of its own where it was tied "
+            "to the embedding"
+        )
+    if missing:
         raise CheckpointError(f"{folder} lacks {_some(missing)}; download it again")
-    if unexpected := [name for name in tensors if name not in expected]:
+    if unexpected:
         raise CheckpointError(
             f"{folder} holds {_some(unexpected)}, which a {config.model_version} model with {config.num_layers} layers "
             "does not have; check config.json and --model_version"
