@@ -51,7 +51,8 @@ class BaichuanLM(TemplateLM):
         return self.llm.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        """Of each continuation given its context, whose beginning is left out where both are too long."""
+        """For each continuation: (log probability given its context, whose beginning is left out where both are too
+        long; whether it is the greedy one)."""
         texts, lengths = [], []
         for _, context, continuation in requests:
             if len(continuation) >= self.max_length:
@@ -68,7 +69,7 @@ class BaichuanLM(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token once: in windows, the first behind the end id."""
+        """Log probabilities of whole texts, each token counted once: in windows, the first behind the end id."""
         found = []
         for [text] in (request.args for request in requests):
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)

@@ -28,7 +28,7 @@ EMPTY = tl.constexpr(-1)
 
 @dataclass(frozen=True)
 class Slots:
-    """Of one message among the ranks."""
+    """The slots of one message, which every rank sends to every other."""
 
     rank: int
     inbox: Tensor  # [world_size, bytes] uint8, this rank's: what each rank has sent
@@ -40,12 +40,12 @@ class Slots:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Those of a kernel that sends or receives the message.  SLOT_BYTES is a multiple of 16."""
+        """Constants of a kernel that sends or receives the message.  SLOT_BYTES is a multiple of 16."""
         return {"RANK": self.rank, "WORLD_SIZE": self.world_size, "SLOT_BYTES": self.inbox.shape[1]}
 
 
 def constants_of(slots: Slots | None) -> dict[str, int]:
-    """Of a kernel that sends to the slots, if there are any."""
+    """Constants of a kernel that sends to the slots, or, without slots, to nobody."""
     return slots.constants if slots else {"RANK": 0, "WORLD_SIZE": 1, "SLOT_BYTES": 0}
 
 

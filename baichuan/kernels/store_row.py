@@ -18,7 +18,7 @@ INT16 = tl.constexpr(4)
 INT16_DEINTERLEAVED = tl.constexpr(5)
 E4M3_PER_TOKEN = tl.constexpr(6)
 INT16_WITH_SUMS = tl.constexpr(1 << 20)  # deinterleaved; plus a group's channels, or 0: the row, no power of two
-MANY_ROWS, ROWS = 512, 8  # from so many rows on a program writes 8: rows_each
+MANY_ROWS, ROWS = 512, 8  # from 512 rows on a program may write 8: rows_each
 INT16_LIMIT = tl.constexpr(32639.0)  # 127 * 256 + 127: the largest number whose two bytes are both at most 127
 
 

@@ -149,7 +149,7 @@ def split(tile: Tile, num_rows: int, in_features: int, out_features: int) -> Til
 
 @dataclass(frozen=True)
 class RunsTile:
-    """As Tile, of gemm_int8.py: block_m rows of x times one or two runs of output channels."""
+    """What Tile is, for gemm_int8.py: block_m rows of x times one or two runs of neighbouring output channels."""
 
     block_m: int  # 64 for every four warps, or a multiple
     first: int  # channels of the first run, at most 128: Triton has no wider instructions for integers

@@ -23,7 +23,7 @@ class Launch:
 
 
 def launch() -> Launch:
-    """Of this process; a world of one where no launcher said otherwise.
+    """How this process was launched: in a world of one where no launcher says otherwise.
 
     Raises ConfigError for what is no number.
     """

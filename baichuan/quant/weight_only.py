@@ -117,7 +117,7 @@ def check_group_size(group_size: int, in_features: int, name: str) -> None:
 
 
 def fitting_group_sizes(config: ModelConfig, tp_size: int) -> list[int]:
-    """Those of GROUP_SIZES that divide every linear's input channels, and of which each rank gets at least one; a
+    """Which of GROUP_SIZES divide every linear's input channels, and of which each rank gets at least one; a
     rank's heads are whole groups too, while the ranks' shares of the MLP may differ."""
     widths = (config.hidden_size, config.hidden_size // tp_size, config.intermediate_size)
     return [

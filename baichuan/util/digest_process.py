@@ -33,7 +33,7 @@ class ProcessDescriber:
             self._process = subprocess.Popen(command, **streams)  # type: ignore[call-overload]
 
     def entry(self) -> dict:
-        """Called once."""
+        """What manifest.describe finds; to be called once."""
         said = self._process.communicate()[0] if self._process else b""
         if self._process and self._process.returncode == 0:
             return json.loads(said)

@@ -19,15 +19,16 @@ READ_BYTES = 8 << 20  # each thread's buffer: a thread that hashes asks for Pyth
 
 
 class Description(Protocol):
-    """Of a file, being made meanwhile."""
+    """What `describe` says of a file, found out while something else goes on."""
 
     def entry(self) -> dict:
         """The result of `describe`, as soon as it is there."""
 
 
 class Describer:
-    """`describe` by threads meanwhile: of a file that is being written each chunk as soon as it is complete, of a
-    complete one after begin()."""
+    """A Description by threads.  Of a file that is being written they read each chunk as soon as it is complete, of a
+    complete file all chunks from begin() on.
+    """
 
     def __init__(self, path: Path):
         self.path = path

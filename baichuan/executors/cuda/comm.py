@@ -96,7 +96,7 @@ class Nccl:
 
 
 def slots_of(comm: Communicator, num_bytes: int) -> Slots | None:
-    """Slots for a message of so many bytes from each rank; None where the ranks have none or it does not fit."""
+    """Slots for a message of num_bytes from each rank; None where the ranks have none or it does not fit."""
     if isinstance(comm, Nccl) and comm.peers:
         return comm.peers.slots(num_bytes)
     return None

@@ -23,7 +23,7 @@ MAX_MIXED = 1024  # tokens
 MAX_PROMPTS = 16  # beside single tokens
 MOST_GRAPHS = 128  # each takes a few MB; further mixed steps run without
 MOST_PADDING = 96  # tokens that a mixed step of a new size may be padded by ...
-PATIENCE = 24  # ... so many times, which take as long as a capture
+PATIENCE = 24  # ... this many times, which take as long as a capture
 
 
 def padded_batch_size(batch_size: int) -> int:
@@ -37,7 +37,7 @@ def padded_batch_size(batch_size: int) -> int:
 
 
 def padded_prefill(tokens: int) -> int:
-    """The tokens that a prefill of so many runs at: up to 128 what counts is reading the weights."""
+    """The number of tokens that a prefill is padded to: up to 128 the time is that of reading the weights."""
     if tokens <= 128:
         return max(next_power_of_2(tokens), 16)
     return multiple_of(tokens, 64)
@@ -50,7 +50,7 @@ def multiple_of(number: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a captured step."""
+    """The size of a captured step, which steps are padded to."""
 
     tokens: int
     sequences: int

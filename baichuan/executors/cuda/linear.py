@@ -87,7 +87,7 @@ class Choice:
 
 
 def choose_kernel(weight: Weight, choice: Choice) -> LinearKernel:
-    """By the function below that weights/types.py names.  Raises UnsupportedError for an unknown type of weight."""
+    """What the function below that weights/types.py names chooses.  Raises UnsupportedError for an unknown type."""
     return product_of(weight, "cuda")(weight, choice)
 
 

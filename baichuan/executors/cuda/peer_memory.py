@@ -66,7 +66,7 @@ class PeerMemory:
         return self._inboxes.shape[2]
 
     def slots(self, num_bytes: int, ends_step: bool = False) -> Slots | None:
-        """Those of the next message; None where it is too large for them.  num_bytes: what each rank sends"""
+        """The next message's slots; None where it is too large for them.  num_bytes: what each rank sends"""
         if num_bytes > self.slot_bytes:
             return None
         self._last = 2 if ends_step else int(self._last == 0)

@@ -47,7 +47,7 @@ class LoraSettings:
         return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def targeted(self, modules: list[str]) -> set[str]:
-        """Those of the modules that the adapter says it changes."""
+        """Which of the modules the adapter's settings say it changes."""
         ends = self.targets or ()
         return {module for module in modules if any(_ends_with(module, end) for end in ends)}
 

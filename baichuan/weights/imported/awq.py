@@ -29,7 +29,7 @@ class Awq:
 
     @staticmethod
     def of(where: str, values: Mapping[str, Any]) -> Awq:
-        """By quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
+        """The format by quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
         setting(where, values, ("bits", "w_bit"), (BITS,), BITS)
         setting(where, values, ("version",), ("gemm", "GEMM"), "gemm")
         return Awq(group_size(where, values, ("group_size", "q_group_size")))

@@ -39,7 +39,7 @@ class BitsAndBytes:
 
     @staticmethod
     def of(where: str, values: Mapping[str, Any]) -> BitsAndBytes:
-        """By quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
+        """The format by quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
         four, eight = (
             setting(where, values, names, (True, False), False)
             for names in (("load_in_4bit", "_load_in_4bit"), ("load_in_8bit", "_load_in_8bit"))

@@ -37,7 +37,7 @@ class CompressedTensors:
 
     @staticmethod
     def of(where: str, values: Mapping[str, Any]) -> CompressedTensors:
-        """By quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
+        """The format by quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
         if used := [name for name in EMPTY if values.get(name)]:
             raise CheckpointError(f"{where} sets {used[0]}, which cannot be read; take the float checkpoint")
         if isinstance(sparsity := values.get("sparsity_config"), dict):

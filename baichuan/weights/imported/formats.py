@@ -30,7 +30,7 @@ class Format(Protocol):
 
     @property
     def bits(self) -> int:
-        """Of an integer."""
+        """Bits of an integer."""
 
     @property
     def ends(self) -> tuple[str, ...]:

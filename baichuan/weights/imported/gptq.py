@@ -35,7 +35,7 @@ class Gptq:
 
     @staticmethod
     def of(where: str, values: Mapping[str, Any]) -> Gptq:
-        """By quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
+        """The format by quantization_config.  Raises CheckpointError for a variant that would be read wrongly."""
         version = setting(where, values, ("checkpoint_format", "format"), ("gptq", "gptq_v2"), "gptq")
         setting(where, values, ("pack_dtype",), ("int32",), "int32")
         setting(where, values, ("is_marlin_format",), (False,), False)
