@@ -199,7 +199,9 @@ def check_mpi() -> Iterator[Finding]:
 def _output(command: list[str]) -> str:
     """A command's output, or why it could not run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=MPI_TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return done.stdout or done.stderr

@@ -166,6 +166,19 @@ def test_an_output_that_nobody_reads(engine):
     assert "Traceback" not in err and "Exception ignored" not in err, err
 
 
+def test_a_locale_without_chinese_changes_no_file_and_no_text(engine, tmp_path):
+    """PYTHONUTF8=0 makes ASCII the encoding of every file that is opened without naming one."""
+    ascii_only = scripts.ENVIRONMENT | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = []
+    for environment in (scripts.ENVIRONMENT, ascii_only):
+        out = tmp_path / "ids.csv"
+        command = scripts.script("run.py", text_flags(engine, "--output_csv", str(out), "--max_output_len", "4"))
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stderr.decode()
+        found.append((done.stdout.decode(), out.read_text()))
+    assert found[0] == found[1] and "世界上第二高的山峰是哪座？" in found[0][0]
+
+
 # Wrong values
 
 

@@ -15,7 +15,7 @@ def driver_gpus() -> list[str]:
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=TIMEOUT_S)
+            done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired):
             done = None
         if done and done.returncode == 0:

@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled(cache_folder(), FLAGS)))
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
+        said = [line for line in error.stderr.decode(errors="replace").splitlines() if "error" in line] or [str(error)]
         logger.warning("%s: %s failed (%s); update the compiler or set CC to another", SLOWER, error.cmd[0], said[0])
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("%s: %s", SLOWER, error)
@@ -45,8 +45,13 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
     if compiler is None:
         raise OSError("there is no C compiler; install gcc")
     command = [*compiler.split(), *flags, *map(str, sorted(SOURCES.glob("*.c")))]
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [version, processor(), *flags, *(path.read_text() for path in sorted(SOURCES.iterdir()))]
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, check=True).stdout
+    parts = [
+        version.decode(errors="replace"),
+        processor(),
+        *flags,
+        *(path.read_text("utf-8") for path in sorted(SOURCES.iterdir())),
+    ]
     path = folder / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         try:
@@ -54,7 +59,7 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
             with atomic_path(path) as temporary:
                 logger.info("compiling the CPU kernels into %s, once", path)
                 call = [*command, "-o", str(temporary)]
-                subprocess.run(call, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+                subprocess.run(call, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
         except OSError as error:
             raise OSError(
                 f"{folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
@@ -71,7 +76,7 @@ def processor() -> str:
 def instruction_sets() -> frozenset[str]:
     """Linux's names for what the processor can do, such as avx512_bf16; empty where the system does not tell."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
