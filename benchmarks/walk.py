@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "--only",
         nargs="+",
         metavar="STAGE",
-        help="float16, bfloat16, int8, int4, fp8, kv, sq, calibrated, imported, replicas, tp2, tp4",
+        help="float16, bfloat16, int8, int4, fp8, kv, sq, sq_auto, calibrated, awq, imported, replicas, tp2, tp4",
     )
     parser.add_argument("--tp", nargs="*", type=int, help="tensor-parallel sizes; default: 2 where there are two GPUs")
     parser.add_argument("--limit_s", type=float, help="begin no command after so many seconds")

@@ -48,7 +48,9 @@ class Walk:
             "fp8": self._use("fp8 alone", ("--enable_fp8", "--per_token", "--per_channel")),
             "kv": list(self._kv()),
             "sq": list(self._smooth_quant()),
-            "calibrated": list(self._calibrated_int4()),
+            "sq_auto": list(self._strengths()),
+            "calibrated": list(self._calibrated_int4("int4", "calibrated")),
+            "awq": list(self._calibrated_int4("awq", "AWQ", "--weight_only_method", "awq")),
             "imported": list(self._imported()),
         }
         if self.ranks:
@@ -78,10 +80,17 @@ class Walk:
             last = name == list(modes)[-1]
             yield from self._use(name, ("--use_smooth_quant", *flags), gpu, leaves=(binary,) if last else ())
 
-    def _calibrated_int4(self) -> Iterator[Command]:
-        binary = self.calibrated / "int4"
-        yield self._convert("convert int4", binary, *INT4)
-        yield from self._use("int4, calibrated", INT4, binary / "1-gpu", leaves=(binary,))
+    def _strengths(self) -> Iterator[Command]:
+        """SmoothQuant's strengths found for each mode, of which one is built."""
+        binary = self.calibrated / "sq-auto"
+        yield self._convert("convert -sq auto", binary, "-sq", "auto")
+        flags = ("--use_smooth_quant", "--per_token", "--per_channel")
+        yield from self._use("sq auto", flags, binary / "1-gpu", leaves=(binary,))
+
+    def _calibrated_int4(self, folder: str, how: str, *flags: str) -> Iterator[Command]:
+        binary = self.calibrated / folder
+        yield self._convert(f"convert {folder}", binary, *INT4, *flags)
+        yield from self._use(f"int4, {how}", INT4, binary / "1-gpu", leaves=(binary,))
 
     def _imported(self) -> Iterator[Command]:
         """A checkpoint that GPTQ quantised, and a fine-tuned one: an adapter beside the checkpoint."""
@@ -137,7 +146,8 @@ class Walk:
 
     def _convert(self, name: str, output: Path, *flags) -> Command:
         common = ("--model_version", self.version, "-i", self.checkpoint, "-o", output, "-t", "fp16")
-        argv = self._script("hf_baichuan_convert.py", *common, *flags, "--calib_dataset", DEMO / "articles.jsonl")
+        texts = ("--calib_dataset", DEMO / "articles.jsonl", *(("--calib_size", "2") if self.small else ()))
+        argv = self._script("hf_baichuan_convert.py", *common, *flags, *texts)
         return Command(name, argv, output)
 
     def _build(self, name: str, engine: Path, flags, binary=None, checkpoint=None) -> Command:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import measured_process, walk, walk_tables
 
-STAGES = ["float16", "bfloat16", "int8", "int4", "fp8", "kv", "sq", "calibrated", "imported"]
+STAGES = ["float16", "bfloat16", "int8", "int4", "fp8", "kv", "sq", "sq_auto", "calibrated", "awq", "imported"]
 
 
 def write(path, text="x"):
