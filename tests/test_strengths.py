@@ -33,6 +33,15 @@ ALL_MODES = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of products of 64 channels: threads that wait for each other on a busy machine take minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def checkpoint_with_outliers(model):
     """binary_models' checkpoint with a few channels far larger than the others, as trained models have them."""
     tensors = {name: torch.from_numpy(tensor) for name, tensor in make_tensors(model).items()}
