@@ -224,6 +224,23 @@ def test_the_ranges_are_those_of_all_texts(tmp_path):
             assert set(ours.linears[name].alphas) == set(MODES)
 
 
+@pytest.mark.parametrize("lengths", [(40, 400), (4, 1500), (6, 20)])
+def test_the_search_s_hidden_states_take_what_the_disk_is_asked_for(tmp_path, monkeypatch, lengths):
+    taken, hidden_states = [], layers._hidden_states
+
+    def noted(path, tokens, hidden_size, device):
+        taken.append(4 * tokens * hidden_size)
+        return hidden_states(path, tokens, hidden_size, device)
+
+    monkeypatch.setattr(layers, "_hidden_states", noted)
+    monkeypatch.setattr(strengths, "ALPHAS", (0.5,))
+    model, samples = replace(ROTARY, num_layers=1), make_samples(ROTARY, *lengths)
+    strengths.calibrate_by_mode(checkpoint_with_outliers(model), model, samples, tmp_path, "cpu")
+    texts = 4 * sum(map(len, samples)) * model.hidden_size
+    assert texts < sum(taken) <= texts + strengths.hidden_bytes(model, samples)
+    assert list(tmp_path.iterdir()) == [], "they are deleted"
+
+
 @pytest.mark.cuda
 @MODELS
 def test_the_gpu_finds_and_builds_the_same(folder_of, model, tmp_path, monkeypatch):

@@ -189,8 +189,8 @@ def _normed(hidden: Tensor, norm: Tensor) -> Tensor:
 def _best(ways: Sequence[_Way], floats: LayerPasses, first: int, checkpoint: Checkpoint) -> dict[Mode, _Way]:
     """Each mode's way whose logits are closest to the float model's.  first: token to begin with"""
     model, all_passes = floats.model, [floats, *(way.passes for way in ways)]
-    hidden = torch.stack([each.hidden[first:] for each in all_passes]).to(floats.device)
-    norm = _norm_after(checkpoint, model, model.num_layers - 1).to(hidden.device)
+    hidden = torch.stack([each.hidden[first:].to(floats.device) for each in all_passes])
+    norm = _norm_after(checkpoint, model, model.num_layers - 1).to(floats.device)
     found = divergences(_normed(hidden, norm), checkpoint["lm_head.weight"], model.version.norm_head).tolist()
     best: dict[Mode, tuple[float, _Way]] = {}
     for kl, way in zip(found, ways, strict=True):
