@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, get_type_hints
 
 from baichuan.errors import ConfigError
@@ -238,6 +239,9 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = ()  # more token ids that end a sequence, such as a chat's role ids
 
     def __post_init__(self):
+        for name in ("num_beams", "top_k", "random_seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise ConfigError(f"{name} {getattr(self, name)!r} is no integer; give one")
         require_range("num_beams", self.num_beams, 1, 64)
         require_range("top_k", self.top_k, 0, 1 << 24)
         require_range("top_p", self.top_p, 0.0, 1.0)

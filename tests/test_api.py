@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import goldens
+import numpy as np
 import pytest
 import scripts
 import torch
@@ -72,6 +74,35 @@ def test_every_prompt_keeps_its_own_settings_whoever_runs_beside_it(llm):
     assert together[3].finish_reason == "stop" and len(together[3].ids) <= 5
     numbered = llm.generate([prompt] * 2, replace(drawn[0]), 12)
     assert [each.ids for each in numbered] == [each.ids for each in together[:2]], "seeds count up"
+
+
+def test_threads_share_an_engine(llm):
+    """Each call gets what it would get alone; the weights are loaded once."""
+    fresh = LLM(llm.engine.folder)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda prompt: fresh.generate([prompt], GREEDY, 24)[0].ids, prompts() * 2))
+    assert results == continuations() * 2
+
+
+def test_ids_come_as_arrays_and_tensors_too(llm):
+    ids = prompts()[1]
+    for given in (ids, [ids], np.array(ids), np.array([ids]), torch.tensor(ids), [torch.tensor(ids)], tuple(ids)):
+        assert llm.generate(given, GREEDY, 24)[0].ids == continuations()[1]
+
+
+def test_one_stop_text_is_a_list_of_one(llm):
+    text = llm.generate(prompts()[1], GREEDY, 24)[0].text
+    stop = text[4:7]
+    assert llm.generate(prompts()[1], GREEDY, 24, stop_texts=stop)[0].text == text[: text.index(stop)]
+
+
+@pytest.mark.timeout(30)
+def test_lengths_are_integers(llm):
+    for given in (2.5, "3", float("nan")):
+        with pytest.raises(ConfigError, match="is no integer; give a number of tokens"):
+            llm.generate("hi", GREEDY, given)
+    with pytest.raises(ConfigError, match=r"top_k 1\.5 is no integer"):
+        SamplingConfig(top_k=1.5)
 
 
 def test_streams_run_beside_each_other_and_a_closed_one_ends(llm):
@@ -151,6 +182,8 @@ def test_stop_texts_end_a_text_where_they_first_occur(llm):
         (lambda llm: llm.score([[7]]), "a text of 1 tokens has no probability"),
         (lambda llm: next(llm.stream([1000], GREEDY, 1)), "id 1000"),
         (lambda llm: llm.chat([{"role": "user"}]), "needs a role and a content"),
+        (lambda llm: llm.chat("hi"), "chat takes a list of messages"),
+        (lambda llm: llm.generate(b"hi"), "a prompt is bytes"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, message):

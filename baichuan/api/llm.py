@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,7 @@ class LLM:
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
         self._keys = itertools.count()
+        self._loading = threading.RLock()
         self._opened: tuple[Serving, torch.device] | None = None
 
     @property
@@ -93,13 +95,15 @@ class LLM:
 
         Under mpirun every rank calls it.
         """
-        if self._opened is None:
-            serving, device = open_serving(
-                self.engine, self.ranks.comm, self._settings, self._digests, self._prefix_caching
-            )
-            self._opened = self.ranks.join(serving), device
-            self._traffic = Traffic(self._opened[0], GIVEN_AHEAD * self.engine.build.max_batch_size)
-        return self._opened
+        with self._loading:
+            if self._opened is None:
+                serving, device = open_serving(
+                    self.engine, self.ranks.comm, self._settings, self._digests, self._prefix_caching
+                )
+                serving = self.ranks.join(serving)
+                self._traffic = Traffic(serving, GIVEN_AHEAD * self.engine.build.max_batch_size)
+                self._opened = serving, device
+            return self._opened
 
     @property
     def timing(self) -> Timing:
@@ -117,7 +121,7 @@ class LLM:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         max_new_tokens: int | None = None,
         keep_logits: bool = False,
-        stop_texts: Sequence[str] = (),
+        stop_texts: str | Sequence[str] = (),
     ) -> list[Completion]:
         """Continue each of any number of prompts, or one.
 
@@ -130,6 +134,7 @@ class LLM:
         requests = self.requests(prompts, sampling, max_new_tokens, keep_logits)
         made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
         ended: dict[Hashable, Progress] = {}
+        stop_texts = [stop_texts] if isinstance(stop_texts, str) else stop_texts
         stops = {request.key: StopTexts(self.tokenizer, stop_texts) for request in requests} if stop_texts else {}
         for progress in self._run(requests):
             key = progress.key
@@ -145,6 +150,8 @@ class LLM:
         self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
     ) -> Completion:
         """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content."""
+        if messages and not _is_chat(messages):
+            raise ConfigError('chat takes a list of messages, such as [{"role": "user", "content": "你好"}]')
         return self.generate([messages], sampling, max_new_tokens)[0]
 
     def stream(
@@ -194,7 +201,9 @@ class LLM:
             return self.tokenizer.encode(prompt)
         if _is_chat(prompt):
             return build_chat_prompt(self.tokenizer, prompt, *self.roles)  # type: ignore[arg-type]  # all are messages
-        return list(prompt)  # type: ignore[arg-type]
+        if isinstance(prompt, (bytes, bytearray)):
+            raise ConfigError("a prompt is bytes, which are neither a text nor ids; decode them")
+        return _plain(prompt)
 
     @property
     def roles(self) -> ChatRoles:
@@ -279,7 +288,13 @@ def _is_chat(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
+def _plain(values: Any) -> list:
+    """A list of Python's own numbers, of an array or a tensor too."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
 def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt, of whatever kind, as a list of one."""
-    one = isinstance(prompts, str) or _is_chat(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    prompts = prompts if isinstance(prompts, (str, bytes)) else _plain(prompts)
+    one = isinstance(prompts, (str, bytes)) or _is_chat(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [prompts] if one else list(prompts)

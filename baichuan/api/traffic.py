@@ -1,7 +1,11 @@
-"""Several calls over one engine: each gets the progress of its own requests, whoever runs the steps."""
+"""Several calls over one engine: each gets the progress of its own requests, whoever runs the steps.
+
+Calls may come from several threads; one of them at a time runs a step.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 
@@ -14,6 +18,7 @@ class Traffic:
     def __init__(self, serving: Serving, room: int):
         """room: how many unfinished requests the engine is given by one call; the others wait here."""
         self._serving, self._room = serving, room
+        self._lock = threading.RLock()  # held between what is yielded; a call within a callback takes it again
         self._news: dict[Hashable, deque[Progress]] = {}  # where a request's progress goes, by key
 
     def progress(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -26,30 +31,37 @@ class Traffic:
         running: set[Hashable] = set()
         try:
             while waiting or running:
-                while waiting and len(running) < self._room:
-                    request = waiting.popleft()
-                    running.add(request.key)
-                    self._news[request.key] = news
-                    self._serving.add(request)
+                with self._lock:
+                    while waiting and len(running) < self._room:
+                        request = waiting.popleft()
+                        running.add(request.key)
+                        self._news[request.key] = news
+                        self._serving.add(request)
                 while not news:
-                    if stopped():
-                        self._cancel(running)
-                        news += (Progress(request.key, finish_reason="cancelled") for request in waiting)
-                        waiting.clear()
-                    self._step()
+                    with self._lock:
+                        if news:  # by another thread's step
+                            break
+                        if stopped():
+                            self._cancel(running)
+                            news += (Progress(request.key, finish_reason="cancelled") for request in waiting)
+                            waiting.clear()
+                        self._step()
                 progress = news.popleft()
                 if progress.finished:
                     running.discard(progress.key)
-                    self._news.pop(progress.key, None)
+                    with self._lock:
+                        self._news.pop(progress.key, None)
                 yield progress
         finally:
-            self._cancel(running)
-            for key in running:
-                del self._news[key]
+            with self._lock:
+                self._cancel(running)
+                for key in running:
+                    del self._news[key]
 
     def cancel(self, key: Hashable) -> None:
         """End one request of a call that is under way; its last progress says so."""
-        self._serving.cancel(key)
+        with self._lock:
+            self._serving.cancel(key)
 
     def _step(self) -> None:
         for progress in self._serving.step():
