@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from demo_checkpoint import demo_checkpoint
 
 import build
 from baichuan import LLM, SamplingConfig
+from baichuan.api import llm as llm_module
 from baichuan.api.ranks import Ranks
 from baichuan.api.traffic import Traffic
 from baichuan.errors import BaichuanError, ConfigError, UnsupportedError
@@ -77,11 +79,31 @@ def test_every_prompt_keeps_its_own_settings_whoever_runs_beside_it(llm):
 
 
 def test_threads_share_an_engine(llm):
-    """Each call gets what it would get alone; the weights are loaded once."""
+    """Each call gets what it would get alone, wherever Python changes threads."""
+    llm.load()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda prompt: llm.generate([prompt], GREEDY, 24)[0].ids, prompts() * 4))
+    finally:
+        sys.setswitchinterval(before)
+    assert results == continuations() * 4
+
+
+def test_threads_load_an_engine_once(llm, monkeypatch):
+    opened, count = llm_module.open_serving, []
+
+    def slow(*args):
+        count.append(args)
+        time.sleep(0.2)
+        return opened(*args)
+
+    monkeypatch.setattr(llm_module, "open_serving", slow)
     fresh = LLM(llm.engine.folder)
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda prompt: fresh.generate([prompt], GREEDY, 24)[0].ids, prompts() * 2))
-    assert results == continuations() * 2
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: fresh.load(), range(2))
+    assert first is second and len(count) == 1
 
 
 def test_ids_come_as_arrays_and_tensors_too(llm):
@@ -92,8 +114,10 @@ def test_ids_come_as_arrays_and_tensors_too(llm):
 
 def test_one_stop_text_is_a_list_of_one(llm):
     text = llm.generate(prompts()[1], GREEDY, 24)[0].text
-    stop = text[4:7]
-    assert llm.generate(prompts()[1], GREEDY, 24, stop_texts=stop)[0].text == text[: text.index(stop)]
+    stop = text[9] + text[2]
+    assert stop not in text
+    assert llm.generate(prompts()[1], GREEDY, 24, stop_texts=stop)[0].text == text
+    assert llm.generate(prompts()[1], GREEDY, 24, stop_texts=text[9:12])[0].text == text[: text.index(text[9:12])]
 
 
 @pytest.mark.timeout(30)
