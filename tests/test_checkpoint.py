@@ -352,6 +352,8 @@ def test_a_folder_above_the_checkpoint_names_it(above, tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "baichuan"}')
     folder = tmp_path / above
+    (folder / "an_engine").mkdir()
+    (folder / "an_engine/config.json").write_text('{"baichuan": {}}')  # newer, and not what is wanted
     if above == ".":
         snapshot.rename(tmp_path / "mine")
         snapshot = tmp_path / "mine"

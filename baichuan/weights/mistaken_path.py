@@ -18,9 +18,21 @@ def recognise(path: Path, wanted: str) -> str | None:
     """
     try:
         kind, text = _kind(path)
+        if not kind:
+            return _above(path, wanted)
     except OSError:
         return None
-    return None if kind in ("", wanted) else text
+    return None if kind == wanted else text
+
+
+def _above(path: Path, wanted: str) -> str | None:
+    """Where a folder within `path` is what is wanted, as the snapshots in the hub's cache are: the newest of them."""
+    configs = [*path.glob("snapshots/*/config.json"), *path.glob("*/config.json")]
+    fitting = [config for config in configs if _kind(config.parent)[0] == wanted]
+    if not fitting:
+        return None
+    newest = max(fitting, key=lambda config: config.stat().st_mtime).parent
+    return f"is a folder above {newest.name}; give {newest}"
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -49,9 +61,6 @@ def _kind(path: Path) -> tuple[str, str]:
     if inside := sorted(path.glob("*-gpu")):
         kind = _kind(inside[0])[0]
         return f"above {kind}", f"is the folder above {' and '.join(each.name for each in inside)}; give {inside[0]}"
-    if not values and (configs := [*path.glob("snapshots/*/config.json"), *path.glob("*/config.json")]):  # hub's cache
-        latest = max(configs, key=lambda config: config.stat().st_mtime).parent
-        return f"above {_kind(latest)[0]}", f"is a folder above {latest.name}; give {latest}"
     return "", ""
 
 
