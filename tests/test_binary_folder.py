@@ -316,7 +316,7 @@ def test_damage_is_one_sentence(copy, damage, quant, message):
 
 
 def test_another_world_size_is_one_sentence(folders):
-    with pytest.raises(CheckpointError, match="written for 2 rank.s. and the engine has 1; build with --world_size 2"):
+    with pytest.raises(CheckpointError, match="written for 2 ranks and the engine has 1; build with --world_size 2"):
         open_binary(folders(None, 2), ROTARY, 1)
     with pytest.raises(ConfigError, match="num_heads 4 is not divisible by tp_size 3"):
         ConvertRequest(folders(None, 1), ROTARY, dict, tp_size=3)
