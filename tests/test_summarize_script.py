@@ -216,7 +216,7 @@ def test_under_mpirun_rank_zero_alone_prints_and_every_rank_gives_the_verdict(ar
     done = subprocess.run(command(given, 2), env=environment(), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("Article: ") == done.stdout.count("4 of 4 summaries are identical") == 1
-    assert done.stderr.count("the engine's ROUGE-1 is") == 1
+    assert done.stderr.count("ROUGE-1 of engine, float32") == 1
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["world_size"] == 2
     # An error of rank 0 alone is every rank's: nobody waits for it.
     wrong = flags(engine("v1_7b", 2), "v1_7b", tmp_path / "none.json")
