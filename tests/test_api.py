@@ -78,14 +78,19 @@ def test_every_prompt_keeps_its_own_settings_whoever_runs_beside_it(llm):
     assert [each.ids for each in numbered] == [each.ids for each in together[:2]], "seeds count up"
 
 
-def test_threads_share_an_engine(llm):
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_threads_share_an_engine(llm, device):
     """Each call gets what it would get alone, wherever Python changes threads."""
-    llm.load()
+    shared = LLM(llm.engine.folder, device=device)
+    shared.load()
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda prompt: llm.generate([prompt], GREEDY, 24)[0].ids, prompts() * 4))
+            results = list(pool.map(lambda prompt: shared.generate([prompt], GREEDY, 24)[0].ids, prompts() * 4))
     finally:
         sys.setswitchinterval(before)
     assert results == continuations() * 4

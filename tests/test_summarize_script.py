@@ -13,11 +13,12 @@ from pathlib import Path
 
 import goldens
 import pytest
+import scripts
 from tiny_engine import SAMPLES, engine
 
 import summarize
 from baichuan.cli.common import only_rank_zero
-from baichuan.engine.folder import Engine
+from baichuan.engine.folder import Engine, read_engine
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.parallel.comm import run_ranks
 
@@ -53,6 +54,15 @@ def test_the_script_prints_and_saves(articles, tmp_path, capsys):
     report, *others = (tmp_path / "new/out").glob("*.html")
     assert not others and report.name.startswith("float32-on-") and report.stat().st_size > 5000
     assert f"the report is {report}" in err
+
+
+def test_what_the_transformers_side_alone_needs_is_said_to_be_left_out(articles, tmp_path, capsys):
+    given = flags(read_engine(scripts.built(tmp_path, "v2_13b")), "v2_13b", articles)
+    given.remove("--test_hf")
+    given[given.index("--data_type") + 1] = "fp16"
+    assert summarize.main(given) == 0
+    err = capsys.readouterr().err
+    assert "the engine has its own tokenizer" in err and "data_type fp16 is for --test_hf" in err
 
 
 def test_several_engines_are_sides_of_one_run(articles, tmp_path, capsys):

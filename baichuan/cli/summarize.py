@@ -131,6 +131,8 @@ def prepared_folder(output_dir: str | None) -> Path | None:
 def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model: ModelConfig | None) -> Tokenizer:
     """The engines' own tokenizer, which a given one must equal; else --tokenizer_dir's or the checkpoint's."""
     owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
+    if owner and args.hf_model_dir and not args.test_hf:
+        logger.info("hf_model_dir %s is for --test_hf; the engine has its own tokenizer", args.hf_model_dir)
     given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
     folder = resolve_tokenizer(given) if given else None
     if owner and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
