@@ -213,6 +213,8 @@ def test_stop_texts_end_a_text_where_they_first_occur(llm):
         (lambda llm: llm.chat([{"role": "user"}]), "needs a role and a content"),
         (lambda llm: llm.chat("hi"), "chat takes a list of messages"),
         (lambda llm: llm.generate(b"hi"), "a prompt is bytes"),
+        (lambda llm: llm.generate(bytearray(b"hi")), "a prompt is bytes"),
+        (lambda llm: llm.generate([b"hi"]), "a prompt is bytes"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, message):

@@ -201,8 +201,6 @@ class LLM:
             return self.tokenizer.encode(prompt)
         if _is_chat(prompt):
             return build_chat_prompt(self.tokenizer, prompt, *self.roles)  # type: ignore[arg-type]  # all are messages
-        if isinstance(prompt, (bytes, bytearray)):
-            raise ConfigError("a prompt is bytes, which are neither a text nor ids; decode them")
         return _plain(prompt)
 
     @property
@@ -289,12 +287,13 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _plain(values: Any) -> list:
-    """A list of Python's own numbers, of an array or a tensor too."""
+    """A list of Python's own numbers, of an array or a tensor too.  Raises ConfigError for bytes."""
+    if isinstance(values, (bytes, bytearray)):
+        raise ConfigError("a prompt is bytes, which are neither a text nor ids; decode them")
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt, of whatever kind, as a list of one."""
-    prompts = prompts if isinstance(prompts, (str, bytes)) else _plain(prompts)
-    one = isinstance(prompts, (str, bytes)) or _is_chat(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if one else list(prompts)
+    values = _plain([prompts] if isinstance(prompts, str) else prompts)
+    return [values] if _is_chat(values) or (values and isinstance(values[0], int)) else values
