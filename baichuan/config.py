@@ -30,6 +30,12 @@ def require_range(name: str, value, low, high) -> None:
         raise ConfigError(f"{name} {value} is out of range; use {low} to {high}")
 
 
+def require_integer(name: str, value: Any, wanted: str = "one") -> None:
+    """Raise ConfigError unless value is an integer, NumPy's included.  wanted: what the message asks for"""
+    if not isinstance(value, Integral):
+        raise ConfigError(f"{name} {value!r} is no integer; give {wanted}")
+
+
 @dataclass(frozen=True)
 class Version:
     """How the four released model versions differ, other than in size."""
@@ -240,8 +246,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         for name in ("num_beams", "top_k", "random_seed"):
-            if not isinstance(getattr(self, name), Integral):
-                raise ConfigError(f"{name} {getattr(self, name)!r} is no integer; give one")
+            require_integer(name, getattr(self, name))
         require_range("num_beams", self.num_beams, 1, 64)
         require_range("top_k", self.top_k, 0, 1 << 24)
         require_range("top_p", self.top_p, 0.0, 1.0)

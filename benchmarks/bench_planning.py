@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS, BuildConfig, ModelConfig
 from baichuan.executors.kv_cache import KVCache
-from baichuan.generation.in_flight import CHUNK_TOKENS, InFlight, Policy
+from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.parallel.comm import Communicator
 from baichuan.records import LayerCache, Step
 from benchmarks import bench_traffic
@@ -65,13 +65,7 @@ class Taken:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS, help="of prompts beside running requests")
-    parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
-    parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
-    parser.add_argument("--longest", type=int, default=bench_traffic.LONGEST, help="prompt and continuation, in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths and prompts")
+    bench_traffic.add_traffic_flags(parser)
     return run_script(parser, argv, bench)
 
 
@@ -84,7 +78,7 @@ def bench(args: argparse.Namespace, _: Communicator) -> int:
     for name, prompts in (("decode alone", False), ("beside prompts", True)):
         full = [each for each in steps if each.decoding >= least and bool(each.prompt_tokens) == prompts]
         if full:
-            own, whole = (columns([getattr(each, name) for each in full]) for name in ("scheduling_s", "host_s"))
+            own, whole = (columns([getattr(each, part) for each in full]) for part in ("scheduling_s", "host_s"))
             rows = statistics.mean(each.decoding for each in full)
             print(f"{name:16s} {len(full):5d} {rows:5.0f} | {own:>33s} | {whole:>38s}")
     return 0

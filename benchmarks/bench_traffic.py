@@ -115,18 +115,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="whose shapes")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float16", help="of the weights")
-    parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
-    parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
+    add_traffic_flags(parser)
     parser.add_argument("--arrivals", type=int, default=300, help="of each traffic one by one; 0 = none")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="of the rate all at once")
     parser.add_argument("--static_batches", type=int, default=1, help="of requests of the same lengths; 0 = none")
+    add_engine_flags(parser)
+    return run_script(parser, argv, bench)
+
+
+def add_traffic_flags(parser: Parser) -> None:
+    """What requests are drawn by, and how many run at once."""
+    parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
+    parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
     parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
     parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
     parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
     parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS, help="of prompts beside running requests")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
-    add_engine_flags(parser)
-    return run_script(parser, argv, bench)
 
 
 def bench(args: argparse.Namespace, host: Communicator) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 
-from baichuan.config import BuildConfig, ModelConfig, SamplingConfig
+from baichuan.config import BuildConfig, ModelConfig, SamplingConfig, require_integer
 from baichuan.errors import ConfigError
 from baichuan.generation.requests import Request
 from baichuan.text.tokenizer import check_ids
@@ -42,8 +41,7 @@ def check_request(
             f"num_beams {sampling.num_beams} exceeds the engine's max_beam_width {build.max_beam_width}; "
             "use fewer, or build with a larger --max_beam_width"
         )
-    if not isinstance(max_new_tokens, Integral):
-        raise ConfigError(f"max_output_len {max_new_tokens!r} is no integer; give a number of tokens")
+    require_integer("max_output_len", max_new_tokens, "a number of tokens")
     if not 1 <= max_new_tokens <= build.max_output_len:
         raise ConfigError(
             f"max_output_len {max_new_tokens} is out of the engine's range 1 to {build.max_output_len}; "

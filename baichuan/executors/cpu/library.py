@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from baichuan.util.files import atomic_path, cache_folder
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-lm")
 COMPILE_TIMEOUT_S = 300
+SAID: Any = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}  # for what a compiler says
 SLOWER = "matrix products run in PyTorch, several times slower than by the kernels that a C compiler makes"
 
 
@@ -28,7 +30,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(compiled(cache_folder(), FLAGS)))
     except subprocess.CalledProcessError as error:
-        said = [line for line in error.stderr.decode(errors="replace").splitlines() if "error" in line] or [str(error)]
+        said = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
         logger.warning("%s: %s failed (%s); update the compiler or set CC to another", SLOWER, error.cmd[0], said[0])
     except (OSError, subprocess.SubprocessError) as error:
         logger.info("%s: %s", SLOWER, error)
@@ -45,13 +47,8 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
     if compiler is None:
         raise OSError("there is no C compiler; install gcc")
     command = [*compiler.split(), *flags, *map(str, sorted(SOURCES.glob("*.c")))]
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, check=True).stdout
-    parts = [
-        version.decode(errors="replace"),
-        processor(),
-        *flags,
-        *(path.read_text("utf-8") for path in sorted(SOURCES.iterdir())),
-    ]
+    version = subprocess.run([*compiler.split(), "--version"], check=True, **SAID).stdout
+    parts = [version, processor(), *flags, *(path.read_text("utf-8") for path in sorted(SOURCES.iterdir()))]
     path = folder / f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         try:
@@ -59,7 +56,7 @@ def compiled(folder: Path, flags: tuple[str, ...]) -> Path:
             with atomic_path(path) as temporary:
                 logger.info("compiling the CPU kernels into %s, once", path)
                 call = [*command, "-o", str(temporary)]
-                subprocess.run(call, capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S)
+                subprocess.run(call, check=True, timeout=COMPILE_TIMEOUT_S, **SAID)
         except OSError as error:
             raise OSError(
                 f"{folder} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"

@@ -56,8 +56,6 @@ QUANTISED = {  # parts of a tensor's name, and the tools that write such names
     r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
     r"\.(weight_scale|weight_scale_inv|weight_packed|input_scale)$": "compressed-tensors or FP8",
 }
-
-
 GPTQ_SETTINGS = "quantize_config.json"  # where AutoGPTQ wrote them before config.json had a place
 
 
