@@ -1,12 +1,13 @@
-"""Before any test is imported: kernels run in Triton's interpreter where there is no GPU, programs that tests start
-find the project where it is not installed, and tests of libraries that a GPU machine may lack are left out there."""
+"""Before any test is imported: GPUs are hidden from tests that need none, kernels then run in Triton's interpreter,
+programs that tests start find the project where it is not installed, and tests of libraries that a GPU machine may lack
+are left out there."""
 
 import logging
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
-import kernel_device  # noqa: F401
 import pytest
 from named_skips import (  # noqa: F401
     NO_RELEASED_TOKENIZERS,
@@ -23,6 +24,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 collect_ignore = [] if find_spec("datasets") and find_spec("rouge_score") else ["test_rouge.py"]
 collect_ignore += [] if find_spec("peft") else ["test_lora.py"]
 collect_ignore += [] if find_spec("pexpect") and find_spec("pyte") else ["test_chat_terminal.py"]
+
+
+def pytest_configure(config):
+    """`make test` is the same on every machine; `make test-cuda` asks for the tests that need a GPU."""
+    if not re.search(r"(?<!not )\b(cuda|multi_gpu)\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import kernel_device  # noqa: F401  before any kernel, and after GPUs are hidden
 
 
 def pytest_collection_modifyitems(items):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from kernel_device import MARKS
 
 from baichuan.kernels.operand import plain
 from benchmarks import bench_kernels, kernel_cases
+
+pytestmark = MARKS
 
 SMALL = ["--check_only", "--small"]
 FAMILIES = [

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_device import relative_error, to_device
+from kernel_device import MARKS, relative_error, to_device
 
 from baichuan.executors.cuda.dense_copies import COPY_ROWS, COPY_ROWS_WITH_ZEROS, DenseCopies
 from baichuan.kernels.dequantise import dequantise_to
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
+
+pytestmark = MARKS
 
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a step of the mantissa; Triton's interpreter cuts off
 WIDTH = 288  # no power of two, nor a multiple of the kernel's block

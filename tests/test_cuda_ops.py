@@ -4,7 +4,7 @@ and float32, or on the GPU where there is one.
 
 import pytest
 import torch
-from kernel_device import DEVICE, relative_error, to_device
+from kernel_device import DEVICE, MARKS, relative_error, to_device
 from scattered import scattered
 
 from baichuan.config import ModelConfig, QuantConfig
@@ -15,6 +15,8 @@ from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Solo
 from baichuan.records import Step
 from benchmarks.random_weights import RandomWeights
+
+pytestmark = MARKS
 
 FLOAT32_SUMS = 1e-5  # another order of summation, through two layers
 ROUNDED_INPUTS = 0.05  # an input that rounds to the neighbouring e4m3 number moves by a 16th

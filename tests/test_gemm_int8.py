@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_device import DEVICE
+from kernel_device import DEVICE, MARKS
 
 from baichuan.config import PRESETS, ModelConfig, QuantConfig
 from baichuan.executors.cuda import linear
@@ -15,6 +15,8 @@ from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256, Tile, choose_runs_tile
 from baichuan.records import SmoothQuantWeight, Step
 from benchmarks.random_weights import RandomWeights
+
+pytestmark = MARKS
 
 HOPPER = DEVICE.type == "cuda" and linear.has_gluon(DEVICE, linear.triton.__version__)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")

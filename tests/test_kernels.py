@@ -10,7 +10,7 @@ import drawn
 import numpy as np
 import pytest
 import torch
-from kernel_device import DEVICE, relative_error
+from kernel_device import DEVICE, MARKS, relative_error
 from scattered import row_of, scattered
 from torch.nn import functional as F
 
@@ -47,6 +47,8 @@ from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.quant.scaled import quantise, scale_for
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import AttentionSpec, Fp8Weight, Int4Weight, Step
+
+pytestmark = MARKS
 
 ROUNDED = 1e-3
 FLOAT32 = 2e-6  # float32 sums of a few hundred terms

@@ -209,7 +209,6 @@ def test_a_calibration_that_is_not_used_is_said(binary, tmp_path, capsys, kind, 
 # Devices
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_pytorch_cannot_use_is_a_warning(engine, monkeypatch, capsys):
     monkeypatch.setattr(device, "driver_gpus", lambda: ["NVIDIA H100, 580.82"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -223,7 +222,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_a_warning(engine, monkeypatch, capsys)
     assert sentence not in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", MAINS)
 def test_a_device_that_is_not_there_is_refused(name, engine, tmp_path, capsys):
     needed = {"convert": ["-i", "x", "-o", str(tmp_path), "-kv"]}.get(name, NEEDED[name])

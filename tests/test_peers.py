@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_device import DEVICE, to_device
+from kernel_device import DEVICE, MARKS, to_device
 
 from baichuan.kernels import sum_norm as module
 from baichuan.kernels.exchange import all_gather, quantise_over_ranks
@@ -19,6 +19,8 @@ from baichuan.kernels.peers import Slots
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.sum_norm import sum_norm
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
+
+pytestmark = MARKS
 
 PROGRAM = Path(__file__).with_name("support") / "peer_ranks.py"
 ROWS, WIDTH, SLOT_BYTES = 4, 96, 4096
@@ -125,7 +127,8 @@ def test_quantised_by_the_largest_of_all_ranks():
     inboxes.arrive([own, theirs])
     result = quantise_over_ranks(x, smoother, inboxes.slots)
     alone = quantise_rows(x, Int8PerToken(smoother))
-    assert torch.equal(result.scaled[1], torch.maximum(own, theirs) / 127)
+    scale = torch.maximum(own, theirs) / 127
+    torch.testing.assert_close(result.scaled[1], scale, rtol=2**-22, atol=0)  # a GPU divides to two units in the last place
     assert torch.equal(result.values[::2], alone.values[::2]), "rows whose largest is this rank's"
     assert not torch.equal(result.values[1::2], alone.values[1::2])
     assert torch.equal(inboxes.slot(1, 0, own), own) and inboxes.is_empty

@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from kernel_device import DEVICE
+from kernel_device import DEVICE, MARKS
 
 from baichuan.config import PRESETS
 from baichuan.executors.cuda import linear as cuda_linear
@@ -15,6 +15,8 @@ from benchmarks import tune_kernels, tune_tables
 from benchmarks.kernel_cases import product_case, small_sizes
 from benchmarks.random_weights import PRECISIONS
 from benchmarks.tune_tables import LIBRARY, PROGRAMS, Point, candidates, choose, points, present
+
+pytestmark = MARKS
 
 VERSIONS = ("v2_13b", "v1_7b")
 TALL = ("gemv_int", "tall", "int8")

@@ -3,11 +3,13 @@
 import os
 from dataclasses import fields, is_dataclass, replace
 
+import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+MARKS = [pytest.mark.cuda] if DEVICE.type == "cuda" else []  # of tests of kernels, for `make test-cuda` to take them
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
