@@ -128,7 +128,7 @@ def test_quantised_by_the_largest_of_all_ranks():
     result = quantise_over_ranks(x, smoother, inboxes.slots)
     alone = quantise_rows(x, Int8PerToken(smoother))
     scale = torch.maximum(own, theirs) / 127
-    torch.testing.assert_close(result.scaled[1], scale, rtol=2**-22, atol=0)  # a GPU divides to two units in the last place
+    torch.testing.assert_close(result.scaled[1], scale, rtol=2**-22, atol=0)  # a GPU's division
     assert torch.equal(result.values[::2], alone.values[::2]), "rows whose largest is this rank's"
     assert not torch.equal(result.values[1::2], alone.values[1::2])
     assert torch.equal(inboxes.slot(1, 0, own), own) and inboxes.is_empty
