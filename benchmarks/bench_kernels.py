@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from baichuan.config import PRESETS
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.parallel.comm import Communicator
 from benchmarks.gpu_timing import copies_beyond_cache, copy_bandwidth, gemm_rate, require_gpu, seconds
+from benchmarks.kernel_cases import Case, Sizes, full_sizes, small_sizes
 
 RATES = {"float16": torch.float16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MAX_COPIES = 64  # reached only by operands so small that they stay in the cache in a model, too
@@ -48,14 +49,12 @@ def bench(args: argparse.Namespace, comm: Communicator) -> int:
         require_gpu("bench_kernels.py", "--check_only --small checks the kernels in Triton's interpreter")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    from benchmarks.kernel_cases import Case, cases, full_sizes, small_sizes  # reads TRITON_INTERPRET
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # As in the CUDA executor: matrix products are accumulated in float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     sizes = (small_sizes if args.small else full_sizes)(PRESETS[args.model_version])
-    chosen: Sequence[Case] = [each for each in cases(sizes, device) if _wanted(each.name, args.only)]
+    chosen = [each for each in all_cases(sizes, device) if _wanted(each.name, args.only)]
     if not chosen:
         raise ConfigError(f"--only {' '.join(args.only)} names no case; leave it out to see all names")
     if device.type == "cuda":
@@ -75,14 +74,22 @@ def bench(args: argparse.Namespace, comm: Communicator) -> int:
     return 0
 
 
+def all_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Every kernel's cases, products first."""
+    from benchmarks import attention_cases, product_cases, rowwise_cases  # whose kernels read TRITON_INTERPRET
+
+    for family in (product_cases, rowwise_cases, attention_cases):
+        yield from family.cases(sizes, device)
+
+
 def _wanted(name: str, only: Sequence[str] | None) -> bool:
     return not only or any(part in name for part in only)
 
 
-def _compile(chosen: Sequence, threads: int) -> None:
+def _compile(chosen: Sequence[Case], threads: int) -> None:
     """Run each case once, in several threads: most of the time is spent in compilers outside of Python."""
 
-    def run(case) -> None:
+    def run(case: Case) -> None:
         with torch.inference_mode():
             case.run(*case.make(0))
 
@@ -93,7 +100,7 @@ def _compile(chosen: Sequence, threads: int) -> None:
 
 
 @torch.inference_mode()
-def _check(case) -> float:
+def _check(case: Case) -> float:
     """‖result - expected‖ / ‖expected‖.  Raises Mismatch where it is over the tolerance."""
     operands = case.make(0)
     expected = case.expected(*operands)
@@ -113,7 +120,7 @@ def relative_error(result, expected) -> float:
 
 
 @torch.inference_mode()
-def _measure(case, bandwidth: float, rates: dict[str, float]) -> str:
+def _measure(case: Case, bandwidth: float, rates: dict[str, float]) -> str:
     """The case's line of the table."""
     from baichuan.executors.cuda.load import tensors_of
 

@@ -28,7 +28,7 @@ from baichuan.executors.kv_cache import KVCache
 from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.parallel.comm import Communicator
 from baichuan.records import LayerCache, Step
-from benchmarks import bench_traffic
+from benchmarks.traffic import add_traffic_flags, drawn
 
 VOCABULARY = 8  # choosing tokens is not what is measured
 FULL = 0.9  # of the rows that decode in the fullest step
@@ -65,7 +65,7 @@ class Taken:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    bench_traffic.add_traffic_flags(parser)
+    add_traffic_flags(parser)
     return run_script(parser, argv, bench)
 
 
@@ -95,7 +95,7 @@ def taken(args: argparse.Namespace, model: ModelConfig) -> list[Taken]:
     build = BuildConfig(max_batch_size=args.rows, max_input_len=args.longest, max_output_len=args.longest)
     serving = InFlight(Nothing(args.rows, 2 * args.longest), model, build, Policy(args.chunk_tokens))
     serving.reads_late = True  # as on a GPU
-    for request in bench_traffic.drawn(args, model, np.random.default_rng(args.seed), args.requests):
+    for request in drawn(args, model, np.random.default_rng(args.seed), args.requests):
         serving.add(request)
     spent, held = [0.0], [(0, 0)]
     for name in SCHEDULING:

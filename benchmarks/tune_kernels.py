@@ -43,7 +43,8 @@ from baichuan.parallel.comm import Communicator
 from baichuan.records import DenseWeight, Fp8Weight, Int4Weight, Int8Weight, SmoothQuantWeight, Weight
 from benchmarks.bench_kernels import MAX_COPIES, relative_error
 from benchmarks.gpu_timing import copies_beyond_cache, require_gpu, seconds
-from benchmarks.kernel_cases import Case, product_case
+from benchmarks.kernel_cases import Case
+from benchmarks.product_cases import product_case
 from benchmarks.tune_tables import LIBRARY, ROWS, Entry, Point, Times, candidates, choose, points, tables_text
 
 COMPILING = 0.6  # at most this share of the time is spent on compiling

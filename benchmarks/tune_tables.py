@@ -20,7 +20,7 @@ from itertools import product
 from baichuan.config import PRESETS
 from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
-from benchmarks.kernel_cases import matrices
+from benchmarks.product_cases import matrices
 from benchmarks.random_weights import PRECISIONS
 
 Entry = tuple[int, ...]
@@ -92,7 +92,7 @@ class Point:
 
     version: str
     precision: str  # one of ROWS
-    matrix: str  # one of kernel_cases.matrices
+    matrix: str  # one of product_cases.matrices
     rows: int  # tokens
 
     @property

@@ -5,7 +5,7 @@ import torch
 from kernel_device import MARKS
 
 from baichuan.kernels.operand import plain
-from benchmarks import bench_kernels, kernel_cases
+from benchmarks import bench_kernels, rowwise_cases
 
 pytestmark = MARKS
 
@@ -27,8 +27,8 @@ def test_every_family_is_what_the_reference_executor_computes(capsys):
 
 @pytest.mark.parametrize("change", [lambda y: y.roll(1, -1), lambda y: y * 1.02, lambda y: y * torch.nan])
 def test_a_wrong_kernel_ends_the_run(monkeypatch, capsys, change):
-    right = kernel_cases.silu_mul
-    monkeypatch.setattr(kernel_cases, "silu_mul", lambda x, form: plain(change(right(x).values)))
+    right = rowwise_cases.silu_mul
+    monkeypatch.setattr(rowwise_cases, "silu_mul", lambda x, form: plain(change(right(x).values)))
     assert bench_kernels.main([*SMALL, "--only", "silu_mul float16"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "silu_mul float16, 1 token: the relative error" in error

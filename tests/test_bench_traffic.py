@@ -11,6 +11,7 @@ from baichuan.config import ModelConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.parallel.comm import Solo, run_ranks
 from benchmarks import bench_planning, bench_traffic
+from benchmarks.traffic import lognormal
 
 TINY = ModelConfig("v1_7b", 64, 2, 4, 96, 50)
 
@@ -37,7 +38,7 @@ def arguments(monkeypatch, *flags):
 
 
 def test_lengths_have_the_mean_and_the_longest_and_a_seed():
-    lengths = [bench_traffic.lognormal(np.random.default_rng(seed), 1000, 220, 1024) for seed in (0, 0, 1)]
+    lengths = [lognormal(np.random.default_rng(seed), 1000, 220, 1024) for seed in (0, 0, 1)]
     assert lengths[0] == lengths[1] != lengths[2]
     for each in lengths:
         assert np.mean(each) == pytest.approx(220, abs=1) and max(each) == 1024 and min(each) >= 1

@@ -41,11 +41,16 @@ MAX_FUNCTION_LINES = 60
 LONGER = {}  # file: why it is one idea all the same
 
 
-def modules():
+def modules(*patterns):
+    """Path of each module, by default of those that are installed."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("baichuan/**/*.py")]
+        for pattern in patterns or ("*.py", "baichuan/**/*.py")
+        for path in ROOT.glob(pattern)
     }
+
+
+SHORT = modules() | modules("benchmarks/*.py", "demo/*.py")  # whose files and functions are held to a length
 
 
 def floor(module):
@@ -98,9 +103,8 @@ def test_the_architecture_names_files_that_exist():
     assert len(paths) > 20 and not missing
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_file_is_one_idea(module):
-    path = modules()[module]
+@pytest.mark.parametrize("path", SHORT.values(), ids=SHORT)
+def test_a_file_is_one_idea(path):
     assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES or path.name in LONGER
 
 
@@ -110,10 +114,10 @@ def long_functions(text, limit):
             yield node.name
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if not name.startswith("baichuan.kernels.")])
+@pytest.mark.parametrize("module", [name for name in SHORT if not name.startswith("baichuan.kernels.")])
 def test_a_function_fits_a_screen(module):
     """Kernels are left out: what a program of the GPU does is one text."""
-    assert not list(long_functions(modules()[module].read_text("utf-8"), MAX_FUNCTION_LINES))
+    assert not list(long_functions(SHORT[module].read_text("utf-8"), MAX_FUNCTION_LINES))
 
 
 def test_a_long_function_is_noticed():

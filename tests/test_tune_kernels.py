@@ -12,7 +12,8 @@ from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
 from baichuan.kernels.spec import GemvBlock
 from benchmarks import tune_kernels, tune_tables
-from benchmarks.kernel_cases import product_case, small_sizes
+from benchmarks.kernel_cases import small_sizes
+from benchmarks.product_cases import product_case
 from benchmarks.random_weights import PRECISIONS
 from benchmarks.tune_tables import LIBRARY, PROGRAMS, Point, candidates, choose, points, present
 
