@@ -18,7 +18,7 @@ from baichuan.executors.cuda.graph import Captured, Size
 from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.kernels import store_row
 from baichuan.kernels.argmax import argmax
-from baichuan.kernels.decode_attention import choose_splits, decode_attention
+from baichuan.kernels.decode_attention import decode_attention
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
 from baichuan.kernels.gemm_parts import scale_sums
@@ -40,6 +40,7 @@ from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.spec import GemvBlock
+from baichuan.kernels.splits import MOST_COUNTED, Splits, choose_splits
 from baichuan.kernels.tiles import Tile
 from baichuan.model import position
 from baichuan.quant.fp8 import token_scale
@@ -428,6 +429,7 @@ class Attention:
         self.cache = scattered(rows, CAPACITY, self.spec, kv_type or dtype, DEVICE, scales, UNTOUCHED)
         self.cos, self.sin = position.rope_table(CAPACITY, self.spec, DEVICE)
         self.slopes = position.alibi_slopes(2 * HEADS)[2 : 2 + HEADS].to(DEVICE)
+        self.ended = torch.zeros(MOST_COUNTED, dtype=torch.int32, device=DEVICE)
         self.history = [[] for _ in range(rows)]  # each (k, v) of one step, [new, HEADS, DIM] as stored
 
     def expected(self, qkv, step):
@@ -459,12 +461,14 @@ class Attention:
         out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
         prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, split, block_q=16, block_k=16)
         if step.singles:
-            decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, 2, out, (16, 1))
+            self.decode(qkv, step, Splits(2, 2), out)
         return out
 
-    def decode(self, qkv, step, splits):
-        out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
-        decode_attention(qkv, self.cos, self.sin, self.slopes, self.cache, self.spec, step, splits, out, (16, 1))
+    def decode(self, qkv, step, splits, out=None):
+        out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE) if out is None else out
+        ropes, ended = (self.cos, self.sin, self.slopes), self.ended
+        decode_attention(qkv, *ropes, self.cache, self.spec, step, splits, out, ended, (16, 1))
+        assert not self.ended.any()
         return out
 
 
@@ -480,7 +484,7 @@ def test_attention_prefill_chunk_decode(rotary, kv, dtype):
         past = [p + n for p, n in zip(past, lengths, strict=True)]
         qkv = normal(sum(lengths), 3 * HEADS * DIM, seed=number, dtype=dtype)
         expected = attention.expected(qkv, step)
-        splits = {2: 1, 3: 2, 4: 8}.get(number)
+        splits = {2: Splits(1, 1), 3: Splits(2, 2), 4: Splits(8, 8)}.get(number)
         result = attention.decode(qkv, step, splits) if splits else attention.prefill(qkv, step)
         assert relative_error(result, expected) < bound(dtype)
     for row, length in enumerate(past):
@@ -543,10 +547,31 @@ def test_decode_attention_leaves_padding_alone():
     attention = Attention(True, None, torch.float16, 2)
     step = Step.of([[0], [0]], device=DEVICE)
     step.context_lengths[1] = 0
-    for splits in (1, 4):
+    for splits in (Splits(1, 1), Splits(4, 4), Splits(1, 4)):
         out = attention.decode(normal(2, 3 * HEADS * DIM), step, splits)
         assert (out[1] == 0).all()
         assert (row_of(attention.cache, 1)[0] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("kv", KV_TYPES)
+def test_long_rows_have_more_splits(monkeypatch, kv):
+    """A row of 70 keys in four splits beside rows that have one, with one key and with as many as one may have."""
+    monkeypatch.setattr("baichuan.kernels.decode_attention.MOST_KEYS", 16)
+    lengths = [70, 1, 16]
+    attention = Attention(False, KV_TYPES[kv], torch.float32, len(lengths))
+    past = [n - 1 for n in lengths]
+    for number, step in enumerate((
+        Step.of([[0] * n for n in past], device=DEVICE), Step.of([[0]] * len(lengths), past, device=DEVICE)
+    )):  # fmt: skip
+        qkv = normal(len(step.tokens), 3 * HEADS * DIM, seed=number, dtype=torch.float32)
+        expected = attention.expected(qkv, step)
+        if not number:
+            attention.prefill(qkv, step)
+            continue
+        one, several = (attention.decode(qkv, step, splits) for splits in (Splits(1, 1), Splits(1, 4)))
+        assert relative_error(several, expected) < bound(torch.float32)
+        assert torch.equal(several[1:], one[1:]), "short rows are not split"
+        assert not torch.equal(several[0], one[0]), "the control: the long one is"
 
 
 def test_attention_bound_notices_a_wrong_slope():
@@ -559,7 +584,8 @@ def test_attention_bound_notices_a_wrong_slope():
 
 
 def test_choose_splits():
-    assert choose_splits(1) == choose_splits(40) == 32
-    assert choose_splits(160) == 4  # 640 programs
-    assert choose_splits(320) == 2
-    assert choose_splits(40 * 64) == 1  # enough programs without
+    assert choose_splits(1) == choose_splits(40) == Splits(32, 32)
+    assert choose_splits(160) == Splits(4, 32)  # 640 programs, and as many as there may be where rows are long
+    assert choose_splits(320) == Splits(2, 16)
+    assert choose_splits(40 * 64) == Splits(1, 2)
+    assert choose_splits(40 * 128) == choose_splits(40 * 256) == Splits(1, 1)  # enough programs without

@@ -1,16 +1,17 @@
 """Attention of one new token of each sequence: rotation, KV store and softmax in one kernel, long contexts split.
 
-A program takes one head of one sequence and a split of its keys, a contiguous share.  Inside the split every slot of a
-block keeps an online softmax of its own, over the keys that it meets, so that the loop exchanges nothing between
-threads.  With 20 older keys, the new token's key 20, BLOCK_K = 4 and SPLITS = 2:
+A program takes one head of one sequence and a split of its keys, a contiguous share; long rows have more splits.
+Inside the split every slot of a block keeps an online softmax of its own, over the keys that it meets, so that the
+loop exchanges nothing between threads.  With 22 older keys, the new token's key 22, BLOCK_K = 4 and two splits:
 
-    split 0     keys  0  1  2  3 |  4  5  6  7 |  8  9 10 11        share = 12 keys: a multiple of BLOCK_K
-    split 1     keys 12 13 14 15 | 16 17 18 19 |  then key 20
+    split 0     keys  8  9 10 11 |  0  1  2  3 |  4  5  6  7        share = 12 keys: a multiple of BLOCK_K
+    split 1     keys 20 21       | 12 13 14 15 | 16 17 18 19 |  then key 22
     slot              0  1  2  3    0  1  2  3    0  1  2  3
 
-    slot 1 of split 0: largest score, sum of exp2(score - largest), and that sum times v, of keys 1, 5 and 9
+    slot 1 of split 0: largest score, sum of exp2(score - largest), and that sum times v, of keys 9, 1 and 5
+    a split's last block, which alone may have fewer than BLOCK_K keys, comes first: the loop then asks for none
     end of a split:    its slots are combined; the split that ends with the new token stores its k and v and adds them
-    SPLITS > 1:        combine_splits combines the splits of each head
+    several splits:    the one that ends last combines them all; with few pairs of (sequence, head) combine_splits does
 
 Slots and splits are combined in a fixed order, so that every run gives the same bits.
 """
@@ -21,18 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baichuan.kernels.combine_splits import COMBINE_SPLITS, if_single, parts_of
+from baichuan.kernels.combine_splits import COMBINE_SPLITS, combine_parts, parts_of
 from baichuan.kernels.kv_store import as_cached
 from baichuan.kernels.prefill_attention import LOG2_E
 from baichuan.kernels.primitives import start_dependents, to_float32, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, next_power_of_2
+from baichuan.kernels.splits import FEW_PAIRS, MOST_KEYS, Splits
 from baichuan.records import AttentionSpec, LayerCache, Step
 
-# What measures fastest on an H200.  With few pairs of (sequence, head) small programs, and many of them, wait less.
-FEW_PAIRS = 64
+# What measures fastest on an H100 and an H200.  With few pairs of (sequence, head) small programs wait less.
 SMALL_BLOCK, BLOCK = (8, 1), (16, 2)  # (keys of a block, warps)
-PROGRAMS = 640  # that the pairs are split into, where they are not few
-MAX_SPLITS = 32
+
+
+@triton.jit
+def _share(context, LEAST: tl.constexpr, SPLITS: tl.constexpr, MOST_KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keys of each of a row's splits but the last."""
+    count = tl.minimum(tl.maximum(tl.cdiv(context, MOST_KEYS), LEAST), SPLITS) if LEAST < SPLITS else SPLITS
+    return tl.cdiv(tl.cdiv(context, count), BLOCK_K) * BLOCK_K
 
 
 @triton.jit
@@ -50,28 +56,37 @@ def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.con
 @triton.jit
 def _place(block, head, num_heads, position, TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Where one head's key or value of a position, which lies in this block of the cache, begins."""
-    heads = block.to(tl.int64) * num_heads + head
-    return (heads * TOKENS_PER_BLOCK + position % TOKENS_PER_BLOCK) * HEAD_DIM
+    heads = (block * num_heads + head).to(tl.int64)  # a cache has fewer than 2^31 of them
+    return heads * (TOKENS_PER_BLOCK * HEAD_DIM) + (position & (TOKENS_PER_BLOCK - 1)) * HEAD_DIM
 
 
 @triton.jit
-def _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(k, v) [BLOCK_K, DIM_BLOCK] of these keys, of which the first lies at `base`; 0 from key `end` on."""
-    places = base + tl.arange(0, BLOCK_K)[:, None] * HEAD_DIM + dims[None, :]
-    mask = (keys < end)[:, None] & dim_mask[None, :]
-    return tl.load(k_cache + places, mask, other=0.0), tl.load(v_cache + places, mask, other=0.0)
+def _load_keys(k_cache, v_cache, base, count, dims, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(k, v) [BLOCK_K, DIM_BLOCK] of `count` keys, of which the first lies at `base`; 0 beyond.  count: None = all"""
+    slots = tl.arange(0, BLOCK_K)
+    places = slots[:, None] * HEAD_DIM + dims[None, :]
+    k_places, v_places = k_cache + base + places, v_cache + base + places
+    if count is None and dims.shape[0] == HEAD_DIM:
+        return tl.load(k_places), tl.load(v_places)
+    else:
+        mask = (dims < HEAD_DIM)[None, :]
+        if count is not None:
+            mask = mask & (slots < count)[:, None]
+        return tl.load(k_places, mask, other=0.0), tl.load(v_places, mask, other=0.0)
 
 
 @triton.jit
-def _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY: tl.constexpr):
-    """(acc, total, largest) of every slot with one more key in each.
+def _attend_keys(q, k, v, first_distance, count, slope, acc, total, largest, ROTARY: tl.constexpr):
+    """(acc, total, largest) of every slot with one more key in each of the first `count`.  count: None = all
 
-    distance: [BLOCK_K] key position - query position, 0 where there is no key; scores are multiplied by log2(e)
+    first_distance: position of the first key - position of the query; scores are multiplied by log2(e)
     """
+    slots = tl.arange(0, k.shape[0])
     scores = tl.sum(to_float32(k) * q[None, :], 1)
     if not ROTARY:
-        scores += slope * distance.to(tl.float32)
-    scores = tl.where(distance < 0, scores, -float("inf"))
+        scores += slope * (first_distance + slots).to(tl.float32)
+    if count is not None:
+        scores = tl.where(slots < count, scores, -float("inf"))
     new_largest = tl.maximum(largest, scores)
     shrink = tl.exp2(largest - new_largest)
     p = tl.exp2(scores - new_largest)
@@ -99,33 +114,39 @@ def _attend_new_token(q, k_kept, v_kept, total, result, peak):
 def _decode_attention(
     qkv, cos, sin, slopes, num_singles, context_lengths, tables, k_scale, v_scale,
     num_heads, blocks_per_row,
-    k_cache, v_cache, out, parts, part_sums,
+    k_cache, v_cache, out, parts, part_sums, ended,
     TOKENS_PER_BLOCK: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
+    ROTARY: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr, MOST_KEYS: tl.constexpr,
+    BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Writes out where SPLITS is 1, else each split's result to parts and its peak and total to part_sums.
+    """Writes out where a row has one split, else each split's result to parts and its peak and total to part_sums; and
+    the last split out, where LEAST < SPLITS.
 
     decode_attention has the shapes.  DIM_BLOCK: HEAD_DIM as a power of two
     """
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = num_heads * HEAD_DIM
     dims = tl.arange(0, DIM_BLOCK)
     dim_mask = dims < HEAD_DIM
+    pair = row * num_heads + head
+    part = pair * SPLITS + split
     # Lengths, tables and older keys and values were written long before the previous kernel: nothing waits for them.
     context = tl.load(context_lengths + row)
     written = HEAD_DIM
-    if MIXED:
-        context, written = if_single(num_singles, row, context, HEAD_DIM)
-    share = tl.cdiv(tl.cdiv(context, SPLITS), BLOCK_K) * BLOCK_K
+    if MIXED:  # a prompt's row and one of padding have nothing to attend to, nor to write
+        single = row < tl.load(num_singles)
+        context, written = tl.where(single, context, 0), tl.where(single, HEAD_DIM, 0)
+    share = _share(context, LEAST, SPLITS, MOST_KEYS, BLOCK_K)
     start = split * share
     if start < context:
         position = context - 1
         end = tl.minimum(start + share, position)
         table = tables + row * blocks_per_row
-        keys = start + tl.arange(0, BLOCK_K)
-        base = _place(tl.load(table + start // TOKENS_PER_BLOCK), head, num_heads, start, TOKENS_PER_BLOCK, HEAD_DIM)
-        k, v = _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM, BLOCK_K)
+        last = start + tl.maximum(end - start - 1, 0) // BLOCK_K * BLOCK_K
+        base = _place(tl.load(table + last // TOKENS_PER_BLOCK), head, num_heads, last, TOKENS_PER_BLOCK, HEAD_DIM)
+        k, v = _load_keys(k_cache, v_cache, base, end - last, dims, HEAD_DIM, BLOCK_K)
+        next_block = tl.load(table + start // TOKENS_PER_BLOCK)
         c, s, slope = 0.0, 0.0, 0.0
         if ROTARY:
             angle = position * (HEAD_DIM // 2) + dims % (HEAD_DIM // 2)
@@ -143,15 +164,14 @@ def _decode_attention(
         largest = tl.full((BLOCK_K,), -1e30, tl.float32)
         total = tl.zeros((BLOCK_K,), tl.float32)
         acc = tl.zeros((BLOCK_K, DIM_BLOCK), tl.float32)
-        distance = tl.where(keys < end, keys - position, 0)
-        acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
-        for first_key in tl.range(start + BLOCK_K, end, BLOCK_K, num_stages=3):  # loads run two blocks ahead
-            keys = first_key + tl.arange(0, BLOCK_K)
-            block = tl.load(table + first_key // TOKENS_PER_BLOCK)
+        acc, total, largest = _attend_keys(q, k, v, last - position, end - last, slope, acc, total, largest, ROTARY)
+        for first_key in tl.range(start, last, BLOCK_K, num_stages=3):  # keys run two blocks ahead, tables another
+            block = next_block
+            next_block = tl.load(table + (first_key + BLOCK_K) // TOKENS_PER_BLOCK)
             base = _place(block, head, num_heads, first_key, TOKENS_PER_BLOCK, HEAD_DIM)
-            k, v = _load_keys(k_cache, v_cache, base, keys, end, dims, dim_mask, HEAD_DIM, BLOCK_K)
-            distance = tl.where(keys < end, keys - position, 0)
-            acc, total, largest = _attend_keys(q, k, v, distance, slope, acc, total, largest, ROTARY)
+            k, v = _load_keys(k_cache, v_cache, base, None, dims, HEAD_DIM, BLOCK_K)
+            distance = first_key - position
+            acc, total, largest = _attend_keys(q, k, v, distance, None, slope, acc, total, largest, ROTARY)
         start_dependents(OVERLAP)  # not earlier: loading the next kernel's weights would delay the keys
         total, result, peak = _combine_slots(acc, total, largest)
         if position < start + share:  # this split ends with the new token
@@ -164,17 +184,27 @@ def _decode_attention(
             total, result, peak = _attend_new_token(q, k_kept, v_kept, total, result, peak)
         if QUANTISED:
             result = result * tl.load(v_scale)
-        if SPLITS == 1:
-            result = (result / total).to(out.dtype.element_ty)
-            tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, result, dim_mask)
+        used = tl.cdiv(context, share)
+        target = out + row.to(tl.int64) * width + head * HEAD_DIM + dims
+        if SPLITS == 1 or (LEAST < SPLITS and used == 1):
+            tl.store(target, (result / total).to(out.dtype.element_ty), dim_mask)
         else:
-            part = (row.to(tl.int64) * num_heads + head) * SPLITS + split
             tl.store(parts + part * HEAD_DIM + dims, result, dim_mask)
             tl.store(part_sums + part * 2, peak)
             tl.store(part_sums + part * 2 + 1, total)
+            if LEAST < SPLITS:
+                tl.debug_barrier()  # all threads have stored before one of them says so
+                if tl.atomic_add(ended + pair, 1, sem="acq_rel") == used - 1:
+                    tl.store(ended + pair, 0)  # for the next kernel
+                    result = combine_parts(parts, part_sums, pair, used, HEAD_DIM, DIM_BLOCK, SPLITS)
+                    tl.store(target, result.to(out.dtype.element_ty), dim_mask)
     else:
-        wait_for_inputs(OVERLAP)
-        if SPLITS == 1:  # a row of padding, whose context is empty
+        if SPLITS > 1 and LEAST == SPLITS:  # combine_splits looks at every split
+            wait_for_inputs(OVERLAP)
+            tl.store(part_sums + part * 2, -1e30)
+            tl.store(part_sums + part * 2 + 1, 0.0)
+        if split == 0:  # a row of padding, whose context is empty
+            wait_for_inputs(OVERLAP)
             nothing = tl.zeros((DIM_BLOCK,), out.dtype.element_ty)
             tl.store(out + row.to(tl.int64) * width + head * HEAD_DIM + dims, nothing, dims < written)
 
@@ -183,24 +213,13 @@ DECODE_ATTENTION = KernelSpec(
     _decode_attention,
     ("qkv", "cos", "sin", "slopes", "num_singles", "context_lengths", "tables", "k_scale", "v_scale"),
     ("num_heads", "blocks_per_row"),
-    ("k_cache", "v_cache", "out", "parts", "part_sums"),
+    ("k_cache", "v_cache", "out", "parts", "part_sums", "ended"),
 )
 
 
 def choose_block(pairs: int, quantised: bool) -> tuple[int, int]:
     """(keys of a block, warps).  pairs: of (sequence, head)"""
     return SMALL_BLOCK if quantised or pairs <= FEW_PAIRS else BLOCK
-
-
-def choose_splits(pairs: int) -> int:
-    """Into how many splits each (sequence, head) pair's keys are cut; a power of two.
-
-    It does not depend on the lengths, so that one captured graph serves them all: a split without keys takes next to
-    no time.
-    """
-    if pairs <= FEW_PAIRS:
-        return MAX_SPLITS
-    return next_power_of_2(max(PROGRAMS // pairs, 1) + 1) // 2
 
 
 def decode_attention(
@@ -211,8 +230,9 @@ def decode_attention(
     cache: LayerCache,
     spec: AttentionSpec,
     step: Step,
-    splits: int,
+    splits: Splits,
     out: Tensor,
+    ended: Tensor,
     block: tuple[int, int] | None = None,
 ) -> None:
     """ops.Ops.attention into `out` for the step's first sequences, with a single new token each.
@@ -220,36 +240,37 @@ def decode_attention(
     A sequence of context length 0 is padding.
     cos, sin: [capacity, head_dim / 2] float32, not read with ALiBi; slopes: [num_heads] float32, not read with RoPE;
     splits: see choose_splits; block: see choose_block; out: [num_tokens, num_heads * head_dim]
+    ended: [MOST_COUNTED] int32, zeros before and after: how many splits of a pair have ended
     """
     rows, heads, dim = step.singles, spec.num_heads, spec.head_dim
-    parts, sums = parts_of(rows, heads, splits, dim, out)
+    parts, sums = parts_of(rows, heads, splits.most, dim, out)
     quantised = cache.k_scale is not None
     block_k, num_warps = block or choose_block(rows * heads, quantised)
     assert cache.tokens_per_block % block_k == 0, "the keys of a load lie in one block of the cache"
+    assert splits.least == splits.most or rows * heads <= ended.shape[0], "a count for each pair"
+    head_shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim)}
     k_scale, v_scale = (cache.k_scale, cache.v_scale) if quantised else (qkv, qkv)
-    shape = {"HEAD_DIM": dim, "DIM_BLOCK": next_power_of_2(dim), "SPLITS": splits, "BLOCK_K": block_k}
-    shape["MIXED"] = step.mixed
     num_singles = step.num_singles if step.mixed and step.num_singles is not None else step.context_lengths
     DECODE_ATTENTION.launch(
-        (splits, heads, rows),
+        (heads, rows, splits.most),
         (qkv, cos, sin, slopes, num_singles, step.context_lengths, cache.tables, k_scale, v_scale),
         (heads, cache.tables.shape[1]),
-        (cache.k, cache.v, out, parts, sums),
+        (cache.k, cache.v, out, parts, sums, ended),
         {
             "TOKENS_PER_BLOCK": cache.tokens_per_block,
             "SOFTMAX_SCALE": dim**-0.5,
             "ROTARY": spec.rotary,
             "QUANTISED": quantised,
-            **shape,
+            **head_shape,
+            "LEAST": splits.least,
+            "SPLITS": splits.most,
+            "MOST_KEYS": MOST_KEYS,
+            "BLOCK_K": block_k,
+            "MIXED": step.mixed,
         },
         num_warps=num_warps,
     )
-    if splits > 1:
+    if 1 < splits.least == splits.most:
         COMBINE_SPLITS.launch(
-            (heads, rows),
-            (parts, sums, num_singles, step.context_lengths),
-            (heads,),
-            (out,),
-            {**shape, "SUMS_SAY": False},
-            num_warps=1,
+            (heads, rows), (parts, sums), (heads,), (out,), {**head_shape, "SPLITS": splits.most}, num_warps=1
         )

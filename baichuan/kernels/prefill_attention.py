@@ -206,12 +206,11 @@ def prefill_attention(
         num_stages=num_stages,
     )  # fmt: skip
     if splits > 1:
-        shape = {"HEAD_DIM": dim, "DIM_BLOCK": dim_block, "SPLITS": splits, "BLOCK_K": block_k, "MIXED": False}
         COMBINE_SPLITS.launch(
             (heads, tokens),
-            (parts, sums, step.num_singles, step.context_lengths),
+            (parts, sums),
             (heads,),
             (out,),
-            {**shape, "SUMS_SAY": True},
+            {"HEAD_DIM": dim, "DIM_BLOCK": dim_block, "SPLITS": splits},
             num_warps=1,
         )

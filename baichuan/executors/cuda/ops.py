@@ -25,7 +25,7 @@ from baichuan.executors.cpu.reference import ReferenceOps
 from baichuan.executors.cuda.comm import slots_of
 from baichuan.executors.cuda.dense_copies import DenseCopies
 from baichuan.executors.cuda.linear import Choice, LinearKernel, choose_kernel
-from baichuan.kernels.decode_attention import choose_splits, decode_attention
+from baichuan.kernels.decode_attention import decode_attention
 from baichuan.kernels.exchange import quantise_over_ranks
 from baichuan.kernels.kv_store import store_kv
 from baichuan.kernels.norm import add_rms_norm
@@ -34,6 +34,7 @@ from baichuan.kernels.peers import Slots
 from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
+from baichuan.kernels.splits import MOST_COUNTED, Splits, choose_splits
 from baichuan.kernels.sum_norm import sum_norm
 from baichuan.model import position
 from baichuan.parallel.comm import Communicator
@@ -77,6 +78,7 @@ class CudaOps:
         self.comm, self.switches, self.copies = comm, switches, copies or DenseCopies()
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
+        self.ended = torch.zeros(MOST_COUNTED, dtype=torch.int32, device=device)
         self.cos = self.sin = self.slopes  # which no kernel reads with ALiBi
         if spec.rotary:
             self.cos, self.sin = position.rope_table(capacity, spec, device)
@@ -103,13 +105,13 @@ class CudaOps:
             prefill_attention(qkv, self.slopes, cache, spec, step, out, split)
         if step.singles:
             splits = self.splits(step, spec)
-            decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, out)
+            decode_attention(qkv, self.cos, self.sin, self.slopes, cache, spec, step, splits, out, self.ended)
         return out
 
-    def splits(self, step: Step, spec: AttentionSpec) -> int:
+    def splits(self, step: Step, spec: AttentionSpec) -> Splits:
         """Into how many splits the keys of single tokens are cut."""
         if not self.switches.split_keys:
-            return 1
+            return Splits(1, 1)
         return choose_splits(step.singles * spec.num_heads)
 
     def gated_mlp(self, x, residual, norm, gate_up: Weight, down_proj: Weight, eps: float):
