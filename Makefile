@@ -68,10 +68,12 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
 	$(call pytest,.venv-oldest/bin,tests/test_hf.py tests/test_beam.py tests/test_summarize.py)
 
-# On a GPU machine; PYTEST="python3 -m pytest" uses an environment that has torch with CUDA already.
+# On a GPU machine; PYTEST="python3 -m pytest" uses an environment that has torch with CUDA already, GPU_JOBS= one process.
 PYTEST ?= $(BIN)/python -m pytest
+GPU_JOBS ?= 4
 test-cuda:
-	$(PYTEST) -m "cuda or multi_gpu"
+	$(PYTEST) $(if $(GPU_JOBS),-n $(GPU_JOBS)) -m cuda
+	$(PYTEST) -m multi_gpu
 
 # On a GPU machine too; BENCH=python3 uses an environment that has torch with CUDA already.
 BENCH ?= $(BIN)/python
