@@ -18,6 +18,7 @@ from baichuan.executors.cuda.graph import Captured, Size
 from baichuan.executors.cuda.linear import Choice, choose_kernel
 from baichuan.kernels import store_row
 from baichuan.kernels.argmax import argmax
+from baichuan.kernels.combine_splits import parts_of
 from baichuan.kernels.decode_attention import decode_attention
 from baichuan.kernels.gemm import gemm
 from baichuan.kernels.gemm_int4 import gemm_int4
@@ -40,7 +41,7 @@ from baichuan.kernels.prefill_attention import prefill_attention
 from baichuan.kernels.rows import gather_rows, quantise_rows
 from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.spec import GemvBlock
-from baichuan.kernels.splits import MOST_COUNTED, Splits, choose_splits
+from baichuan.kernels.splits import MOST_COUNTED, MOST_PROGRAMS, Splits, choose_splits
 from baichuan.kernels.tiles import Tile
 from baichuan.model import position
 from baichuan.quant.fp8 import token_scale
@@ -415,6 +416,7 @@ def test_fp8_products_of_many_tokens(shape, scales):
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96
+SPLITS = Splits(2, 2)  # of single tokens beside prompts, where a test does not say
 UNTOUCHED = 96  # exact in every type of cache, and no key that occurs
 KV_TYPES = {"dtype": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -455,19 +457,19 @@ class Attention:
             out.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
         return torch.cat(out)
 
-    def prefill(self, qkv, step, split=False):
+    def prefill(self, qkv, step, split=False, splits=SPLITS):
         qkv = qkv.clone()
         store_kv(qkv, self.cos, self.sin, self.cache, self.spec, step)
         out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE)
         prefill_attention(qkv, self.slopes, self.cache, self.spec, step, out, split, block_q=16, block_k=16)
         if step.singles:
-            self.decode(qkv, step, Splits(2, 2), out)
+            self.decode(qkv, step, splits, out)
         return out
 
-    def decode(self, qkv, step, splits, out=None):
+    def decode(self, qkv, step, splits, out=None, block=(16, 1)):
         out = torch.empty(len(qkv), HEADS * DIM, dtype=qkv.dtype, device=DEVICE) if out is None else out
         ropes, ended = (self.cos, self.sin, self.slopes), self.ended
-        decode_attention(qkv, *ropes, self.cache, self.spec, step, splits, out, ended, (16, 1))
+        decode_attention(qkv, *ropes, self.cache, self.spec, step, splits, out, ended, block)
         assert not self.ended.any()
         return out
 
@@ -520,25 +522,43 @@ def test_prefill_splits_its_keys(monkeypatch, rotary, kv, past, lengths):
     assert not torch.equal(*results), "the control: the keys were split"
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-def test_a_captured_mixed_step_is_the_step(rotary):
-    """Single tokens beside a chunk, padded to the size of a graph: what is padding is neither read nor stored."""
-    lengths, past = [1, 1, 14], [9, 20, 5]
-    attention = Attention(rotary, None, torch.float16, len(lengths))
+@pytest.fixture
+def nothing_left(monkeypatch):
+    """The memory for splits' results begins as NaN: what is read though no split has written it is seen."""
+
+    def parts_of_nan(rows, heads, splits, dim, out):
+        parts = parts_of(rows, heads, splits, dim, out)
+        return parts if splits == 1 else tuple(each.fill_(torch.nan) for each in parts)
+
+    monkeypatch.setattr("baichuan.kernels.decode_attention.parts_of", parts_of_nan)
+
+
+@pytest.mark.parametrize("rotary, kv", [(True, "dtype"), (False, "dtype"), (False, "int8"), (True, "fp8")])
+def test_a_captured_mixed_step_is_the_step(monkeypatch, nothing_left, rotary, kv):
+    """Single tokens beside a chunk, padded to the size of a graph: what is padding is neither read nor stored.
+
+    The keys of single tokens in one split, in two that a kernel combines, and the longer row's in several of its own.
+    """
+    monkeypatch.setattr("baichuan.kernels.decode_attention.MOST_KEYS", 16)
+    lengths, past = [1, 1, 14], [9, 50, 5]
+    attention = Attention(rotary, KV_TYPES[kv], torch.float32, len(lengths))
     before, step = (
         Step.of([[0] * n for n in past], device=DEVICE),
         Step.of([[0] * n for n in lengths], past, device=DEVICE),
     )
-    for each in (before, step):
-        qkv = normal(len(each.tokens), 3 * HEADS * DIM, seed=len(each.tokens))
-        expected, padding = attention.expected(qkv, each), 0
-        if each.mixed:
-            size = Size.of(each)
-            assert size == Size(32, 16, 4) and size.mixed
-            each, padding = Captured(each, size).static, size.tokens - len(qkv)
-        qkv = torch.cat([qkv, torch.full((padding, qkv.shape[1]), torch.nan, dtype=qkv.dtype, device=DEVICE)])
-        result = attention.prefill(qkv, each)[: len(expected)]
-        assert relative_error(result, expected) < bound(torch.float16)
+    qkv = normal(len(before.tokens), 3 * HEADS * DIM, seed=1, dtype=torch.float32)
+    expected = attention.expected(qkv, before)
+    assert relative_error(attention.prefill(qkv, before), expected) < bound(torch.float32)
+    qkv, size = normal(len(step.tokens), 3 * HEADS * DIM, seed=2, dtype=torch.float32), Size.of(step)
+    expected, padding = attention.expected(qkv, step), size.tokens - len(qkv)
+    assert size == Size(32, 16, 4) and size.mixed
+    qkv = torch.cat([qkv, torch.full((padding, qkv.shape[1]), torch.nan, dtype=qkv.dtype, device=DEVICE)])
+    static, results = Captured(step, size).static, []
+    for splits in (Splits(1, 1), Splits(2, 2), Splits(1, 4)):
+        results.append(attention.prefill(qkv, static, splits=splits)[: len(expected)])
+        assert relative_error(results[-1], expected) < bound(torch.float32)
+    one, _, several = results
+    assert torch.equal(several[0], one[0]) and not torch.equal(several[1], one[1]), "the control: the long row is split"
     for row, (length, more) in enumerate(zip(past, lengths, strict=True)):
         assert (row_of(attention.cache, row)[0][:, length + more :].float() == UNTOUCHED).all()
 
@@ -553,25 +573,34 @@ def test_decode_attention_leaves_padding_alone():
         assert (row_of(attention.cache, 1)[0] == UNTOUCHED).all()
 
 
-@pytest.mark.parametrize("kv", KV_TYPES)
-def test_long_rows_have_more_splits(monkeypatch, kv):
-    """A row of 70 keys in four splits beside rows that have one, with one key and with as many as one may have."""
-    monkeypatch.setattr("baichuan.kernels.decode_attention.MOST_KEYS", 16)
-    lengths = [70, 1, 16]
+@pytest.mark.parametrize(
+    "splits, block, kv",
+    [(Splits(1, 4), (16, 1), "int8"), (Splits(2, 16), (8, 1), "dtype"), (Splits(2, 16), (8, 1), "fp8")],
+)
+def test_rows_of_all_lengths(monkeypatch, nothing_left, splits, block, kv):
+    """Rows of one key and of one block of keys beside long ones, which have more splits: with blocks of 8 keys one row
+    has twelve, of which eight are combined at a time.  Then 16 splits for every row, most of them without keys.
+    """
+    monkeypatch.setattr("baichuan.kernels.decode_attention.MOST_KEYS", block[0])
+    lengths = [90, 1, block[0], 50]
     attention = Attention(False, KV_TYPES[kv], torch.float32, len(lengths))
     past = [n - 1 for n in lengths]
-    for number, step in enumerate((
-        Step.of([[0] * n for n in past], device=DEVICE), Step.of([[0]] * len(lengths), past, device=DEVICE)
-    )):  # fmt: skip
-        qkv = normal(len(step.tokens), 3 * HEADS * DIM, seed=number, dtype=torch.float32)
-        expected = attention.expected(qkv, step)
-        if not number:
-            attention.prefill(qkv, step)
-            continue
-        one, several = (attention.decode(qkv, step, splits) for splits in (Splits(1, 1), Splits(1, 4)))
-        assert relative_error(several, expected) < bound(torch.float32)
-        assert torch.equal(several[1:], one[1:]), "short rows are not split"
-        assert not torch.equal(several[0], one[0]), "the control: the long one is"
+    before, step = (
+        Step.of([[0] * n for n in past], device=DEVICE),
+        Step.of([[0]] * len(lengths), past, device=DEVICE),
+    )
+    qkv = normal(len(before.tokens), 3 * HEADS * DIM, dtype=torch.float32)
+    attention.expected(qkv, before)
+    attention.prefill(qkv, before)
+    qkv = normal(len(lengths), 3 * HEADS * DIM, seed=1, dtype=torch.float32)
+    expected = attention.expected(qkv, step)
+    one, own, same = (attention.decode(qkv, step, each, block=block) for each in (Splits(1, 1), splits, Splits(16, 16)))
+    for result in (one, own, same):
+        for row, right in zip(result, expected, strict=True):
+            assert relative_error(row, right) < bound(torch.float32)
+    assert torch.equal(own[1:3], one[1:3]), "short rows are not split"
+    for row in (0, 3):
+        assert not torch.equal(own[row], one[row]), "the control: long ones are"
 
 
 def test_attention_bound_notices_a_wrong_slope():
@@ -589,3 +618,8 @@ def test_choose_splits():
     assert choose_splits(320) == Splits(2, 16)
     assert choose_splits(40 * 64) == Splits(1, 2)
     assert choose_splits(40 * 128) == choose_splits(40 * 256) == Splits(1, 1)  # enough programs without
+    for pairs in range(1, 6000):
+        least, most = choose_splits(pairs)
+        assert 1 <= least <= most <= 32 and least & (least - 1) == most & (most - 1) == 0
+        assert least == most or pairs <= MOST_COUNTED, "each pair whose splits are counted has a counter"
+        assert most == 1 or pairs * most <= MOST_PROGRAMS, "and places in parts are numbers of 32 bits"
