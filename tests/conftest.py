@@ -4,11 +4,11 @@ are left out there."""
 
 import logging
 import os
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from gpu_marks import asks_for_gpus
 from named_skips import (  # noqa: F401
     NO_RELEASED_TOKENIZERS,
     RELEASED_FOLDER,
@@ -28,7 +28,7 @@ collect_ignore += [] if find_spec("pexpect") and find_spec("pyte") else ["test_c
 
 def pytest_configure(config):
     """`make test` is the same on every machine; `make test-cuda` asks for the tests that need a GPU."""
-    if not re.search(r"(?<!not )\b(cuda|multi_gpu)\b", config.option.markexpr):
+    if not asks_for_gpus(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import kernel_device  # noqa: F401  before any kernel, and after GPUs are hidden
 
