@@ -1,6 +1,9 @@
-"""What splits of keys have made of a row's attention, combined.
+"""Combining the splits of a row's keys into its attention.
 
-prefill_attention starts a kernel for that; in decode_attention the split of a row that ends last does it.
+With part, peak and total of each split i:  sum_i part_i * w_i / sum_i total_i * w_i,  w_i = exp2(peak_i - largest peak)
+
+prefill_attention starts a kernel for that, and so does decode_attention for few pairs of (sequence, head); for more the
+split of a row that ends last does it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from baichuan.kernels.spec import KernelSpec
 @triton.jit
 def combine_parts(parts, part_sums, pair, used, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """[DIM_BLOCK] attention of a pair of (sequence, head) from its first `used` splits."""
-    AT_ONCE: tl.constexpr = 8 if SPLITS > 8 else SPLITS  # so many in registers
+    AT_ONCE: tl.constexpr = 8 if SPLITS > 8 else SPLITS  # splits whose values are in registers together
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
     sums = part_sums + (pair * SPLITS + splits) * 2
     peaks = tl.load(sums, splits < used, other=-1e30)
@@ -41,7 +44,7 @@ def _combine_splits(
     out,
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A split with a total of 0 has no part, and a row without parts is not written."""
+    """A split with a total of 0 has no part.  A row without parts, another kernel's or padding, is not written."""
     wait_for_inputs(OVERLAP)
     start_dependents(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)

@@ -8,10 +8,12 @@ loop exchanges nothing between threads.  With 22 older keys, the new token's key
     split 1     keys 20 21       | 12 13 14 15 | 16 17 18 19 |  then key 22
     slot              0  1  2  3    0  1  2  3    0  1  2  3
 
-    slot 1 of split 0: largest score, sum of exp2(score - largest), and that sum times v, of keys 9, 1 and 5
-    a split's last block, which alone may have fewer than BLOCK_K keys, comes first: the loop then asks for none
-    end of a split:    its slots are combined; the split that ends with the new token stores its k and v and adds them
-    several splits:    the one that ends last combines them all; with few pairs of (sequence, head) combine_splits does
+    slot 1 of split 0: of keys 9, 1 and 5 the largest score and the sums of exp2(score - largest) and of that times v
+
+The last block of a split comes first: it alone may have fewer than BLOCK_K keys, so that the loop needs no mask.  After
+the loop the slots are combined, and the split that ends with the new token stores that token's key and value, and
+attends to them too.  The splits of a row are combined by the one that ends last, which knows it from a counter, or, with
+few pairs of (sequence, head), by a kernel of their own.
 
 Slots and splits are combined in a fixed order, so that every run gives the same bits.
 """
@@ -36,7 +38,7 @@ SMALL_BLOCK, BLOCK = (8, 1), (16, 2)  # (keys of a block, warps)
 
 @triton.jit
 def _share(context, LEAST: tl.constexpr, SPLITS: tl.constexpr, MOST_KEYS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keys of each of a row's splits but the last."""
+    """Keys of each of a row's splits but the last, a multiple of BLOCK_K.  context: keys of the row, the new one too"""
     count = tl.minimum(tl.maximum(tl.cdiv(context, MOST_KEYS), LEAST), SPLITS) if LEAST < SPLITS else SPLITS
     return tl.cdiv(tl.cdiv(context, count), BLOCK_K) * BLOCK_K
 
@@ -55,14 +57,14 @@ def _rotated(x_row, cos, sin, dims, mask, HEAD_DIM: tl.constexpr, ROTARY: tl.con
 
 @triton.jit
 def _place(block, head, num_heads, position, TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Where one head's key or value of a position, which lies in this block of the cache, begins."""
-    heads = (block * num_heads + head).to(tl.int64)  # a cache has fewer than 2^31 of them
+    """Where the key or value of one head begins in the cache.  block: that of the position"""
+    heads = (block * num_heads + head).to(tl.int64)  # fewer than 2^31: each takes 2 KB or more of a block
     return heads * (TOKENS_PER_BLOCK * HEAD_DIM) + (position & (TOKENS_PER_BLOCK - 1)) * HEAD_DIM
 
 
 @triton.jit
 def _load_keys(k_cache, v_cache, base, count, dims, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(k, v) [BLOCK_K, DIM_BLOCK] of `count` keys, of which the first lies at `base`; 0 beyond.  count: None = all"""
+    """(k, v) [BLOCK_K, DIM_BLOCK] of `count` keys from `base` on, then zeros.  count: None = BLOCK_K"""
     slots = tl.arange(0, BLOCK_K)
     places = slots[:, None] * HEAD_DIM + dims[None, :]
     k_places, v_places = k_cache + base + places, v_cache + base + places
@@ -77,7 +79,7 @@ def _load_keys(k_cache, v_cache, base, count, dims, HEAD_DIM: tl.constexpr, BLOC
 
 @triton.jit
 def _attend_keys(q, k, v, first_distance, count, slope, acc, total, largest, ROTARY: tl.constexpr):
-    """(acc, total, largest) of every slot with one more key in each of the first `count`.  count: None = all
+    """(acc, total, largest) of every slot with one more key in each of the first `count` slots.  count: None = all
 
     first_distance: position of the first key - position of the query; scores are multiplied by log2(e)
     """
@@ -120,10 +122,10 @@ def _decode_attention(
     BLOCK_K: tl.constexpr, MIXED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Writes out where a row has one split, else each split's result to parts and its peak and total to part_sums; and
-    the last split out, where LEAST < SPLITS.
+    """Writes a row of `out` where it has one split.  Otherwise each split writes its result to parts and its peak and
+    total to part_sums; where LEAST < SPLITS, the split that ends last then writes the row of `out`.
 
-    decode_attention has the shapes.  DIM_BLOCK: HEAD_DIM as a power of two
+    decode_attention has the shapes.  DIM_BLOCK: HEAD_DIM as a power of two; LEAST, SPLITS: bounds of a row's splits
     """
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = num_heads * HEAD_DIM
@@ -165,7 +167,7 @@ def _decode_attention(
         total = tl.zeros((BLOCK_K,), tl.float32)
         acc = tl.zeros((BLOCK_K, DIM_BLOCK), tl.float32)
         acc, total, largest = _attend_keys(q, k, v, last - position, end - last, slope, acc, total, largest, ROTARY)
-        for first_key in tl.range(start, last, BLOCK_K, num_stages=3):  # keys run two blocks ahead, tables another
+        for first_key in tl.range(start, last, BLOCK_K, num_stages=3):  # loads keys two blocks ahead, places three
             block = next_block
             next_block = tl.load(table + (first_key + BLOCK_K) // TOKENS_PER_BLOCK)
             base = _place(block, head, num_heads, first_key, TOKENS_PER_BLOCK, HEAD_DIM)
@@ -193,13 +195,13 @@ def _decode_attention(
             tl.store(part_sums + part * 2, peak)
             tl.store(part_sums + part * 2 + 1, total)
             if LEAST < SPLITS:
-                tl.debug_barrier()  # all threads have stored before one of them says so
+                tl.debug_barrier()  # all threads have stored before one of them counts the split
                 if tl.atomic_add(ended + pair, 1, sem="acq_rel") == used - 1:
-                    tl.store(ended + pair, 0)  # for the next kernel
+                    tl.store(ended + pair, 0)  # as the next kernel expects it
                     result = combine_parts(parts, part_sums, pair, used, HEAD_DIM, DIM_BLOCK, SPLITS)
                     tl.store(target, result.to(out.dtype.element_ty), dim_mask)
     else:
-        if SPLITS > 1 and LEAST == SPLITS:  # combine_splits looks at every split
+        if SPLITS > 1 and LEAST == SPLITS:  # _combine_splits reads the sums of every split
             wait_for_inputs(OVERLAP)
             tl.store(part_sums + part * 2, -1e30)
             tl.store(part_sums + part * 2 + 1, 0.0)
@@ -240,7 +242,7 @@ def decode_attention(
     A sequence of context length 0 is padding.
     cos, sin: [capacity, head_dim / 2] float32, not read with ALiBi; slopes: [num_heads] float32, not read with RoPE;
     splits: see choose_splits; block: see choose_block; out: [num_tokens, num_heads * head_dim]
-    ended: [MOST_COUNTED] int32, zeros before and after: how many splits of a pair have ended
+    ended: [MOST_COUNTED] int32, how many splits of a pair have ended; zeros before and after
     """
     rows, heads, dim = step.singles, spec.num_heads, spec.head_dim
     parts, sums = parts_of(rows, heads, splits.most, dim, out)

@@ -9,23 +9,28 @@ from baichuan.kernels.spec import next_power_of_2
 # What measures fastest on an H100 and an H200.  Few pairs have many small programs, and a kernel that combines their
 # splits takes less time than the last of them would.
 FEW_PAIRS = 64
-PROGRAMS = 640  # that the pairs are split into, where they are not few ...
-MOST_PROGRAMS = 5120  # ... and up to so many, where rows are long
-MOST_KEYS = 256  # of a split in such a row: the longest rows then end with the others
-MAX_SPLITS = 32
-MOST_COUNTED = MOST_PROGRAMS // 2  # pairs of which the last split combines them all
+PROGRAMS = 640  # of all pairs together, where they are not few ...
+MOST_PROGRAMS = 5120  # ... and at most, where rows are long
+MOST_KEYS = 256  # of a split, while a row may have more splits: the longest rows then end with the others
+MAX_SPLITS = 32  # of a row
+MOST_COUNTED = MOST_PROGRAMS // 2  # pairs with two splits or more whose last one combines them
 
 
 class Splits(NamedTuple):
-    """Of each row, both powers of two.  As many at least as at most: a kernel of its own combines them."""
+    """Bounds of a row's number of splits, both powers of two: between them it has one for each MOST_KEYS keys.
+
+    Where they are equal, and not 1, a kernel of its own combines the splits.
+    """
 
     least: int
-    most: int  # where a row has more than MOST_KEYS keys for each of the least
+    most: int
 
 
 def choose_splits(pairs: int) -> Splits:
-    """It does not depend on the rows' lengths, so that one captured graph serves them all: the kernel sees a row's
-    length, and the splits without keys, which are the grid's last, take little time.
+    """The bounds for so many pairs of (sequence, head).
+
+    They do not depend on the rows' lengths, so that one captured graph serves all lengths: the kernel reads those, and
+    programs of splits without keys, which are the grid's last, take little time.
     """
     if pairs <= FEW_PAIRS:
         return Splits(MAX_SPLITS, MAX_SPLITS)

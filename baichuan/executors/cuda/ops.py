@@ -4,7 +4,7 @@ Every op chooses its product first (linear.py).  The kernel that makes the produ
 writes it in the form that the product takes, and a GEMV applies silu_mul itself.  The kernels of one layer:
 
     INT8, one token       add_rms_norm -> Int16 | gemv_int            norm_linear
-                          decode_attention                            attention
+                          decode_attention | combine_splits           attention
                           quantise_rows -> Int16 | gemv_int           partial_linear
                           add_rms_norm -> Int16 | gemv_int with silu  gated_mlp
                           quantise_rows -> Int16 | gemv_int
@@ -78,7 +78,7 @@ class CudaOps:
         self.comm, self.switches, self.copies = comm, switches, copies or DenseCopies()
         slopes = position.alibi_slopes(spec.total_heads)[spec.first_head :][: spec.num_heads]
         self.slopes = slopes.to(device)
-        self.ended = torch.zeros(MOST_COUNTED, dtype=torch.int32, device=device)
+        self.ended = torch.zeros(MOST_COUNTED, dtype=torch.int32, device=device)  # decode_attention's counters
         self.cos = self.sin = self.slopes  # which no kernel reads with ALiBi
         if spec.rotary:
             self.cos, self.sin = position.rope_table(capacity, spec, device)
