@@ -12,8 +12,8 @@ loop exchanges nothing between threads.  With 22 older keys, the new token's key
 
 The last block of a split comes first: it alone may have fewer than BLOCK_K keys, so that the loop needs no mask.  After
 the loop the slots are combined, and the split that ends with the new token stores that token's key and value, and
-attends to them too.  The splits of a row are combined by the one that ends last, which knows it from a counter, or, with
-few pairs of (sequence, head), by a kernel of their own.
+attends to them too.  The splits of a row are combined by the one that ends last, which learns this from a counter; with
+few pairs of (sequence, head) a kernel of its own does it.
 
 Slots and splits are combined in a fixed order, so that every run gives the same bits.
 """
