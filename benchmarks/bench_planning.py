@@ -1,6 +1,6 @@
 """What the host does for a step of traffic, without a GPU: python benchmarks/bench_planning.py
 
-Requests of bench_traffic.py's lengths run through the scheduler and the session over an executor that computes
+Requests of traffic.py's lengths run through the scheduler and the session over an executor that computes
 nothing.  Prints microseconds, of steps in which nearly as many rows decode as ever, alone and beside chunks of prompts:
 of the scheduler's decisions (the plan, and what it is told of new tokens and ended requests), and of all that the host
 does.  On a GPU the host adds the copies to the device and the launch of the step's graph, all while the step before

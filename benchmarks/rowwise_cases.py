@@ -94,9 +94,7 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             name=f"argmax of {vocab_size} logits, {counted(rows, 'row')}",
             make=lambda seed, rows=rows: (normal((rows, vocab_size), device, seed, torch.float32),),
             run=argmax,
-            expected=lambda logits: (
-                logits.argmax(-1).float() + 1
-            ),  # from 1: the relative error of an index 0 is undefined
+            expected=lambda logits: logits.argmax(-1).float() + 1,  # a relative error of index 0 is undefined
             tolerance=0.0,
             result=lambda raw, _: raw.float() + 1,
         )
