@@ -533,7 +533,7 @@ def nothing_left(monkeypatch):
     monkeypatch.setattr("baichuan.kernels.decode_attention.parts_of", parts_of_nan)
 
 
-@pytest.mark.parametrize("rotary, kv", [(True, "dtype"), (False, "dtype"), (False, "int8"), (True, "fp8")])
+@pytest.mark.parametrize("rotary, kv", [(True, "dtype"), (False, "int8"), (False, "fp8")])
 def test_a_captured_mixed_step_is_the_step(monkeypatch, nothing_left, rotary, kv):
     """Single tokens beside a chunk, padded to the size of a graph: what is padding is neither read nor stored.
 
@@ -598,6 +598,8 @@ def test_rows_of_all_lengths(monkeypatch, nothing_left, splits, block, kv):
     for result in (one, own, same):
         for row, right in zip(result, expected, strict=True):
             assert relative_error(row, right) < bound(torch.float32)
+    for _ in range(500 if DEVICE.type == "cuda" else 0):  # NaN where a split is combined before all have stored theirs
+        assert torch.equal(attention.decode(qkv, step, splits, block=block), own)
     assert torch.equal(own[1:3], one[1:3]), "short rows are not split"
     for row in (0, 3):
         assert not torch.equal(own[row], one[row]), "the control: long ones are"
