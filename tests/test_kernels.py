@@ -605,6 +605,28 @@ def test_rows_of_all_lengths(monkeypatch, nothing_left, splits, block, kv):
         assert not torch.equal(own[row], one[row]), "the control: long ones are"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("splits", [Splits(1, 1), Splits(1, 4), Splits(4, 4), Splits(32, 32)])
+def test_a_query_that_is_no_number_is_seen_in_the_output(splits, value):
+    """And nothing that an earlier kernel has left in the output's memory."""
+    attention, width = Attention(False, None, torch.float16, 1), HEADS * DIM
+    attention.prefill(normal(40, 3 * width), Step.of([[0] * 40], device=DEVICE))
+    qkv = normal(1, 3 * width, seed=3)
+    qkv[:, 0] = value
+    out = torch.full((1, width), 7.0, dtype=torch.float16, device=DEVICE)
+    attention.decode(qkv, Step.of([[0]], [40], device=DEVICE), splits, out)
+    assert out[:, :DIM].isnan().all() and out[:, DIM:].isfinite().all()
+
+
+def test_a_query_that_is_no_number_is_seen_in_a_prefill_of_splits(monkeypatch):
+    monkeypatch.setattr("baichuan.kernels.prefill_attention.PROGRAMS", 1 << 10)
+    attention, width = Attention(False, None, torch.float16, 1), HEADS * DIM
+    qkv = normal(40, 3 * width)
+    qkv[39, 0] = torch.nan
+    out = attention.prefill(qkv, Step.of([[0] * 40], device=DEVICE), split=True)
+    assert out[39, :DIM].isnan().all() and out[:39].isfinite().all()
+
+
 def test_attention_bound_notices_a_wrong_slope():
     attention = Attention(False, None, torch.float16, 1)
     step = Step.of([[0] * 60], device=DEVICE)
