@@ -52,13 +52,12 @@ def _combine_splits(
     part = (row.to(tl.int64) * num_heads + head) * SPLITS + splits
     peaks = tl.load(part_sums + part * 2)
     totals = tl.load(part_sums + part * 2 + 1)
-    used = totals > 0
-    written = tl.where(tl.max(totals, 0) > 0, HEAD_DIM, 0)
+    used = totals != 0  # a total that is NaN comes from a part that is
+    written = tl.where(tl.max(used.to(tl.int32), 0) > 0, HEAD_DIM, 0)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
     values = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask, other=0.0)
     weight = tl.exp2(peaks - tl.max(peaks, 0))
-    total = tl.maximum(tl.sum(totals * weight, 0), 1e-30)  # 0 only in a row that is left alone
-    result = tl.sum(values * weight[:, None], 0) / total
+    result = tl.sum(values * weight[:, None], 0) / tl.sum(totals * weight, 0)
     target = (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
     tl.store(out + target, result.to(out.dtype.element_ty), dims < written)
 
