@@ -112,25 +112,19 @@ def main(capability: int, shared_memory: int) -> None:
     KernelSpec.launch = compile_instead(capability)
     gemm_parts.shared_memory = lambda device: shared_memory
     cuda_linear.product = lambda x, weight, dtype: torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
+    quants = {name: quant for name, quant in QUANTS.items() if quant.weights != "fp8" or capability >= 89}
+    if capability < 89:  # such GPUs have no FP8
+        quants = {name: replace(quant, kv_cache="none") for name, quant in quants.items()}
     for version in ("v1_7b", "v2_13b"):
-        for quant in QUANTS.values():
-            if capability < 89:  # such GPUs have no FP8
-                if quant.weights == "fp8":
-                    continue
-                quant = replace(quant, kv_cache="none")
+        for quant in quants.values():
             for rows in ROWS:
                 run(version, quant, rows)
     for rows in ROWS:
-        run("v2_13b", QUANTS["int4 in groups"], rows, "bfloat16")
+        run("v2_13b", quants["int4 in groups"], rows, "bfloat16")
     for rows, ranks in ((1, 2), (40, 4)):
-        for quant in (
-            "float16",
-            "int8",
-            "int4",
-            "smooth_quant per token",
-            *(("fp8", "fp8 per token") if capability >= 89 else ()),
-        ):
-            run("v2_13b", QUANTS[quant], rows, ranks=ranks)
+        for name in ("float16", "int8", "int4", "smooth_quant per token", "fp8", "fp8 per token"):
+            if name in quants:
+                run("v2_13b", quants[name], rows, ranks=ranks)
     if capability == 90:
         compile_gluon()
 
