@@ -6,6 +6,7 @@ Makes a random checkpoint of the version at full size (--small: of the demo's si
 summarises in every precision.  Prints each command with its time, the most host and GPU memory that it held and the
 bytes of its engine; ends non-zero at the first command that fails, with what it printed.  Engines go as soon as they
 have been used.  What is done is remembered in the folder: the same command line goes on where the last one stopped.
+On another machine, or with another PyTorch, the commands are walked again, with the same checkpoint.
 """
 
 from __future__ import annotations
@@ -73,29 +74,45 @@ def walk(args: argparse.Namespace, comm: Communicator) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prompts.csv").write_text("5,17,300,42,9\n7,8,1000\n")
     chosen = [command for name in args.only or stages for command in stages[name]]
-    lines = read_lines(folder / STATE) if (folder / STATE).exists() else []
     where = machine(args.model_version, args.small)
+    lines = walked_before(folder / STATE, where)
+    done = {line.name for line in lines if line.machine == where} | {line.name for line in lines[:1]}
+    commands = [checkpoint_command(journey), *chosen]
+    todo = [command for command in commands if command.name not in done]
     print(where, flush=True)
-    for command in [checkpoint_command(journey), *chosen]:
-        if command.name in {line.name for line in lines}:
-            continue
+    if before := len(commands) - len(todo):
+        print(f"commands walked before: {before}; without {folder / STATE} they are walked again")
+    for command in todo:
         if args.limit_s and time.monotonic() - start > args.limit_s:
             print(f"{args.limit_s:g} s are over; the same command line goes on with {command.name}")
             break
         print("$ " + shlex.join(shown(command.argv, folder)), flush=True)
-        done = measured_process.run(command.argv, ROOT, args.timeout_s)
-        if done.code != 0:
-            print(done.output[-20000:])
-            why = f"exit code {done.code}" if done.code is not None else f"not done after {args.timeout_s:g} s"
+        measured = measured_process.run(command.argv, ROOT, args.timeout_s)
+        if measured.code != 0:
+            print(measured.output[-20000:])
+            why = f"exit code {measured.code}" if measured.code is not None else f"not done after {args.timeout_s:g} s"
             print(f"walk.py: {command.name} failed: {why}", file=sys.stderr)
             return FAILED
-        lines.append(line_of(command, done, folder, where))
+        lines.append(line_of(command, measured, folder, where))
         print(row(lines[-1]), flush=True)
         for left in command.leaves:
             shutil.rmtree(left)
         write_lines(folder / STATE, lines)
     print("\n" + tables(lines), flush=True)
     return 0
+
+
+def walked_before(path: Path, where: str) -> list[Line]:
+    """The lines of the walk that went before, the first of which is the checkpoint's.
+
+    Raises ConfigError where that was of another size: its checkpoint is not the one to walk.
+    """
+    lines = read_lines(path) if path.exists() else []
+    size = where.partition(";")[0]
+    if lines and lines[0].machine.partition(";")[0] != size:
+        other = lines[0].machine.partition(";")[0]
+        raise ConfigError(f"{path.parent} holds a walk of {other}, and this one is of {size}; give another --folder")
+    return lines
 
 
 def default_ranks() -> list[int]:

@@ -45,6 +45,25 @@ def test_a_failure_ends_the_walk_and_the_same_line_goes_on(tmp_path, capsys, com
     assert state[1]["written_gb"] == pytest.approx(0.2) and all(line["seconds"] > 0 for line in state)
 
 
+def test_a_walk_of_another_size_is_refused(tmp_path, capsys, commands):
+    given = ["--folder", str(tmp_path)]
+    (tmp_path / "mended").touch()
+    assert walk.main([*given, "--small"]) == 0
+    capsys.readouterr()
+    assert walk.main(given) == 2
+    assert "holds a walk of v1_7b, 3 layers (small), and this one is of v1_7b, 32 layers" in capsys.readouterr().err
+    assert walk.main([*given, "--small"]) == 0
+    assert "commands walked before: 4" in capsys.readouterr().out, "nothing is walked, and that is said"
+
+
+def test_on_another_machine_all_but_the_checkpoint_is_walked_again(tmp_path, monkeypatch, commands):
+    (tmp_path / "mended").touch()
+    assert walk.main(["--folder", str(tmp_path)]) == 0
+    monkeypatch.setattr(walk, "machine", lambda *_: "v1_7b, 32 layers; another GPU")
+    assert walk.main(["--folder", str(tmp_path)]) == 0
+    assert (tmp_path / "log").read_text() == "cxx", "the checkpoint was made once"
+
+
 def test_an_unknown_stage_is_refused(tmp_path, capsys):
     assert walk.main(["--folder", str(tmp_path), "--only", "int5"]) == 2
     assert "--only int5 is no stage of this walk; choose among float16" in capsys.readouterr().err
