@@ -12,7 +12,7 @@ from baichuan.errors import ConfigError
 DTYPES = ("float16", "bfloat16", "float32")
 WEIGHT_TYPES = ("none", "int8", "int4", "smooth_quant", "fp8")  # described in weights/types.py
 BACKEND_NAMES = ("torch", "tensorrt", "tensorrt_rtx")  # implemented by the entries of executors/registry.py
-STORAGE_TYPES = ("fp32", "fp16")  # of a binary folder's weights; weights/binary/layout.py says what they mean
+STORAGE_TYPES = ("fp32", "fp16")  # a binary folder's types of weights; weights/binary/layout.py says what they mean
 DEVICES = ("auto", "cpu", "cuda")  # executors/device.py resolves auto
 SEEDS = 1 << 63  # random seeds are 0 to SEEDS - 1
 BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -191,7 +191,7 @@ class BuildConfig:
     gpt_attention_plugin: bool = True  # our fused attention kernels, else the library's own attention
     gemm_plugin: bool = True  # our GEMM kernels where they are faster, else the library's own
     multi_block_mode: bool = True  # decode attention splits long caches over several blocks
-    tokens_per_block: int = 64  # of a block of the paged KV cache; not used by backends without one
+    tokens_per_block: int = 64  # tokens of a block of the paged KV cache; not used by backends without one
 
     def __post_init__(self):
         require_range("world_size", self.world_size, 1, 1024)

@@ -66,8 +66,8 @@ class Conversion:
     """What a binary folder is converted for."""
 
     alpha: float | Literal["auto"] | None = None  # SmoothQuant's
-    form: WeightOnly | None = None  # of calibrated integers
-    method: str = "gptq"  # that finds them
+    form: WeightOnly | None = None  # form of calibrated integers, if any
+    method: str = "gptq"  # the method that finds them
 
 
 @dataclass(frozen=True)

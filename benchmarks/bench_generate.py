@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -198,8 +198,8 @@ def weight_bytes(weights) -> int:
     matrices = [weights.lm_head]
     for layer in weights.layers:
         matrices += [layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj]
-    tensors = [tensor for matrix in matrices for tensor in vars(matrix).values() if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = [getattr(matrix, each.name) for matrix in matrices for each in fields(matrix)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from baichuan.records import Step
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights, add_model_flags
 
-BEGINS_A_LAYER = "_decode_attention"  # of a layer's kernels: after the ones of the layer before that make its input
+BEGINS_A_LAYER = "_decode_attention"  # a layer is counted from here on: its first norm and qkv end the one before
 REPLAYS = 6
 
 

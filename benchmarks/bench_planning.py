@@ -31,7 +31,7 @@ from baichuan.records import LayerCache, Step
 from benchmarks.traffic import add_traffic_flags, drawn
 
 VOCABULARY = 8  # choosing tokens is not what is measured
-FULL = 0.9  # of the rows that decode in the fullest step
+FULL = 0.9  # a step is full with this share of the rows that decode in the fullest step
 SCHEDULING = ("plan", "extend", "finish")  # methods of the scheduler
 
 
@@ -85,7 +85,7 @@ def bench(args: argparse.Namespace, _: Communicator) -> int:
 
 
 def columns(seconds: Sequence[float]) -> str:
-    """In microseconds."""
+    """Median, mean and longest, in microseconds."""
     values = statistics.median(seconds), statistics.mean(seconds), max(seconds)
     return " ".join(f"{1e6 * value:7.0f}" for value in values)
 

@@ -50,7 +50,7 @@ from benchmarks.gpu_timing import require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights, add_engine_flags
 from benchmarks.traffic import GREEDY, Engine, Result, add_traffic_flags, alike, drawn, poisson_arrivals, run
 
-SHARED_TOKENS = 1000  # that two prompts begin with
+SHARED_TOKENS = 1000  # tokens that two prompts begin with
 TITLES = (
     "traffic                 reqs |    tok/s   full  reqs/s | first p50/90/99 ms   between, ms "
     "| context cache preempt   plan   full | to uniform, full"

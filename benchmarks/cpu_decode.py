@@ -133,7 +133,8 @@ def llama_cpp(args: argparse.Namespace, precision: str, stack: ExitStack) -> Cal
 
     def measure() -> dict[str, float]:
         _, step = peer.times(PROMPT, args.steps)
-        batch = min(peer.chunk(PROMPT[:BATCH]) for _ in range(args.steps))  # of one sequence, with logits of one token
+        # A chunk of one sequence stands for a batch, with the logits of one token.
+        batch = min(peer.chunk(PROMPT[:BATCH]) for _ in range(args.steps))
         prefill, _ = peer.times(PREFILL, 1)
         rates = {"decode": 1 / step, f"batch {BATCH}": BATCH / batch}
         return rates | {f"prefill of {len(PREFILL)}": len(PREFILL) / prefill}

@@ -22,7 +22,7 @@ from benchmarks.random_checkpoint import model_of
 from demo.train import write_json
 
 RANK, ALPHA = 8, 16
-STRENGTH = 0.01  # of lora_B; as after a short training
+STRENGTH = 0.01  # standard deviation of lora_B, as after a short training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def write(args: argparse.Namespace, comm: Communicator) -> int:
 
 
 def write_adapter(folder: Path, model: ModelConfig) -> None:
-    """Of the model's shapes, with changes as small as after a short training."""
+    """Write an adapter of the model's shapes, with changes as small as after a short training."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, targets = {}, set()

@@ -9,7 +9,7 @@ from baichuan.weights.source import TensorSource
 
 GROUP_SIZE = 128
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "sym": False, "desc_act": False}
-DEVIATION = (255 / 12) ** 0.5  # of integers drawn equally often from 0 to 15
+DEVIATION = (255 / 12) ** 0.5  # standard deviation of integers from 0 to 15, each as likely
 ROWS = 64  # enough to know the standard deviation of the matrix in whose place this one stands
 
 

@@ -41,7 +41,7 @@ PERFORMANCE = "docs/performance.md"
 BEGIN = "<!-- made by benchmarks/readme_table.py -->\n"
 QUALITY_BEGIN = "<!-- precisions made by benchmarks/readme_table.py -->\n"
 END = "<!-- end of the table -->\n"
-BATCHES = (1, 64)  # of the columns with speeds
+BATCHES = (1, 64)  # batch sizes of the columns with speeds
 KV_TOKENS = 1000
 FLOAT32_BYTES = 4
 

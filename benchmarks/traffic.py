@@ -16,7 +16,7 @@ from baichuan.generation.in_flight import CHUNK_TOKENS, InFlight
 from baichuan.generation.requests import Request, Serving
 
 GREEDY = SamplingConfig(top_k=1, repetition_penalty=1.0, eos_id=-1)
-SIGMA = 1.0  # of the lengths' logarithms: half of them between 0.5 and 2 times the median
+SIGMA = 1.0  # standard deviation of the lengths' logarithms: half of the lengths are 0.5 to 2 times the median
 LONGEST = 1024
 PERCENTILES = (50, 90, 99)
 
@@ -26,16 +26,16 @@ class Clock:
     """When what happened, in seconds of time.perf_counter()."""
 
     came: float
-    heard: list[float] = field(default_factory=list)  # each new token
+    heard: list[float] = field(default_factory=list)  # when each new token was heard of
 
 
 @dataclass(frozen=True)
 class Engine:
     """What is measured, on rank 0."""
 
-    serving: Serving  # of all ranks
+    serving: Serving  # runs on all ranks
     own: InFlight  # this rank's part of it, whose counters are read
-    static: Serving  # of all ranks, over the same weights and cache: nothing decodes before all prompts are computed
+    static: Serving  # as serving, over the same weights and cache: nothing decodes before all prompts are computed
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Result:
     requests_per_s: float
     first_token_ms: list[float]  # at PERCENTILES
     between_tokens_ms: list[float]
-    rows: float  # that decode in a step, on average
+    rows: float  # rows that decode in a step, on average
     context: float  # tokens that a row attends to, on average
-    cache_share: float  # of the blocks, at the fullest
+    cache_share: float  # largest share of the blocks in use
     preemptions: int
-    planning_share: float  # of the time
-    full_planning_share: float  # of the time while all rows run
+    planning_share: float  # share of the time that planning takes
+    full_planning_share: float  # the same while all rows run
 
 
 def add_traffic_flags(parser: Parser) -> None:
@@ -169,5 +169,5 @@ def times(clocks: Iterable[Clock], begin: float, end: float) -> tuple[list[float
 
 
 def percentiles(seconds: Sequence[float] | np.ndarray) -> list[float]:
-    """In milliseconds."""
+    """The PERCENTILES in milliseconds; empty where nothing was timed."""
     return [1e3 * float(each) for each in np.percentile(seconds, PERCENTILES)] if len(seconds) else []

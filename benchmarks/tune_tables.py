@@ -31,7 +31,7 @@ MARGIN = 0.01  # a candidate is chosen if it is faster by more than this: times 
 TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
-ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # by this precision's times
+ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # the precision whose times set it
 # Tokens that are timed; x as 16-bit integers (operand.Int16) has two rows for each.
 ROWS = {
     "float16": (1, 4, 16, 32, 64, 128, 256),
@@ -116,7 +116,7 @@ class Point:
 
     @property
     def kind(self) -> str:
-        """Of tiles.TILES."""
+        """The key of tiles.TILES under which the product's tiles are."""
         quant, (out_features, in_features) = PRECISIONS[self.precision], self.shape
         match quant.weights:
             case "none":

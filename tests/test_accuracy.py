@@ -99,7 +99,7 @@ def test_groups_make_int4_better(trained, dataset, least):
     assert trained.measure("INT4 weight-only, groups of 32", dataset).kl < least * per_channel
 
 
-WRONG = 1.25  # of one layer's down_proj scale
+WRONG = 1.25  # factor by which one layer's down_proj scale is wrong
 
 
 def with_wrong_scale(weights: ModelWeights) -> ModelWeights:

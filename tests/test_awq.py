@@ -59,7 +59,7 @@ def error_of(left, h):
     return np.einsum("ri,ij,rj->", left, h, left)
 
 
-ALL_CLIPPINGS = [np.arange(0.85, 1.61, 0.05), np.arange(0.95, 1.71, 0.05)]  # of scales alone, of scales with zeros
+ALL_CLIPPINGS = [np.arange(0.85, 1.61, 0.05), np.arange(0.95, 1.71, 0.05)]  # for scales alone, for scales with zeros
 
 
 def clipped(w, h, form, clippings=ALL_CLIPPINGS):
@@ -129,7 +129,7 @@ def test_a_group_s_scale_and_zero_leave_its_products_the_least_error(form):
     size = form.group_size or CHANNELS
 
     def error(values):
-        """Of every group by itself."""
+        """The sum of the errors of the groups' own products."""
         parts = [slice(start, start + size) for start in range(0, CHANNELS, size)]
         return sum(error_of((exact - np.asarray(values, np.float64))[:, part], h[part, part]) for part in parts)
 

@@ -13,7 +13,7 @@ from baichuan.config import SAMPLING_DEFAULTS
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.chat import ChatRoles, build_chat_prompt, role_ids
 
-CONTEXT, NEW_TOKENS = 256, 64  # of the reference's shortened cases: the prompt may have the difference
+CONTEXT, NEW_TOKENS = 256, 64  # limits of the reference's shortened cases: the prompt may have the difference
 
 
 @pytest.mark.parametrize("name", each(TINY, RELEASED))

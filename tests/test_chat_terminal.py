@@ -174,7 +174,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(endless, tmp_path, how):
     terminal.type("Hello" + ENTER)
     if how == "sampling":
         terminal.wait_written(200)
-    else:  # of which nothing is printed on the way
+    else:  # a beam search prints nothing on the way
         terminal.wait("> Hello\n?")
         terminal.idle(1.0)
     terminal.type(CTRL_C)

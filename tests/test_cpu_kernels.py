@@ -30,7 +30,7 @@ from baichuan.weights.types import product_of
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
-UNIT = 2.0**-24  # of float32
+UNIT = 2.0**-24  # unit roundoff of float32
 DEPTH = 512  # channels of a block in native/tile.h
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 2), (3, 30), (48, 64), (97, 100), (53, 1000), (13, 4128)]  # out, in: rows and channels left over
@@ -46,7 +46,7 @@ def kernels(flags=FLAGS, folder=None):
 
 
 def bound(x, dense, exact, out_dtype):
-    """Of |y - exact|: a lane adds every fourth product at most, lanes are added, scales multiplied; then one rounding.
+    """A bound of |y - exact|: a lane adds every fourth product at most, lanes are added, scales multiplied, y rounded.
 
     Each of these is off by at most UNIT of the sum of magnitudes.
     """

@@ -31,7 +31,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def new_pages(before: str = "") -> int:
-    """Of the fifth prompt of a process."""
+    """Pages that the fifth prompt of a process gets from the system."""
     command = [sys.executable, "-c", PROGRAM.format(before=before)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ class Emulated:
 
     def product(self, x: torch.Tensor, matrix: Matrix, out_dtype: torch.dtype) -> torch.Tensor:
         found, weight = matrix.struct, matrix.weight
-        tensors = [value for value in vars(weight).values() if value is not None]  # weight, scale, input_scale
+        values = [getattr(weight, each.name) for each in fields(weight)]
+        tensors = [value for value in values if value is not None]  # weight, scale, input_scale
         sizes = [t.numel() * t.element_size() for t in tensors[1:]] + [0, 0]
         header = (found.out, getattr(found, "in"), found.groups, found.type, found.scale_type, found.w8a8)
         header += (x.shape[0], TYPES[x.dtype], TYPES[out_dtype], *sizes[:2])

@@ -112,7 +112,7 @@ def test_tokenizer_has_the_released_special_ids(version):
 
 
 def mean_loss(model, sequences) -> float:
-    """Of the sequences, by one formula for both models that are compared."""
+    """The mean of the sequences' losses, by one formula for both models that are compared."""
     with torch.no_grad():
         losses = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in sequences]
     return sum(losses) / len(losses)
@@ -184,7 +184,7 @@ class Answers:
         return self.tokenizer.decode(self.side.generate([prompt], greedy, 60)[0].ids, skip_special=False)
 
     def share_known(self, rows: list[dict]) -> float:
-        """Of articles that get one of the summaries that training had for their event."""
+        """The share of articles that get one of the summaries that training had for their event."""
         known = {row["id"]: lessons.summaries(row) for row in articles()}
         answers = [self.answer(self.tokenizer.encode(prompt_text(row["article"]))).strip() for row in rows]
         right = (known.get(row["id"].removesuffix("-retold"), ()) for row in rows)

@@ -20,7 +20,7 @@ pytestmark = MARKS
 
 HOPPER = DEVICE.type == "cuda" and linear.has_gluon(DEVICE, linear.triton.__version__)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
-TRITON_TILE = Tile(128, 128, 128, 8, 3)  # of gemm.gemm, the product that this file's are compared with
+TRITON_TILE = Tile(128, 128, 128, 8, 3)  # the tile of gemm.gemm, which this file's products are compared with
 
 
 def matrices(model, ranks):
@@ -41,7 +41,7 @@ def operand(rows, in_features, row_scales, seed=0):
 
 
 def exact(x, weight, scale, dtype):
-    """By float64, in which PyTorch sums products of int8 exactly; scaled and rounded as documented."""
+    """y by float64, in which PyTorch sums products of int8 exactly; scaled and rounded as documented."""
     sums = (x.values.double() @ weight.double().t()).float()
     return (sums * x.scale.view(-1, 1) * scale).to(dtype)
 
@@ -92,7 +92,7 @@ def test_an_activation_in_the_product_has_the_bits_of_silu_mul(shape, dtype, smo
 
 
 def test_the_wider_tile_is_taken_where_it_saves_a_wave():
-    """By the times of both on an H200 (docs/performance.md): (rows, output channels) -> run's channels."""
+    """The tile that was faster on an H200 (docs/performance.md), by (rows, output channels)."""
     faster = {
         (1024, 5120): TILE_160,
         (2048, 5120): TILE_160,

@@ -41,7 +41,7 @@ def problem(rows=24, tokens=TOKENS, seed=0):
 
 
 def moments(hessian, tokens=TOKENS):
-    """Of inputs that are those of the model of floats."""
+    """Moments of inputs that are those of the float model."""
     return InputMoments(hessian, torch.zeros_like(hessian), tokens)
 
 
@@ -218,7 +218,7 @@ def moments_of(x, e):
 
 
 def test_the_matrix_that_makes_up_for_its_inputs_is_ridge_regression_s():
-    """By NumPy's least squares: W e from x, and a penalty of the damping on what is changed."""
+    """The reference is NumPy's least squares: W e from x, and a penalty of the damping on what is changed."""
     w, x, e = drifted()
     known = moments_of(x, e)
     inverse = shrunk(known.squares, len(x)).double().inverse()
@@ -257,7 +257,7 @@ def test_groups_of_128_calibrated_are_better_than_groups_of_32_rounded():
 @pytest.mark.cuda
 @each_form
 def test_a_gpu_finds_the_same(form):
-    """Of several blocks, so that they are replayed, and a shorter last one."""
+    """The matrix has several blocks, so that they are replayed, and a shorter last one."""
     rng = np.random.default_rng(1)
     x = torch.from_numpy(rng.standard_normal((2000, 320)) @ rng.standard_normal((320, 320))).float()
     w, hessian = torch.from_numpy(rng.standard_normal((96, 320))).float(), x.T @ x / len(x)

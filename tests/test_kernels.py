@@ -315,7 +315,7 @@ def test_gemv_w8a8_is_exact(gate):
 
 
 TILE = Tile(16, 32, 64, 4, 2)
-# of 64 rows on, x is the first operand
+# In tiles of 64 rows or more gemm.gemm's first operand is x, else the weight.
 TILES = [TILE, Tile(16, 32, 32, 4, 2, splits=2), Tile(8, 32, 32, 2, 2, splits=3), Tile(64, 32, 32, 4, 2)]
 
 
@@ -416,7 +416,7 @@ def test_fp8_products_of_many_tokens(shape, scales):
 
 
 HEADS, DIM, CAPACITY = 3, 32, 96
-SPLITS = Splits(2, 2)  # of single tokens beside prompts, where a test does not say
+SPLITS = Splits(2, 2)  # for single tokens beside prompts, where a test does not say
 UNTOUCHED = 96  # exact in every type of cache, and no key that occurs
 KV_TYPES = {"dtype": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

@@ -82,7 +82,7 @@ def evaluate(llm: LLM, folder, names) -> dict:
 
 
 def log_probs(ids: list[int]) -> torch.Tensor:
-    """Of ids[1:], by the transformers model."""
+    """Log-probabilities of ids[1:] by the transformers model."""
     model = load_hf_model(goldens.checkpoint(VERSION), VERSION)
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0].double()

@@ -42,7 +42,7 @@ ADAPTERS = {
     "embedding": dict(r=4, target_modules=["embed_tokens", "gate_proj"]),
 }
 IDS = torch.tensor([[5, 17, 300, 42, 9, 11, 730, 2, 8, 1]])
-TOLERANCE = 1e-5  # of the largest logit, in float32: PEFT adds in float32, and sums in another order
+TOLERANCE = 1e-5  # relative to the largest logit: PEFT adds in float32, and sums in another order
 
 
 @cache

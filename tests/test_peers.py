@@ -27,7 +27,7 @@ ROWS, WIDTH, SLOT_BYTES = 4, 96, 4096
 
 
 class Inboxes:
-    """Of all ranks, as `rank` sees them."""
+    """The inboxes of all ranks, as `rank` sees them."""
 
     def __init__(self, world_size: int, rank: int):
         self.memory = torch.full((world_size, world_size, SLOT_BYTES), 255, dtype=torch.uint8, device=DEVICE)

@@ -36,7 +36,7 @@ def write(path, rows=ROWS):
             table.writerows([cell(row[name]) if name in row else "" for name in columns] for row in rows)
     else:
         empty = dict.fromkeys(columns)
-        typed = [empty | row | {"id": str(row["id"]) if "id" in row else None} for row in rows]  # of one type
+        typed = [empty | row | {"id": str(row["id"]) if "id" in row else None} for row in rows]  # a column has one type
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(typed), path)
     return path
 

@@ -98,7 +98,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 def check_predicted_bytes(engine: Engine) -> None:
     """The table's way of computing an engine's bytes gives those of a real one."""
     with open(engine.rank_file(0), "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")  # of a safetensors file
+        header = 8 + int.from_bytes(file.read(8), "little")  # bytes of a safetensors file's header
     cache_scales = 0 if engine.quant.kv_cache == "none" else engine.model.num_layers * 2 * 4
     predicted = readme_table.engine_bytes(engine.model, replace(engine.quant, kv_cache="none")) + cache_scales
     assert engine.rank_file(0).stat().st_size == header + predicted
@@ -302,7 +302,7 @@ def test_the_gains_of_groups_are_the_measurements():
     accuracy = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     for group in (32, 64):
         row = re.search(rf"^\| INT4 in groups of {group}: KL below per channel (.*)$", accuracy, re.MULTILINE)[1]
-        low, high = re.findall(r"\d+", row)[2:]  # of texts that are new to the models
+        low, high = re.findall(r"\d+", row)[2:]  # the gains on texts that are new to the models
         assert f"{low} to {high} % lower" in " ".join(README.split())
         assert f"低 {low}% 至 {high}%" in CHINESE
 

@@ -97,6 +97,6 @@ def test_timing_counts(session, prompt):
     timing = session.timing
     assert (timing.prompt_tokens, timing.new_tokens, timing.decode_steps) == (14, 10, 4)
     assert timing.prefill_s > 0 and timing.decode_s > 0
-    rate = 8 / timing.decode_s  # of the tokens that the steps made
+    rate = 8 / timing.decode_s  # the steps made 8 tokens: the prefill made each sequence's first
     assert f"{14 / timing.prefill_s:.1f} tok/s; decode 4 steps, {rate:.1f} tok/s" in timing.summary()
-    assert Timing(prompt_tokens=8, prefill_s=2.0).summary() == "prefill 8 tokens, 4.0 tok/s"  # of one new token
+    assert Timing(prompt_tokens=8, prefill_s=2.0).summary() == "prefill 8 tokens, 4.0 tok/s"  # one token needs no step

@@ -212,7 +212,7 @@ def test_texts_are_from_all_over_the_samples(lengths):
 
 
 def test_the_ranges_are_those_of_all_texts(tmp_path):
-    samples = make_samples(ROTARY, 40, 400)  # of which the search takes some
+    samples = make_samples(ROTARY, 40, 400)  # the search takes only some of them
     checkpoint = checkpoint_with_outliers(ROTARY)
     assert len(strengths.spread(samples)) < len(samples) / 3
     found = strengths.calibrate_by_mode(checkpoint, ROTARY, samples, tmp_path, "cpu")

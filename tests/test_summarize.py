@@ -144,7 +144,7 @@ def test_the_transformers_side_on_a_gpu(version):
     logits = side.score(prompts[3])
     assert logits.is_cuda and side.facts["device"] == torch.cuda.get_device_name()
     assert negative_log_likelihood(logits[:-1], prompts[3][1:]) > 0
-    assert agreement_of(hf_side(version).score(prompts[3]), logits).kl < 1e-7  # from two devices
+    assert agreement_of(hf_side(version).score(prompts[3]), logits).kl < 1e-7  # computed on two devices
 
 
 def test_stop_ids_end_both_sides_alike():

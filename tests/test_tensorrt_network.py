@@ -23,7 +23,7 @@ from baichuan.executors.tensorrt.network import Graph
 from baichuan.records import Step
 from baichuan.weights.hub.config_json import read_model_config
 
-FLOAT32_MAX = 1e-4  # of a logit's standard deviation: another order of summation moves it by up to 2e-5
+FLOAT32_MAX = 1e-4  # in standard deviations of the logits: another order of summation moves one by up to 2e-5
 # Root mean square.  The network multiplies in other places than the reference, so that each rounds what the other does
 # not: measured up to 0.005 in float16 and 0.045 in bfloat16, whose steps are eight times as wide (INT4 with zeros, two
 # ranks).  Where activations or the cache have 8 bits, a value between two of them may fall to either side, by 1/127 of

@@ -214,7 +214,7 @@ def test_what_is_no_tokenizer_is_refused_in_one_sentence(damage, tmp_path, capfd
 
 
 def test_the_library_s_warnings_are_not_printed(tmp_path, capfd):
-    """Of a piece that is a null character."""
+    """The library warns of a piece that is a null character."""
     content, newline = (TINY["tiny_v2"] / "tokenizer.model").read_bytes(), b"\x0a\x01\x0a"  # the piece "\n" of one byte
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content.replace(newline, b"\x0a\x01\x00", 1))

@@ -34,7 +34,7 @@ def made_up(time=lambda point, entry: 2e-5, only=lambda point: True):
 
 
 def changes(choice):
-    """By place, without a tile's max_programs."""
+    """The entries that differ from the present ones by place, without a tile's max_programs."""
     return {place: entry[:5] for place, entry in choice.entries.items() if entry[:5] != present(place)[:5]}
 
 

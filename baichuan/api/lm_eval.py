@@ -20,7 +20,7 @@ from baichuan.config import SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.text.printable import one_line
 
-NEW_TOKENS = 256  # where a task does not say
+NEW_TOKENS = 256  # most new tokens, where a task does not say
 SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
 KNOWN = SAMPLING | {"until", "max_gen_toks", "do_sample"}
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class _Step:
     """What a rank does: add and cancel requests of one engine, in this order, and run a step of it."""
 
-    engine: int  # in order of Ranks.join
+    engine: int  # the engine's number, in the order of Ranks.join
     calls: tuple[Request | Hashable, ...]  # a request to add, or the key of one to cancel
 
 

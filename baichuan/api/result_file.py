@@ -13,7 +13,7 @@ from baichuan.errors import ConfigError
 from baichuan.util.files import atomic_path
 
 MAX_LINE_BYTES = 16 << 20
-START = b'{"key": "'  # of every line
+START = b'{"key": "'  # the beginning of every line
 
 
 class ResultFile:
@@ -29,7 +29,7 @@ class ResultFile:
         """Take up the results of an earlier run for these keys; a line that it did not finish is removed."""
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b""), start=1):
             values = _result(line)
-            zeros = number > 1 and not line.strip(b"\0")  # of a machine that lost its power
+            zeros = number > 1 and not line.strip(b"\0")  # a machine that lost its power may leave them
             torn = not line.endswith(b"\n") and (zeros or line.startswith(START[: len(line)]))
             if values is None and (not torn or len(line) == MAX_LINE_BYTES):
                 raise ConfigError(f"output_jsonl {self.path} line {number} is no result; name another file")
@@ -37,7 +37,7 @@ class ResultFile:
                 break
             if values["key"] in keys:
                 self._took(values, len(line))
-            elif "error" in values:  # of a prompt that has been removed
+            elif "error" in values:  # a prompt that failed and has been removed since
                 self._end += len(line)
             else:
                 raise self.of_another_run(values["key"])

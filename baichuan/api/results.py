@@ -18,7 +18,7 @@ class Completion:
 
     prompt_ids: list[int]
     ids: list[int]  # without the id that ended it
-    text: str | None  # of ids; None where the engine has no tokenizer
+    text: str | None  # the ids as text; None where the engine has no tokenizer
     finish_reason: str  # stop: an end id was chosen; length: all tokens that were asked for are there; cancelled
     logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
 
@@ -29,8 +29,8 @@ class Piece:
 
     text: str  # may be empty: a character can take several tokens
     ids: list[int]
-    finish_reason: str | None = None  # of the last piece, as Completion's
-    logits: Tensor | None = None  # of the last piece, as Completion's
+    finish_reason: str | None = None  # Completion's, in the last piece; None before
+    logits: Tensor | None = None  # Completion's, in the last piece; None before
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Observer:
 class _ObservingOps(DenseOps):
     """Ops that note the magnitudes that they see."""
 
-    observed: _Observed  # of the layer that is next
+    observed: _Observed  # running maxima of the current layer
 
     def linear(self, x, weight):
         y = super().linear(x, weight)

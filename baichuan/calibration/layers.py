@@ -30,7 +30,7 @@ from baichuan.weights.source import Checkpoint, TensorSource
 AnyOps = TypeVar("AnyOps", bound=ReferenceOps)
 
 TOKENS_PER_STEP = {"cpu": 1024, "cuda": 8192}  # bounds the activations' memory
-GPU_SHARE = 0.25  # of the free GPU memory that hidden states may take
+GPU_SHARE = 0.25  # largest share of the free GPU memory that hidden states may take
 READ_BYTES = 64 << 20  # how much of a weight is read at a time, in float32
 
 
@@ -42,7 +42,7 @@ class LayerPasses:
     spec: AttentionSpec
     device: str  # "cpu" or "cuda"
     longest: int  # tokens of the longest sample
-    tokens: int  # of all samples
+    tokens: int  # tokens of all samples
     hidden: Tensor  # [tokens, hidden_size] float32, what goes into the layer that is next
     steps: Sequence[tuple[int, Step]]  # the samples, with the number of tokens before each step
     buffers: _Buffers

@@ -45,7 +45,7 @@ class RepeatingOps(ReferenceOps):
 
     def __init__(self, spec: AttentionSpec, comm: Communicator, capacity: int, device: torch.device | str = "cpu"):
         super().__init__(spec, comm, capacity, device)
-        self._results: list[tuple[Any, Any]] = []  # of each op of a pass, with its weight
+        self._results: list[tuple[Any, Any]] = []  # (weight, result) of each op of a pass, in order
         self._place = 0
 
     def restart(self) -> None:

@@ -14,7 +14,7 @@ from baichuan.errors import ConfigError
 if TYPE_CHECKING:
     from baichuan.weights.source import Checkpoint
 
-METHODS = ("gptq", "awq")  # that find weight-only integers
+METHODS = ("gptq", "awq")  # methods that find weight-only integers
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ from baichuan.weights.rank_tensors import NORM_HEAD_EPS
 from baichuan.weights.shard import LINEARS
 from baichuan.weights.source import Checkpoint, TensorSource
 
-FIXED = (0.5, 0.8)  # for all linears
-ALPHAS = (*FIXED, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.9, 1.0)  # for one linear; of equal ones the first
-TOKENS = 1024  # of the texts that strengths are found on, and of those that they are judged by
-MARGIN = 1.05  # by which strengths of each linear's own have to be closer than one for all
-HEAD_BYTES = 16 << 20  # of lm_head's rows, in float32, at a time
+FIXED = (0.5, 0.8)  # strengths tried for all linears alike
+ALPHAS = (*FIXED, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.9, 1.0)  # strengths tried for one linear; of equals the first
+TOKENS = 1024  # about so many tokens of texts find strengths, and as many others judge them
+MARGIN = 1.05  # the factor by which strengths of each linear's own have to be closer than one for all
+HEAD_BYTES = 16 << 20  # bytes of lm_head's rows that are read at a time, in float32
 TINY = 1e-30  # so that a token of zeros gives no NaN
 
 Strengths = Mapping[str, float]  # by shard.LINEARS' names
@@ -89,8 +89,8 @@ class _Layer:
     """A layer of the float model, and what becomes of the texts there."""
 
     weights: LayerWeights
-    x_absmax: Mapping[str, Tensor]  # of each linear, max|x| of its input channels
-    columns: Mapping[str, Tensor]  # max|W| of the same
+    x_absmax: Mapping[str, Tensor]  # max|x| of each linear's input channels
+    columns: Mapping[str, Tensor]  # max|W| of each linear's input channels
     norm: Tensor  # [hidden_size] float32, the weight of the norm that its output goes into
     normed: Tensor  # [tokens, hidden_size] float32, what that norm makes of its output
 
@@ -149,7 +149,7 @@ class _Way:
     mode: Mode
     fixed: float | None  # the strength of all linears; None = each has its own
     passes: LayerPasses
-    chosen: list[Strengths] = field(default_factory=list)  # of the layers so far
+    chosen: list[Strengths] = field(default_factory=list)  # the strengths of each layer so far
 
     def advance(self, layer: _Layer, progress: Progress) -> None:
         """Through the next layer."""

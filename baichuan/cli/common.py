@@ -180,9 +180,9 @@ def run_script(
         orderly = termination_raises() if launched.world_size == 1 else nullcontext()  # mpirun sends it after a failure
         with orderly, nullcontext() if engines is None else Ahead(engines(args), launched, args.device) as args.ahead:
             return _run(parser, args, body, bound)
-    except BaichuanError as error:  # of the environment
+    except BaichuanError as error:  # raised before the body: something in the environment is wrong
         message = str(error)
-    except (KeyboardInterrupt, Terminated) as error:  # before the body, or once more while it was left
+    except (KeyboardInterrupt, Terminated) as error:  # before the body, or a second signal while the body ends
         message = stopped(error.number if isinstance(error, Terminated) else signal.SIGINT)
     finally:
         if argv is None:  # the process leaves

@@ -15,7 +15,7 @@ LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeL
 TOKENIZER = "words of a-z and 0-9 in lower case without stemming; Chinese character by character"
 METRIC_PATH = Path(__file__).with_name("rouge_metric.py")
 RESAMPLES = 2000
-BLOCK_ELEMENTS = 1 << 22  # of the index matrix of resampling, int64: 32 MB
+BLOCK_ELEMENTS = 1 << 22  # elements of resampling's index matrix at a time, int64: 32 MB
 
 
 @dataclass(frozen=True)

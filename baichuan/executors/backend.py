@@ -32,7 +32,7 @@ class OpenSettings:
 
     device: str = "auto"  # one of config.DEVICES
     keep_copies: bool = True  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
-    cache_fraction: float = 0.9  # of the memory that is free at the first request: most that a paged KV cache takes
+    cache_fraction: float = 0.9  # most that a paged KV cache takes, as a share of the memory free at the first request
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class PoolSettings:
     """How the memory of a KV cache is cut up, and how much of it there may be."""
 
     tokens_per_block: int = 64  # a power of two
-    free_fraction: float = 0.9  # of the memory that is free before the cache is allocated
+    free_fraction: float = 0.9  # most that the cache takes, as a share of the memory free before
     most_blocks: int | None = None
 
 

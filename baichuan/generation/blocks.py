@@ -27,8 +27,8 @@ class BlockPool:
     def forget(self) -> None:
         """Free every block, and its name with it."""
         self._references = [0] * self.blocks
-        self._empty = list(range(self.blocks - 1, -1, -1))  # of no name, held by nobody
-        self._idle: OrderedDict[int, None] = OrderedDict()  # of a name, held by nobody, least recently held first
+        self._empty = list(range(self.blocks - 1, -1, -1))  # unnamed blocks held by nobody
+        self._idle: OrderedDict[int, None] = OrderedDict()  # named blocks held by nobody, least recently held first
         self._names: dict[int, bytes] = {}
         self._named: dict[bytes, int] = {}
 

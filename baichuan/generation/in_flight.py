@@ -31,15 +31,15 @@ from baichuan.generation.sampling import Sampler
 from baichuan.generation.scheduler import Budget, Job, Plan, Scheduler
 from baichuan.generation.steps import StepBuilder
 
-STEP_TOKENS = 16384  # of a step, where the engine has no max_num_tokens
-CHUNK_TOKENS = 256  # of prompts beside running requests: a step of so many takes about twice as long as one of decoding
+STEP_TOKENS = 16384  # most tokens of a step, where the engine has no max_num_tokens
+CHUNK_TOKENS = 256  # prompt tokens beside running requests: such a step takes about twice as long as a decode step
 
 
 @dataclass(frozen=True)
 class Policy:
     """How requests share the engine."""
 
-    chunk_tokens: int | None = CHUNK_TOKENS  # of prompts beside running requests; None = these wait for all prompts
+    chunk_tokens: int | None = CHUNK_TOKENS  # prompt tokens of a step beside running requests; None = prompts go first
     prefix_caching: bool = True  # equal beginnings of prompts share their blocks
 
 
@@ -47,7 +47,7 @@ class Policy:
 class _Launched:
     """A step whose tokens the host has not read."""
 
-    jobs: list[Job]  # of the tokens
+    jobs: list[Job]  # the jobs that the tokens are for, in order
     tokens: Readback | None
     prefills: bool  # it computes parts of prompts ...
     prompts_alone: bool  # ... and nothing else
@@ -62,7 +62,7 @@ class InFlight:
 
     def __init__(self, executor: PagedExecutor, model: ModelConfig, build: BuildConfig, policy: Policy | None = None):
         self.model, self.build, self.policy, self._executor = model, build, policy or Policy(), executor
-        self.reads_late = executor.device.type != "cpu"  # a step's tokens when the next has been launched
+        self.reads_late = executor.device.type != "cpu"  # a step's tokens are read when the next step has been launched
         self._ready = False
         self._logits = Logits(executor, build)
         self._searches: dict[Job, BeamSearch] = {}

@@ -13,9 +13,9 @@ class KeptLogits:
     """The logits of a request that wants them, on the CPU."""
 
     def __init__(self) -> None:
-        self._prompt: list[Readback] = []  # of tokens of the prompt, each [tokens, vocab_size]
-        self._chosen: list[Readback] = []  # that new tokens were chosen from, each [vocab_size]
-        self._seen = 0  # tokens of the prompt
+        self._prompt: list[Readback] = []  # logits of the prompt's tokens, each [tokens, vocab_size]
+        self._chosen: list[Readback] = []  # logits that new tokens were chosen from, each [vocab_size]
+        self._seen = 0  # tokens of the prompt whose logits are in _prompt
 
     def see(self, piece: Piece, logits: Tensor) -> None:
         """logits: of the piece's tokens, or of the last alone"""

@@ -14,7 +14,7 @@ class Pace:
 
     def __init__(self):
         self._steps_s = {prefills: deque[float](maxlen=REMEMBERED) for prefills in (False, True)}
-        self._host_s: deque[float] = deque(maxlen=REMEMBERED)  # to plan and launch a step
+        self._host_s: deque[float] = deque(maxlen=REMEMBERED)  # seconds to plan and launch each of the last steps
         self._began_s = 0.0
 
     def launched(self, host_s: float) -> None:

@@ -46,8 +46,8 @@ class Timing:
     new_tokens: int = 0  # over all sequences, end ids and beams included
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    decode_steps: int = 0  # of new tokens alone, without parts of prompts
-    decode_tokens: int = 0  # new tokens of these steps
+    decode_steps: int = 0  # steps without any part of a prompt
+    decode_tokens: int = 0  # new tokens that these steps made
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))

@@ -125,7 +125,7 @@ class _Group:
     greedy: bool
     top_k: int
     penalised: bool
-    rows: Tensor  # of the logits, [sequences] int64
+    rows: Tensor  # the sequences' rows of the logits, [sequences] int64
     slots: Tensor  # [sequences] int64
 
 

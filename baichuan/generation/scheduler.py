@@ -26,8 +26,8 @@ from baichuan.generation.tables import BlockTables
 class Budget:
     """How much a step may hold."""
 
-    rows: int  # of the block tables: one for each beam of the running requests
-    tokens: int  # of a step, at least `rows`
+    rows: int  # rows of the block tables: one for each beam of the running requests
+    tokens: int  # most tokens of a step, at least `rows`
     chunk: int | None = None  # tokens of prompts beside running requests; None = these wait until no prompt is left
     scored: int = 1024  # tokens of a step after which all logits are wanted: each gives a row of the vocabulary's size
 
@@ -43,7 +43,7 @@ class Job:
     computed: int = 0  # tokens of each row that are in the cache, or will be after the last planned step
     made: int = 0  # new tokens that are chosen, or will be after the last planned step
     decoding: bool = False  # all known tokens are computed: a step takes the one that was chosen last
-    names: list[bytes] = field(default_factory=list)  # of the first full blocks of ids
+    names: list[bytes] = field(default_factory=list)  # names of the first full blocks of ids
     named: int = 0  # blocks of the tables that the pool knows by name
 
 
@@ -73,7 +73,7 @@ class Scheduler:
         self.pool, self.budget = pool, budget
         self.start_anew(())
         self.preemptions = 0
-        self.shared_tokens = 0  # of prompts, found in the cache
+        self.shared_tokens = 0  # tokens of prompts that were found in the cache
 
     @property
     def unfinished(self) -> int:

@@ -24,7 +24,7 @@ class StaticBatches:
         self._waiting: dict[Hashable, Request] = {}
         self._batch: _Batch | None = None
         self._news: list[Progress] = []
-        self._before = Timing()  # of the batches that have ended
+        self._before = Timing()  # timing of the batches that have ended
 
     @property
     def timing(self) -> Timing:

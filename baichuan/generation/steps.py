@@ -59,8 +59,8 @@ class StepBuilder:
         for places, newer in self._newer:
             self._last[self.on_device(places)] = newer
         self._newer.clear()
-        slots: list[int] = []  # of the rows whose token is on the device
-        known: list[int] = []  # tokens after those
+        slots: list[int] = []  # slots of the rows that decode: their tokens are on the device
+        known: list[int] = []  # the other rows' tokens, from the host
         positions: list[int] = []
         lengths: list[int] = []
         contexts: list[int] = []

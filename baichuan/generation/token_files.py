@@ -17,9 +17,9 @@ from baichuan.errors import ConfigError
 from baichuan.util.files import atomic_path, open_regular
 from baichuan.util.npy import read_array, write_array
 
-MAX_IDS = 1 << 23  # of a file; Python takes 40 bytes for each
+MAX_IDS = 1 << 23  # most ids of a file; Python takes 40 bytes for each
 MAX_LINES = 1 << 20
-MAX_LINE_BYTES = 8 << 20  # of a CSV: a prompt of a million ids
+MAX_LINE_BYTES = 8 << 20  # longest line of a CSV file: a prompt of a million ids
 
 
 def read_prompts(path: Path, pad_id: int) -> list[list[int]]:

@@ -107,8 +107,8 @@ def _gemm_int8(
     """
     if OVERLAP:
         gdc_launch_dependents()
-    width = out_features // 2 if GATED else out_features  # of y
-    CHANNELS: gl.constexpr = FIRST if GATED else FIRST + SECOND  # of y
+    width = out_features // 2 if GATED else out_features  # channels of y
+    CHANNELS: gl.constexpr = FIRST if GATED else FIRST + SECOND  # channels of y for one program
     blocks_m, blocks_n = gl.cdiv(num_rows, BLOCK_M), gl.cdiv(width, CHANNELS)
     band = gl.program_id(0) // (BAND * blocks_n)
     band_height = gl.minimum(blocks_m - band * BAND, BAND)

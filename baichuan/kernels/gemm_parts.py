@@ -20,7 +20,7 @@ from baichuan.kernels.primitives import start_dependents, wait_for_inputs
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2, shared_memory
 from baichuan.kernels.tiles import Tile
 
-SPARE_BYTES = 4 << 10  # of shared memory beside the stages: for scales that threads exchange
+SPARE_BYTES = 4 << 10  # bytes of shared memory that stages leave free, for scales that threads exchange
 
 
 @triton.jit

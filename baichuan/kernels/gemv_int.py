@@ -93,7 +93,7 @@ def _of_groups(numbers, k, words, WORDS_PER_GROUP: tl.constexpr, BLOCK_K: tl.con
     four = k // 4 + tl.arange(0, BLOCK_K // 4)
     places = numbers + (four // (WORDS_PER_GROUP // 4))[None, :]
     # multiple_of says that neighbours need not lie aligned, so that each thread loads the numbers that it needs itself:
-    # of several at once it would have to pass some on through shared memory, with two barriers a block.
+    # one that loaded several at once would have to pass some on through shared memory, with two barriers a block.
     return tl.load(tl.multiple_of(places, (1, 1)), (four < words // 4)[None, :], other=0)
 
 
@@ -153,7 +153,7 @@ def _gemv_int(
     RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_dependents(OVERLAP)
-    words = chunks * 4  # of a row; the compiler sees that they are a multiple of four
+    words = chunks * 4  # words of a row; the compiler sees that they are a multiple of four
     GROUPED: tl.constexpr = WORDS_PER_GROUP > 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < out_features

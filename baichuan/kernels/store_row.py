@@ -112,7 +112,7 @@ def _store_deinterleaved_bytes(out_row, x, width):
 
     Neighbouring columns lie in the same thread's registers, so that no thread needs another one's bytes.
     """
-    WORDS: tl.constexpr = x.shape[0] // 8  # of the even columns, and as many of the odd ones
+    WORDS: tl.constexpr = x.shape[0] // 8  # words of the even columns, and as many of the odd ones
     shifts = (8 * tl.arange(0, 4))[None, :, None]
     words = tl.sum(tl.reshape(x & 0xFF, (WORDS, 4, 2)) << shifts, 1)  # the bytes do not overlap: a sum joins them
     word, odd = tl.arange(0, WORDS)[:, None], tl.arange(0, 2)[None, :]

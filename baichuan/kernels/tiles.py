@@ -68,9 +68,9 @@ def share_of_split(in_features, BLOCK_K: tl.constexpr):
 
 
 # What measures fastest on an H200: (most rows of x, tile), None for any number.  With few rows the time goes into
-# reading the weights, with many into the tensor cores.  "bytes": x and weight both of 8 bits; "converted": an integer
-# weight becomes x's float type, "int4_...": those of int4_kind; "dense": both of a 16-bit float type, "narrow": those
-# of dense_kind.
+# reading the weights, with many into the tensor cores.  "bytes": x and weight both have 8 bits; "converted": an integer
+# weight becomes x's float type; "dense": both have a 16-bit float type.  int4_kind says which products take "int4_..."
+# in place of "converted", dense_kind which take "narrow" in place of "dense".
 TILES = {
     "bytes": (
         (8, Tile(8, 64, 256, 4, 4)),
@@ -153,11 +153,11 @@ class RunsTile:
 
     block_m: int  # 64 for every four warps, or a multiple
     first: int  # channels of the first run, at most 128: Triton has no wider instructions for integers
-    second: int  # of the second one; 0 = there is none
+    second: int  # channels of the second run; 0 = there is none
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int  # that a multiprocessor runs at a time
+    programs: int  # programs that a multiprocessor runs at a time
 
 
 # What measures fastest on an H200 (docs/performance.md).

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from baichuan.records import AttentionSpec, Step, Weight
 
-Part = Any  # of a sum over the ranks, see Ops
+Part = Any  # what one rank adds to a sum over the ranks, see Ops
 
 
 class Ops(Protocol):

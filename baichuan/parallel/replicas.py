@@ -37,7 +37,7 @@ def groups_of(machines: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 class Replica:
     """This rank's replica."""
 
-    comm: Communicator  # of its ranks; the first leads
+    comm: Communicator  # joins the replica's ranks, of which the first leads
     count: int  # replicas in the world
     messages: Any = None  # an mpi4py communicator of the whole world, for ask and answered; None where count is 1
 

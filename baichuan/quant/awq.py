@@ -22,7 +22,7 @@ from baichuan.quant.moments import InputMoments
 from baichuan.quant.scaled import require_finite
 
 EXPONENTS = [step / 20 for step in range(20)]  # 0: all factors are 1
-CLIPPING = [1.1]  # that exponents are compared with: the whole search would leave 0.6 % less
+CLIPPING = [1.1]  # the one factor while exponents are compared: the whole search would leave 0.6 % less error
 SMALLEST = 0.01  # lower bound of r, in means of r: other texts may use a channel that these do not
 
 

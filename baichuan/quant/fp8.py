@@ -13,7 +13,7 @@ from baichuan.quant.scaled import LIMITS, divided, quantise, require_finite, sca
 
 E4M3 = torch.float8_e4m3fn
 CANDIDATES = [2 ** (step / 8) for step in range(8)]  # a channel's scales, times max|row| / 448; twice that is the same
-SMALLEST_SCALE = 2.0**-100  # of a token: far above the smallest float32
+SMALLEST_SCALE = 2.0**-100  # least scale of a token: far above the smallest float32
 
 
 def quantise_channels(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ ZERO_LIMIT = 16  # largest magnitude of a zero
 FACTORS = {4: [0.85 + 0.05 * step for step in range(16)], 8: [1.0 + 0.04 * step for step in range(6)]}
 ZERO_FACTORS = [0.95 + 0.05 * step for step in range(16)]
 
-Product = Callable[[Tensor, Tensor], Tensor]  # of groups, each [n, groups, group_size] -> [n, groups, 1]
+Product = Callable[[Tensor, Tensor], Tensor]  # <a, b> in each group: [n, groups, group_size] -> [n, groups, 1]
 
 
 @dataclass(frozen=True)

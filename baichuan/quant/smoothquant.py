@@ -16,7 +16,7 @@ from baichuan.quant.scaled import quantise, scale_for
 from baichuan.records import SmoothQuantWeight
 
 SMALLEST = 1e-5  # lower bound of a smoother and of max|W| in its formula
-BLOCK_ELEMENTS = 1 << 22  # of a matrix's rows that are quantised at a time
+BLOCK_ELEMENTS = 1 << 22  # elements of the rows that are quantised at a time
 EXACT_CHANNELS = 1024  # 127² * 1024 < 2²⁴: a float32 product over up to this many int8 channels is exact
 
 

@@ -19,13 +19,13 @@ from baichuan.util.files import open_regular
 
 T = TypeVar("T")
 
-MAX_ROW_BYTES = 4 << 20  # of a row's texts, together with the lengths of its lists
+MAX_ROW_BYTES = 4 << 20  # limit of a row: the lengths of its texts and lists together
 ROWS_AT_ONCE = 16  # where pages are small; a dictionary's page can stand for one long text in every row
 SMALL_PAGES = 16 << 20  # bytes of a page of each column, together
 LARGE_PAGES = 128 << 20  # a page of 100 MB is the largest that writers are known to make
 MAX_PAGES = 500_000
 FREE_BYTES, RATIO = 64 << 20, 50  # a file may unpack to FREE_BYTES + RATIO * its size
-ROW_BYTES, VALUE_BYTES = 16, 4  # that a row, and a value of a list, count for in this
+ROW_BYTES, VALUE_BYTES = 16, 4  # bytes that a row, and a value of a list, count for in that limit
 UNPACKED, PACKED, DATA_PAGE, DATA_PAGE_V2 = 2, 3, 5, 8  # fields of a page's header
 HEADER_BYTES = (256, 1 << 16)  # what is read of a page's header, at first and at most
 MAX_FOOTER_BYTES = 4 << 20

@@ -175,7 +175,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 def csv_rows(path: Path, file: BinaryIO, strict: bool = False) -> Iterator[tuple[str, list[str]]]:
     """("line N", cells) of each row, the header's first.  strict: the csv module's; it raises csv.Error."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    size = 0  # of the row that is being read, whose cells may hold many lines
+    size = 0  # characters of the row that is being read, whose cells may hold many lines
 
     def counted() -> Iterator[str]:
         nonlocal size

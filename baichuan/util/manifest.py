@@ -34,7 +34,7 @@ class Describer:
         self.path = path
         self._missing: dict[int, int] = {}  # bytes not yet written, by index of each chunk begun
         self._digests: dict[int, Future[str]] = {}
-        self._pool = ThreadPoolExecutor(max(min(MOST_THREADS, cores() - 1), 2))  # one is left to who waits
+        self._pool = ThreadPoolExecutor(max(min(MOST_THREADS, cores() - 1), 2))  # a core is left to whoever waits
 
     def wrote(self, start: int, size: int) -> None:
         """Bytes start to start + size are in the file; each byte is reported once."""

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 MAGIC = b"\x93NUMPY"
-LENGTH_BYTES = {1: 2, 2: 4, 3: 4}  # of the header's length, by major version
+LENGTH_BYTES = {1: 2, 2: 4, 3: 4}  # how many bytes the header's length takes, by major version
 MAX_HEADER_BYTES = 4096
 MAX_DIMENSIONS = 8
 FIELDS = {  # each field of the header, as every writer spells it
@@ -31,7 +31,7 @@ class Header:
     dtype: np.dtype
     shape: tuple[int, ...]
     fortran_order: bool
-    offset: int  # of the array's first byte
+    offset: int  # where the array's first byte is in the file
 
     @property
     def elements(self) -> int:

@@ -18,7 +18,7 @@ from baichuan.quant.ranges import LayerRanges
 from baichuan.weights.shard import LINEARS, NORM_BEFORE, ROWS_BEFORE
 from baichuan.weights.source import Checkpoint, TensorSource
 
-Factors = Mapping[str, np.ndarray]  # of one layer, by LINEARS' names: [in_features] float32
+Factors = Mapping[str, np.ndarray]  # one layer's factors by LINEARS' names: [in_features] float32
 
 
 def fold_grids(grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], Factors]:

@@ -35,7 +35,7 @@ LINEARS = {
     "down_proj": Linear(("mlp.down_proj",), 1, 1, False),
 }
 NORM_BEFORE = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}  # it makes the linear's inputs
-ROWS_BEFORE = {"o_proj": "qkv", "down_proj": "gate_up"}  # whose last rows, v or up, make the linear's inputs, in order
+ROWS_BEFORE = {"o_proj": "qkv", "down_proj": "gate_up"}  # its last rows, v or up, make the linear's inputs, in order
 NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
 
 

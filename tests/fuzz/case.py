@@ -33,7 +33,7 @@ class Result:
 
     code: int
     seconds: float
-    growth: int  # of resident memory, in bytes
+    growth: int  # growth of resident memory, in bytes
     fault: str  # empty: accepted or refused as it should be
     done: str = ""  # what was changed
     argv: tuple[str, ...] = ()

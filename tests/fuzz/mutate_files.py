@@ -10,7 +10,7 @@ from random import Random
 
 from tests.fuzz.mutate_formats import mutated
 
-MAX_BYTES = 256 << 20  # of a file that is changed again
+MAX_BYTES = 256 << 20  # size of the largest file that is changed once more
 OUTSIDE = "outside"  # a folder beside the inputs, which no file of theirs may lead to
 
 

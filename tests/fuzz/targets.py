@@ -19,7 +19,7 @@ from tests.fuzz.flags import random_flags
 from tests.fuzz.mutate_files import mutate_folder
 from tests.fuzz.mutate_formats import json_tree
 
-MAX_CONFIG_BYTES = 1 << 20  # of a file that is sealed again
+MAX_CONFIG_BYTES = 1 << 20  # size of the largest file that is sealed again
 IN, OUT = "in", "out"  # the folders of a case: what the script reads, where it writes
 HUB = "*.json *.safetensors pytorch_model* tokenizer.model"
 ENGINE = "engine/*.json engine/*.engine engine/tokenizer.model"
@@ -42,7 +42,7 @@ class Target:
     """A script with one kind of input."""
 
     name: str
-    share: float  # of the cases
+    share: float  # share of the cases, relative to the other targets'
     main: Callable[[list[str]], int]
     flags: str  # {in} and {out} stand for the folders
     make: Callable[[Path], None]  # writes the good files into a folder

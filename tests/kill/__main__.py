@@ -24,9 +24,9 @@ from tests.fuzz.pool import in_child
 from tests.kill.writers import WRITERS, Writer, leftovers_hold
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TWICE_S = 0.05  # within which a second signal follows, of one in four
-LAST_PART = 0.3  # of a run
-FINISHED, EARLY = "finished", "not begun"  # of a run that a signal came too late, or too early for
+TWICE_S = 0.05  # a second signal follows within this time, after one in four
+LAST_PART = 0.3  # half of the signals come in this last share of a run
+FINISHED, EARLY = "finished", "not begun"  # outcomes of a run that a signal reached too late, or too early
 MAX_TRIES = 20  # signals for a kill
 NOT_BEGUN = 70  # exit code of a child that the signal met before the script
 RUN_S = 180.0  # for a run that nobody kills

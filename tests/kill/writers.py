@@ -27,7 +27,7 @@ SUMMARY = "--test_trt_llm --engine_dir {in}/engine --batch_size 1 --max_ite 2 --
 @dataclass(frozen=True)
 class Writer:
     name: str
-    share: int  # of the kills
+    share: int  # share of the kills, relative to the other writers'
     main: Callable[[list[str]], int]
     runs: tuple[str, str]
     make: Callable[[Path], None]  # writes what they read

@@ -9,7 +9,7 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-MARKS = [pytest.mark.cuda] if DEVICE.type == "cuda" else []  # of tests of kernels, for `make test-cuda` to take them
+MARKS = [pytest.mark.cuda] if DEVICE.type == "cuda" else []  # the kernels' tests have them, for `make test-cuda`
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ def check_other_messages(comm: Nccl, device: torch.device) -> None:
     assert largest == [comm.world_size - 1, 0]
     for turn in range(6):
         x, smoother = drawn(comm.rank, turn, (5, 2560), torch.float16).to(device), torch.rand(2560, device=device) + 0.5
-        weight = SmoothQuantWeight(smoother, smoother, None, smoother)  # of which only the smoother is read
+        weight = SmoothQuantWeight(smoother, smoother, None, smoother)  # only its smoother is read
         values, scale = quantise_input(x, weight, comm)
         slots = slots_of(comm, 4 * x.shape[0])
         if slots:
@@ -93,7 +93,7 @@ def check_other_messages(comm: Nccl, device: torch.device) -> None:
 
 
 def microseconds(run, count: int = 80) -> float:
-    """Of one of the `count` calls in a captured graph."""
+    """The time of one of the `count` calls in a captured graph."""
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -6,8 +6,8 @@ import ctypes
 
 # https://man7.org/linux/man-pages/man3/mallopt.3.html
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 256 << 20  # at the end of the heap, unused
-LARGEST_BYTES = 32 << 20  # of one tensor whose memory is kept; glibc allows no more
+KEPT_BYTES = 256 << 20  # unused bytes at the end of the heap that are kept
+LARGEST_BYTES = 32 << 20  # largest tensor whose memory is kept; glibc allows no more
 
 
 def keep_freed_memory() -> None:

@@ -18,7 +18,7 @@ from baichuan.kernels.exchange import all_gather
 from baichuan.kernels.peers import Slots
 from baichuan.parallel.comm import Communicator, Solo, Threads
 
-MEET_TIMEOUT = timedelta(minutes=3)  # of ranks that join, or wait for each other's operations
+MEET_TIMEOUT = timedelta(minutes=3)  # how long ranks wait for each other to join, or in an operation
 
 
 def join_gpus(comm: Communicator) -> tuple[torch.device, Communicator]:

@@ -54,7 +54,7 @@ class Size:
 
     tokens: int
     sequences: int
-    prompts: int  # of the sequences, at most; 0 = decode, one token a sequence
+    prompts: int  # most prompts among the sequences; 0 = decode, one token a sequence
 
     @property
     def mixed(self) -> bool:
@@ -151,7 +151,7 @@ class StepGraphs:
 
     def __init__(self):
         self._captured: dict[Size, Captured] = {}
-        self._met: Counter[Size] = Counter()  # of mixed steps without a graph of their own
+        self._met: Counter[Size] = Counter()  # how often a mixed step came that had no graph of its size
         self._out: Tensor | None = None  # the logits of mixed steps: each graph's own would take a GB together
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -55,7 +55,7 @@ GLUON_VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose Gluon 
 class LinearKernel:
     """x @ Wᵀ for one weight and number of tokens, accumulated in float32 (W8A8: int32) and rounded once."""
 
-    form: Form  # in which it takes x
+    form: Form  # the form in which it takes x
     run: Callable[[Operand, torch.dtype], Tensor]  # (x, out_dtype) -> [num_tokens, out_features]
     # As run, with silu(first half) * second half of the product, [num_tokens, out_features / 2]; None = it cannot.
     run_gated: Callable[[Operand, torch.dtype], Tensor] | None = None
@@ -70,7 +70,7 @@ class Choice:
     """What decides between kernels, beside the weight."""
 
     num_tokens: int
-    dtype: torch.dtype  # of x, the model's
+    dtype: torch.dtype  # type of x, which is the model's
     comm: Communicator = Solo()
     own_kernels: bool = True  # False = PyTorch's products alone (build.py --use_gemm_plugin off)
     copies: DenseCopies = field(default_factory=DenseCopies)

@@ -46,7 +46,7 @@ class BinaryFolder:
     layout: Layout
     smoothed: bool  # weights and norms hold a smoother (-sq with a number)
     by_mode: bool = False  # beside plain weights lies what smooths them in each mode (-sq auto)
-    weight_only: WeightOnly | None = None  # of the calibrated integers that it holds
+    weight_only: WeightOnly | None = None  # form of the calibrated integers that it holds, if any
     device: torch.device = torch.device("cpu")  # where rows and scales are read to
 
     @property

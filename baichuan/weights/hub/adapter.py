@@ -23,7 +23,7 @@ from baichuan.weights.shard import hub_shapes
 from baichuan.weights.source import Checkpoint, TensorSource, on_device
 
 FILES = {"adapter_model.safetensors": open_safetensors, "adapter_model.bin": open_bin}  # the first there is is read
-PREFIX = "base_model.model."  # of every name that PEFT writes
+PREFIX = "base_model.model."  # the beginning of every name that PEFT writes
 EMBEDDING = "model.embed_tokens"
 PARTS = {  # ends of names: which part of a module's change the tensor is
     ".lora_A.weight": "right",
@@ -32,7 +32,7 @@ PARTS = {  # ends of names: which part of a module's change the tensor is
     ".lora_embedding_B": "right",
     ".base_layer.weight": "whole",  # written where the embedding is a target
     ".modules_to_save.weight": "whole",
-    ".weight": "whole",  # of modules_to_save
+    ".weight": "whole",  # a module of modules_to_save
 }
 
 
@@ -112,7 +112,7 @@ def open_adapter(folder: Path, model: ModelConfig, device: torch.device | str = 
     if file is None:
         raise CheckpointError(f"{folder} has none of {', '.join(FILES)}; give the folder of a complete adapter")
     shapes = hub_shapes(model)
-    parts: dict[str, dict[str, TensorSource]] = {}  # of each module
+    parts: dict[str, dict[str, TensorSource]] = {}  # each module's tensors by part: right, left or whole
     for name, source in on_device(FILES[file.name](file), torch.device(device)).items():
         module, part = _place(file, name, shapes)
         if source.dtype not in FLOATS:

@@ -16,7 +16,7 @@ from baichuan.weights.imported.parts import FLOATS, INT32, Parts, group_size, re
 from baichuan.weights.source import TensorSource
 
 BITS, PER_WORD = 4, 8
-PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word's output channels, in their order, counted from the lowest bits
+PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where a word holds each of its output channels, counted from the lowest bits
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def _four_bits(module: str, parts: Parts, shape: tuple[int, int]) -> TensorSourc
         first, last = start * columns, stop * columns  # these rows' numbers, of all numbers of the matrix
         octets = packed.read(first // 2, last // 2)[:, 0]
         indices = torch.stack((octets >> 4, octets & 0xF), dim=-1).flatten()
-        scales = absmax.read(first // size, -(-last // size)).repeat_interleave(size)  # of each number of whole blocks
+        # A scale for each number of the whole blocks that these rows touch.
+        scales = absmax.read(first // size, -(-last // size)).repeat_interleave(size)
         before = first % size  # a row may begin within a block
         return (numbers[indices.long()] * scales[before : before + last - first]).view(stop - start, columns)
 

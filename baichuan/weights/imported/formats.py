@@ -65,7 +65,7 @@ def dequantised(
 ) -> dict[str, TensorSource]:
     """The tensors with each quantised matrix in place of its parts.  shapes: of the model, by the hub's names."""
     places = {f"{name.removesuffix('.weight')}.{end}": (name, end) for name in shapes for end in form.ends}
-    parts: dict[str, dict[str, TensorSource]] = {}  # of each matrix, by the ends of their names
+    parts: dict[str, dict[str, TensorSource]] = {}  # each matrix's parts, by the ends of their names
     others = {}
     for tensor, source in tensors.items():
         if tensor in places:

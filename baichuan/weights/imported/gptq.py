@@ -27,8 +27,8 @@ class Gptq:
     bits: int
     group_size: int  # 0 = the whole row
     symmetric: bool  # every zero is in the middle
-    ordered: bool  # by activations (desc_act): groups may be of any input channels
-    added: int  # to every word of zeros
+    ordered: bool  # input channels are ordered by activations (desc_act): a group may have any of them
+    added: int  # what is added to every word of zeros
 
     label = "GPTQ"
     ends = ("qweight", "qzeros", "scales", "g_idx", "bias")

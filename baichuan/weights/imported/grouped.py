@@ -21,7 +21,7 @@ Rows = Callable[[int, int], Tensor]  # (start, stop) -> those output channels
 class Grouped:
     """w[o, i] = (integers[o, i] - zeros[o, g]) * scales[o, g] for the group g of input channel i."""
 
-    name: str  # of the matrix, for messages
+    name: str  # the matrix's name, for messages
     shape: tuple[int, int]  # (out_features, in_features)
     bits: int  # 4 or 8
     group_size: int  # 0 = the whole row

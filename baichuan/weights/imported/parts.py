@@ -13,7 +13,7 @@ from baichuan.weights.source import TensorSource
 INT32 = (torch.int32,)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-Parts = Mapping[str, TensorSource]  # by the end of the tensor's name, such as qweight
+Parts = Mapping[str, TensorSource]  # a matrix's tensors by the ends of their names, such as qweight
 
 
 def take(module: str, parts: Parts, end: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> TensorSource:

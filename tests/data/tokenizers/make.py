@@ -31,7 +31,7 @@ UNMERGED = {
     "v1": [*COMMON, *"0123456789"],
     "v2": [*COMMON, *"+-=；．＝＜＞－＋％‼㊣／｜", "...", "。。。", "。。。。。。"],
 }
-RESERVED = {"v1": range(300), "v2": range(12, 1000)}  # of <reserved_N>: 195 and 196 are the roles of a chat
+RESERVED = {"v1": range(300), "v2": range(12, 1000)}  # numbers N of <reserved_N>: 195 and 196 are the roles of a chat
 LEARNT = 800
 
 
