@@ -1,11 +1,13 @@
-"""Where a decode step's time goes, kernel by kernel of a layer: python benchmarks/bench_layer.py
+"""Where a step's time goes, kernel by kernel of a layer: python benchmarks/bench_layer.py
 
     python benchmarks/bench_layer.py --model_version v1_7b --precision float16 int8 int4
     mpirun -n 4 python benchmarks/bench_layer.py --model_version v2_13b --batch_size 1 64
+    mpirun -n 2 python benchmarks/bench_layer.py --model_version v2_13b --prefill
 
-torch.profiler watches replays of the captured step of a shortened model with dummy weights.  A kernel begins while the
-one before it still runs, so that its time is counted from that one's end to its own end: a layer's kernels add up to
-the layer.  Medians over all layers and replays, in microseconds; of several ranks, those of the first.
+torch.profiler watches replays of the captured step, which decodes or with --prefill computes the prompts, of a
+shortened model with dummy weights.  A kernel begins while the one before it still runs, so that its time is counted
+from that one's end to its own end: a layer's kernels add up to the layer.  Medians over all layers and replays, in
+microseconds; of several ranks, those of the first.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from baichuan.records import Step
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
 from benchmarks.random_weights import PRECISIONS, RandomWeights, add_model_flags
 
-BEGINS_A_LAYER = "_decode_attention"  # a layer is counted from here on: its first norm and qkv end the one before
+# A layer is counted from attention on: its first norm and qkv end the one before.
+BEGINS_A_LAYER = ("_decode_attention", "_prefill_attention")
 REPLAYS = 6
 
 
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     add_model_flags(parser)
     parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
     parser.add_argument("--num_layers", type=int, default=8, help="of the shortened model, at least 3")
+    parser.add_argument("--prefill", action="store_true", help="the step of --input_len tokens instead of one token")
     return run_script(parser, argv, bench)
 
 
@@ -60,14 +64,15 @@ def bench(args: argparse.Namespace, host: Communicator) -> int:
             for batch in args.batch_size:
                 times = layer_times(profile(args, version, precision, batch, comm, device))
                 if host.rank == 0:
-                    print_layer(f"{version} {precision} batch {batch} tp {host.world_size}", times)
+                    what = f"prefill of {batch} x {args.input_len}" if args.prefill else f"batch {batch}"
+                    print_layer(f"{version} {precision} {what} tp {host.world_size}", times)
     return 0
 
 
 def profile(
     args: argparse.Namespace, version: str, precision: str, batch: int, comm: Communicator, device: torch.device
 ) -> list[tuple[str, float]]:
-    """The kernels of REPLAYS decode steps: (name, when it ended in microseconds)."""
+    """The kernels of REPLAYS steps: (name, when it ended in microseconds)."""
     dtype = precision if precision == "bfloat16" else "float16"
     model = replace(PRESETS[version], dtype=dtype, num_layers=args.num_layers)
     model.check_tensor_parallel(comm.world_size)
@@ -77,8 +82,9 @@ def profile(
     executor.reset(batch, args.input_len + 1)
     step = Step.of([[1] * args.input_len] * batch, device=device)
     executor.forward(step)
-    step = step.next(torch.ones(batch, dtype=torch.int64, device=device))
-    executor.forward(step)  # which captures it
+    if not args.prefill:
+        step = step.next(torch.ones(batch, dtype=torch.int64, device=device))
+    executor.forward(step)  # captured by now
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(REPLAYS):

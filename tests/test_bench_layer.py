@@ -18,8 +18,10 @@ def replays(layers):
     return kernels
 
 
-def test_times_are_from_one_kernels_end_to_the_next_ones():
-    assert bench_layer.layer_times(replays([LAYER] * 4)) == list(LAYER)
+@pytest.mark.parametrize("attention", ["_decode_attention", "_prefill_attention"])
+def test_times_are_from_one_kernels_end_to_the_next_ones(attention):
+    layer = ((attention, 5.0), *LAYER[1:])
+    assert bench_layer.layer_times(replays([layer] * 4)) == list(layer)
 
 
 def test_the_head_belongs_to_no_layer():
