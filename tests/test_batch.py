@@ -227,6 +227,8 @@ def test_a_stopped_run_says_how_to_go_on(engine, tmp_path):
         (["--prompt_file", "long.txt", "--output_jsonl", "o.jsonl"], "long.txt line 2: the prompt has"),
         (["--prompt_file", "top.jsonl", "--output_jsonl", "o.jsonl"], "top.jsonl line 1: top_k -1 is out of range"),
         (["--prompt_file", "most.jsonl", "--output_jsonl", "o.jsonl"], "most.jsonl line 1: max_output_len 25 is out"),
+        (["--prompt_file", "chat.jsonl", "--output_jsonl", "o.jsonl"], "chat.jsonl line 2: message 1 of the chat is 3"),
+        (["--prompt_file", "ids.jsonl", "--output_jsonl", "o.jsonl"], "ids.jsonl line 1: message 0 of the chat is 5"),
         (["--prompt_file", "p.txt", "--output_jsonl", "other.jsonl", "--resume"], "line 1 is no result"),
     ],
 )
@@ -237,6 +239,8 @@ def test_what_is_wrong_is_said_before_anything_runs(engine, tmp_path, monkeypatc
     (tmp_path / "long.txt").write_text("a\n" + "word " * 200)
     write_rows(tmp_path / "top.jsonl", [{"prompt": "a", "top_k": -1}])
     write_rows(tmp_path / "most.jsonl", [{"prompt": "a", "max_output_len": 25}])
+    write_rows(tmp_path / "chat.jsonl", [{"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}, 3]}])
+    write_rows(tmp_path / "ids.jsonl", [{"messages": [5, 6, 7]}])
     write_rows(tmp_path / "other.jsonl", [{"some": "thing"}])
     scripts.refused(run.main, ["--engine_dir", str(engine), *LIMITS, *more], sentence, capsys)
     assert not os.path.exists("o.jsonl") or not os.path.getsize("o.jsonl")

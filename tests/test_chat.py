@@ -142,8 +142,13 @@ def test_a_generation_config_that_cannot_be_used_is_refused(tmp_path, content, w
             [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}],
             "message 1 of the chat is the system's",
         ),
-        ([{"role": "user", "content": None}], "message 0 of the chat needs"),
-        ([{"role": "user"}], "message 0 of the chat needs"),
+        ([{"role": "user", "content": None}], "message 0 of the chat has the content None; give a text"),
+        ([{"role": "user"}], "message 0 of the chat has 'role'; it needs a role and a content"),
+        ([{}], "message 0 of the chat has nothing; it needs"),
+        ([{"role": "user", "content": "x"}, 3], "message 1 of the chat is 3; give an object with a role"),
+        ("x", "a list of messages and this is 'x'"),
+        (3, "a list of messages and this is 3"),
+        ({"role": "user", "content": "x"}, "a list of messages and this is {'role"),
     ],
 )
 def test_messages_that_are_no_chat_are_refused(messages, why):

@@ -67,7 +67,16 @@ BAD = {
         ('{"prompt": "a", "top_k": 1.5}', "line 1 has top_k 1.5, which must be an integer"),
         ('{"prompt": "a", "top_k": true}', "line 1 has top_k True, which must be an integer"),
         ('{"prompt_ids": [1, "2"]}', "line 1 has a prompt_id '2'"),
-        ('{"prompt": "a", "id": [1]}', "line 1 has id [1], which must be text"),
+        ('{"prompt": ["a"]}', "line 1 has prompt ['a'], which must be text"),
+        ('{"prompt": true}', "line 1 has prompt True, which must be text"),
+        ('{"prompt_ids": 5}', "line 1 has prompt_ids 5, which must be a list"),
+        ('{"prompt_ids": {"1": 1}}', "line 1 has prompt_ids {'1': 1}, which must be a list"),
+        ('{"prompt_ids": [true]}', "line 1 has a prompt_id True, which must be an integer"),
+        ('{"prompt_ids": [1.0]}', "line 1 has a prompt_id 1.0, which must be an integer"),
+        ('{"prompt_ids": [[1]]}', "line 1 has a prompt_id [1], which must be an integer"),
+        ('{"prompt_ids": [null]}', "line 1 has a prompt_id None, which must be an integer"),
+        ('{"prompt": "a", "id": [1]}', "line 1 has id [1], which must be text or an integer"),
+        ('{"prompt": "a", "id": true}', "line 1 has id True, which must be text or an integer"),
         ('{"prompt": "a", "id": "2"}\n{"prompt": "b"}', "line 2 has the id 2, as"),
         ('{"prompt": "a", "prompt": "b"}', "line 1 is not JSON ('prompt' is there twice)"),
         ('{"prompt": "a", "id": "x\\ud800"}', "line 1 has an id that is not valid UTF-8 at character 1"),
@@ -95,6 +104,52 @@ def test_what_is_wrong_is_one_sentence_with_its_number(tmp_path, suffix, content
     with pytest.raises(ConfigError) as error:
         list(read_prompt_file(path))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+USER = {"role": "user", "content": "x"}
+BAD_MESSAGES = [
+    ([], "the chat has no message; give at least one"),
+    ([USER, 3], "message 1 of the chat is 3; give an object with a role and a content"),
+    ([USER, None], "message 1 of the chat is None; give an object"),
+    ([3], "message 0 of the chat is 3; give an object"),
+    ([5, 6, 7], "message 0 of the chat is 5; give an object"),
+    ([True], "message 0 of the chat is True; give an object"),
+    (["hello"], "message 0 of the chat is 'hello'; give an object"),
+    ([None], "message 0 of the chat is None; give an object"),
+    ([[USER]], "message 0 of the chat is [{'role': 'user', 'content': 'x'}]; give an object"),
+    ([USER, {}], "message 1 of the chat has nothing; it needs a role and a content"),
+    ([{"role": "user"}], "message 0 of the chat has 'role'; it needs a role and a content"),
+    ([USER | {"name": "y"}], "has 'role' and 'content' and 'name'; it needs a role and a content, and takes nothing"),
+    ([USER | {"content": ["x"]}], "message 0 of the chat has the content ['x']; give a text"),
+    ([USER | {"content": None}], "message 0 of the chat has the content None; give a text"),
+    ([USER | {"role": 3}], "role of message 0 3 is not known; use one of system, user, assistant"),
+    ([USER | {"role": []}], "role of message 0 [] is not known"),
+    ([USER, USER | {"role": "system"}], "message 1 of the chat is the system's; put"),
+]
+
+
+@pytest.mark.parametrize(("messages", "sentence"), BAD_MESSAGES)
+def test_messages_that_are_no_chat_are_one_sentence_with_their_line(tmp_path, messages, sentence):
+    for suffix, place in (("jsonl", "line 2"), ("csv", "row 2")):
+        path = write(tmp_path / f"prompts.{suffix}", [{"messages": [USER]}, {"messages": messages}])
+        with pytest.raises(ConfigError) as error:
+            list(read_prompt_file(path))
+        assert f"{place}: " in str(error.value) and sentence in str(error.value)
+
+
+def test_messages_of_parquet_s_own_types_are_no_chat(tmp_path):
+    path, pairs = tmp_path / "p.parquet", pyarrow.map_(pyarrow.string(), pyarrow.string())
+    for column, sentence in (
+        (pyarrow.array([[5, 6]]), "message 0 of the chat is 5"),
+        (pyarrow.array([["hello"]]), "message 0 of the chat is 'hello'"),
+        (pyarrow.array([list(USER.items())], pairs), "message 0 of the chat is ('role', 'user')"),
+        (pyarrow.array([[USER, None]]), "message 1 of the chat is None"),
+        (pyarrow.array([USER]), "has messages {'role'"),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"messages": column}), path)
+        with pytest.raises(ConfigError) as error:
+            list(read_prompt_file(path))
+        assert f"{path} row 1" in str(error.value) and sentence in str(error.value)
 
 
 def test_lines_are_bounded_and_pipes_refused(tmp_path, monkeypatch):

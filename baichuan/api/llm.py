@@ -27,7 +27,7 @@ from baichuan.generation.limits import check_request
 from baichuan.generation.requests import Progress, Request, Serving, Timing
 from baichuan.generation.sampling import numbered_seeds
 from baichuan.parallel.comm import world_of_this_process
-from baichuan.text.chat import ChatRoles, build_chat_prompt
+from baichuan.text.chat import ChatRoles, build_chat_prompt, check_messages
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.manifest import Description
 
@@ -150,8 +150,7 @@ class LLM:
         self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
     ) -> Completion:
         """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content."""
-        if messages and not _is_chat(messages):
-            raise ConfigError('chat takes a list of messages, such as [{"role": "user", "content": "你好"}]')
+        check_messages(messages)
         return self.generate([messages], sampling, max_new_tokens)[0]
 
     def stream(

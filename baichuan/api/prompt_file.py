@@ -16,6 +16,7 @@ from typing import Any
 
 from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
+from baichuan.text.chat import check_messages
 from baichuan.text.parquet import parquet_rows
 from baichuan.text.rows import csv_rows, lines
 from baichuan.util.files import open_regular
@@ -33,6 +34,13 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 PROMPTS: dict[str, type] = {"prompt": str, "messages": list, "prompt_ids": list}
 COLUMNS = ("id", *PROMPTS, *SETTINGS)
+KINDS: dict[tuple[type, ...], str] = {
+    (str,): "text",
+    (int,): "an integer",
+    (str, int): "text or an integer",
+    (float, int): "a number",
+    (list,): "a list",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,11 @@ def _line(place: str, row: Mapping[str, Any], default_key: str) -> PromptLine:
     if name == "prompt_ids":
         for token in given[name]:
             _require_type(place, "a prompt_id", token, (int,))
+    if name == "messages":
+        try:
+            check_messages(given[name])
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
     for setting in SETTINGS:
         if setting in given:
             _require_type(place, setting, given[setting], SETTINGS[setting])
@@ -99,8 +112,7 @@ def _line(place: str, row: Mapping[str, Any], default_key: str) -> PromptLine:
 
 def _require_type(place: str, name: str, value: Any, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds) or isinstance(value, bool):
-        names = {str: "text", int: "an integer", float: "a number", list: "a list"}
-        raise ConfigError(f"{place} has {name} {value!r:.60}, which must be {names[kinds[0]]}")
+        raise ConfigError(f"{place} has {name} {value!r:.60}, which must be {KINDS[kinds]}")
 
 
 Row = tuple[str, Mapping[str, Any]]  # (its place, for messages; its columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from baichuan.config import require_choice, require_range
 from baichuan.errors import CheckpointError, ConfigError
@@ -57,7 +57,7 @@ def build_chat_prompt(
     """
     for role_id in (user_id, assistant_id):
         tokenizer.check_role_id(role_id)
-    _check_messages(messages)
+    check_messages(messages)
     if max_input_len is not None:
         require_range("max_input_len", max_input_len, 1, 1 << 20)
 
@@ -86,12 +86,22 @@ def build_chat_prompt(
     return prompt[-max_input_len:]
 
 
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def check_messages(messages: Any) -> None:
+    """Raise ConfigError unless these are messages as build_chat_prompt takes them."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        example = '[{"role": "user", "content": "你好"}]'
+        raise ConfigError(f"a chat takes a list of messages and this is {messages!r:.60}; give one such as {example}")
     if not messages:
         raise ConfigError("the chat has no message; give at least one")
     for index, message in enumerate(messages):
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            raise ConfigError(f"message {index} of the chat needs a role and a content that is text")
+        name = f"message {index} of the chat"
+        if not isinstance(message, Mapping):
+            raise ConfigError(f"{name} is {message!r:.60}; give an object with a role and a content")
+        if set(message) != {"role", "content"}:
+            found = " and ".join(map(repr, message)) or "nothing"
+            raise ConfigError(f"{name} has {found:.100}; it needs a role and a content, and takes nothing else")
+        if not isinstance(message["content"], str):
+            raise ConfigError(f"{name} has the content {message['content']!r:.60}; give a text")
         require_choice(f"role of message {index}", message["role"], ("system", "user", "assistant"))
         if index and message["role"] == "system":
             raise ConfigError(f"message {index} of the chat is the system's; put the system's before all others")

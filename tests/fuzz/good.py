@@ -75,12 +75,14 @@ def prompt_files(folder: Path) -> None:
 
     engine(folder)
     rows = [{"id": "a", "prompt": "Rain fell", "top_k": 2}, {"id": "b", "prompt": "珠峰", "top_k": 1}]
-    table = pandas.DataFrame(rows)
-    others = [{"prompt_ids": [1, 5, 9], "temperature": 0.5}, {"messages": [{"role": "user", "content": "hi"}]}]
+    chat = [{"role": role, "content": "hi"} for role in ("system", "user", "assistant", "user")]
+    others = [{"prompt_ids": [1, 5, 9], "temperature": 0.5}, {"messages": chat[:2]}, {"messages": chat}]
     (folder / "f.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*rows, *others]))
     (folder / "f.txt").write_text("".join(each["prompt"] + "\n" for each in rows))
-    table.to_csv(folder / "f.csv", index=False)
+    table = pandas.DataFrame([*rows, *others]).astype({"top_k": "Int64"})
     table.to_parquet(folder / "f.parquet")
+    lists = {name: table[name].map(json.dumps, na_action="ignore") for name in ("prompt_ids", "messages")}
+    table.assign(**lists).to_csv(folder / "f.csv", index=False)
     files = ("--prompt_file", str(folder / "f.jsonl"), "--output_jsonl", str(folder / "results.jsonl"))
     quietly(run.main, "--engine_dir", str(folder / "engine"), "--max_output_len", "2", *files)
 

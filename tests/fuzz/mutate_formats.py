@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
@@ -51,7 +53,7 @@ def json_tree(chance: Random, values: Any) -> Any:
     if not places:
         return json_value(chance, values)
     parent, key = chance.choice(places)
-    match chance.randrange(7):
+    match chance.randrange(8):
         case 0:
             del parent[key]
         case 1 if isinstance(parent, dict):
@@ -59,7 +61,9 @@ def json_tree(chance: Random, values: Any) -> Any:
         case 2:
             other, from_there = chance.choice(places)
             parent[key] = deepcopy(other[from_there])  # a copy: no value is within itself
-        case 3 if isinstance(parent[key], int | float):
+        case 3 if isinstance(parent, list):
+            parent.insert(key, json_value(chance, parent[key]))
+        case 4 if isinstance(parent[key], int | float):
             parent[key] = parent[key] * chance.choice((-1, 2, 0.5, 3)) + chance.choice((-1, 0, 1))
         case _:
             parent[key] = json_value(chance, parent[key])
@@ -102,6 +106,21 @@ def json_lines(chance: Random, content: bytes) -> bytes:
     place = chance.randrange(len(lines))
     lines[place] = json_document(chance, lines[place])
     return b"\n".join(lines)
+
+
+def json_cells(chance: Random, content: bytes) -> bytes:
+    """A cell of a CSV file that is JSON; a line where none is."""
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
+    except (ValueError, csv.Error):
+        rows = []
+    if not (places := [(row, i) for row in rows for i, cell in enumerate(row) if cell.startswith(("[", "{"))]):
+        return lines(chance, content)
+    row, i = chance.choice(places)
+    row[i] = json_document(chance, row[i].encode()).decode(errors="surrogateescape")
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().encode(errors="surrogateescape")
 
 
 WIDTHS = [("F64", "I64", "U64"), ("F32", "I32", "U32"), ("F16", "BF16", "I16", "U16"), ("I8", "U8", "BOOL", "F8_E4M3")]
@@ -215,7 +234,7 @@ SHARD = (safetensors, safetensors, safetensors_entry, safetensors_entry, numbers
 BY_NAME: dict[str, tuple[Mutator, ...]] = {
     ".json": (*JSON, *damage.TEXT),
     ".jsonl": (json_lines, json_lines, json_lines, lines, *damage.TEXT),
-    ".csv": (lines, lines, lines, *damage.TEXT),
+    ".csv": (lines, lines, lines, json_cells, json_cells, *damage.TEXT),
     ".txt": (lines, *damage.TEXT),
     ".parquet": (parquet, parquet, parquet, parquet, *damage.ANY),
     ".ini": (lines, lines, lines, lines, *damage.TEXT),
