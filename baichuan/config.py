@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, get_type_hints
 
 from baichuan.errors import ConfigError
@@ -25,14 +24,15 @@ def require_choice(name: str, value, choices) -> None:
 
 
 def require_range(name: str, value, low, high) -> None:
-    """Raise ConfigError unless low <= value <= high; NaN never is."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name} {value} is out of range; use {low} to {high}")
+    """Raise ConfigError unless value is a number and low <= value <= high; NaN never is."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ConfigError(f"{name} {value!r} is {'out of range' if number else 'no number'}; use {low} to {high}")
 
 
 def require_integer(name: str, value: Any, wanted: str = "one") -> None:
     """Raise ConfigError unless value is an integer, NumPy's included.  wanted: what the message asks for"""
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise ConfigError(f"{name} {value!r} is no integer; give {wanted}")
 
 
@@ -245,8 +245,12 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = ()  # more token ids that end a sequence, such as a chat's role ids
 
     def __post_init__(self):
-        for name in ("num_beams", "top_k", "random_seed"):
+        for name in ("num_beams", "top_k", "random_seed", "eos_id", "pad_id"):
             require_integer(name, getattr(self, name))
+        if not isinstance(self.stop_ids, (tuple, list)):
+            raise ConfigError(f"stop_ids {self.stop_ids!r:.60} is no list of token ids; give one, such as (5, 6)")
+        for token in self.stop_ids:
+            require_integer("the stop id", token, "token ids")
         require_range("num_beams", self.num_beams, 1, 64)
         require_range("top_k", self.top_k, 0, 1 << 24)
         require_range("top_p", self.top_p, 0.0, 1.0)
@@ -275,7 +279,7 @@ SAMPLING_DEFAULTS = {
 
 def to_json(record) -> dict:
     """A record as plain JSON values; `from_json` inverts it."""
-    return dataclasses.asdict(record)
+    return asdict(record)
 
 
 def from_json(cls, values: dict):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import goldens
@@ -113,8 +113,15 @@ def test_threads_load_an_engine_once(llm, monkeypatch):
 
 def test_ids_come_as_arrays_and_tensors_too(llm):
     ids = prompts()[1]
-    for given in (ids, [ids], np.array(ids), np.array([ids]), torch.tensor(ids), [torch.tensor(ids)], tuple(ids)):
+    kinds = [ids, [ids], np.array(ids), np.array([ids]), torch.tensor(ids), [torch.tensor(ids)], tuple(ids)]
+    kinds += [
+        [np.int64(each) for each in ids],
+        [[np.int32(each) for each in ids]],
+        [torch.tensor(each) for each in ids],
+    ]
+    for given in kinds:
         assert llm.generate(given, GREEDY, 24)[0].ids == continuations()[1]
+    assert [each.prompt_ids for each in llm.generate([torch.tensor([5]), [6]], GREEDY, 1)] == [[5], [6]]
 
 
 def test_one_stop_text_is_a_list_of_one(llm):
@@ -203,21 +210,21 @@ def test_stop_texts_end_a_text_where_they_first_occur(llm):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda llm: llm.generate([[1], [5] * 129], GREEDY, 1), "prompt 1 has 129 tokens"),
-        (lambda llm: llm.generate([[1], []], GREEDY, 1), "prompt 1 is empty"),
+        (lambda llm: llm.generate([[1], [5] * 129], GREEDY, 1), "^prompt 1: the prompt has 129 tokens"),
+        (lambda llm: llm.generate([[1], []], GREEDY, 1), "^prompt 1: the prompt is empty"),
         (lambda llm: llm.generate([[1]], GREEDY, 25), "max_output_len 25"),
         (lambda llm: llm.generate([[1]], replace(GREEDY, num_beams=3), 1), "max_beam_width 2"),
         (lambda llm: llm.generate([[1]], [GREEDY, GREEDY], 1), "2 settings for 1 prompts"),
-        (lambda llm: llm.score([[7]]), "a text of 1 tokens has no probability"),
+        (lambda llm: llm.score([[7]]), "a text of 1 token has no probability"),
         (lambda llm: next(llm.stream([1000], GREEDY, 1)), "id 1000"),
         (lambda llm: llm.chat([{"role": "user"}]), "needs a role and a content"),
         (lambda llm: llm.chat("hi"), "chat takes a list of messages"),
         (lambda llm: llm.chat([7, 8]), "message 0 of the chat is 7"),
         (lambda llm: llm.chat([]), "the chat has no message"),
         (lambda llm: llm.generate([{"role": "user", "content": "x"}, None]), "message 1 of the chat is None"),
-        (lambda llm: llm.generate(b"hi"), "a prompt is bytes"),
-        (lambda llm: llm.generate(bytearray(b"hi")), "a prompt is bytes"),
-        (lambda llm: llm.generate([b"hi"]), "a prompt is bytes"),
+        (lambda llm: llm.generate(b"hi"), "a prompt is byte"),
+        (lambda llm: llm.generate(bytearray(b"hi")), "a prompt is byte"),
+        (lambda llm: llm.generate([b"hi"]), "a prompt is byte"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, message):
@@ -225,6 +232,83 @@ def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, messag
         call(llm)
     assert "\n" not in str(error.value)
     assert llm.generate(prompts()[1], GREEDY, 3)[0].ids == continuations()[1][:3]
+
+
+MESSAGE = {"role": "user", "content": "你好"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"^a prompt is NoneType \(None\); give a text, a list of token ids, or a list of a chat's messages$"),
+        (5, r"^a prompt is int \(5\)"),
+        (float("nan"), r"^a prompt is float \(nan\)"),
+        (torch.tensor(5), r"^a prompt is int \(5\)"),
+        (MESSAGE, r"^a prompt is dict \({'role'"),
+        ([1.0, 2.0], r"^prompt 0: a prompt is float \(1.0\)"),
+        (np.ones(3), r"^prompt 0: a prompt is float \(1.0\)"),
+        ([True, False], r"^prompt 0: a prompt is bool \(True\)"),
+        (torch.tensor([True]), r"^a prompt is bool \(True\)"),
+        ([None], r"^a prompt is NoneType"),
+        (["hi", None], r"^prompt 1: a prompt is NoneType"),
+        ([[1.0, 2.0]], r"^the prompt holds 1.0, which is no token id; give integers$"),
+        ([[5], [5, True]], r"^prompt 1: the prompt holds True, which is no token id"),
+        ([5, "a"], r"^the prompt holds 'a', which is no token id"),
+        (["hi", "a\udc80"], r"^prompt 1: the text is not valid UTF-8"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_before_anything_runs(llm, given, message, monkeypatch):
+    monkeypatch.setattr(llm, "_run", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(ConfigError, match=message):
+        llm.generate(given, GREEDY, 1)
+    with pytest.raises(
+        ConfigError, match="a prompt is|the prompt holds .*, which is no token id"
+    ):  # here a list is one prompt
+        list(llm.stream(given, GREEDY, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate("hi", {"top_k": 1}), r"^sampling {'top_k': 1} is no SamplingConfig"),
+        (lambda llm: llm.generate("hi", [None]), r"^sampling \[None\] is no SamplingConfig"),
+        (lambda llm: llm.generate("hi", 5), "^sampling 5 is no SamplingConfig"),
+        (
+            lambda llm: llm.generate([[1], [5]], [GREEDY, replace(GREEDY, num_beams=3)]),
+            "^prompt 1: num_beams 3 exceeds",
+        ),
+        (lambda llm: llm.generate("hi", GREEDY, True), "^max_output_len True is no integer"),
+        (lambda llm: llm.generate("hi", stop_texts=5), "^stop_texts 5 is no text and no list of texts"),
+        (lambda llm: llm.generate("hi", stop_texts=["a", 5]), r"^stop_texts \['a', 5\] is no text"),
+        (lambda llm: llm.generate("hi", stop_texts=b"x"), "^stop_texts b'x' is no text"),
+        (lambda llm: llm.chat(None), "^a chat takes a list of messages and this is None"),
+        (lambda llm: llm.chat(MESSAGE), "^a chat takes a list of messages"),
+        (lambda llm: llm.chat([]), "^the chat has no message"),
+        (lambda llm: llm.score(None), "^a prompt is NoneType"),
+        (lambda llm: llm.score([prompts()[1], [5.0]]), "^text 1: the text holds 5.0, which is no token id"),
+        (lambda llm: llm.score([prompts()[1], [7]]), "^text 1: a text of 1 token has no probability"),
+        (lambda llm: llm.logits(5), r"^a prompt is int \(5\)"),
+        (lambda _: LLM(None), "^engine_dir None is no path"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_runs(llm, call, message, monkeypatch):
+    monkeypatch.setattr(llm, "_run", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(ConfigError, match=message):
+        call(llm)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", float("nan"), float("inf"), True, [1], 1j, ("a",), (True,), (5.0,)])
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingConfig)])
+def test_settings_are_numbers(name, wrong):
+    with pytest.raises(ConfigError, match=r"(is no (integer|number|list of token ids)|is out of range); (give|use) "):
+        SamplingConfig(**{name: (wrong, wrong) if name == "stop_ids" else wrong})
+    assert SamplingConfig(**{name: [5, np.int64(6)] if name == "stop_ids" else 1})
+
+
+@pytest.mark.parametrize("wrong", [5, None, "5", b"x"])
+def test_stop_ids_are_a_list(wrong):
+    with pytest.raises(ConfigError, match="is no list of token ids; give one, such as"):
+        SamplingConfig(stop_ids=wrong)
 
 
 def test_two_ranks_do_what_the_first_is_told(tmp_path):
@@ -244,7 +328,7 @@ def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path):
 
     def on_rank(comm):
         llm = LLM(folder, device="cpu", ranks=Ranks(comm))
-        with pytest.raises(ConfigError, match="prompt 0 is empty"):
+        with pytest.raises(ConfigError, match="^the prompt is empty"):
             llm.lead(lambda: llm.generate([[]], GREEDY, 1))
         return True
 

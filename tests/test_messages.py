@@ -129,7 +129,7 @@ def test_what_greedy_decoding_does_not_use_is_said(engine, given, said, capsys):
 
 def test_an_empty_prompt_is_not_told_to_be_shorter(engine, capsys):
     line = last_line(run.main, ["--engine_dir", str(engine), "--input_text", "", "--max_output_len", "2"], capsys)
-    assert "prompt 0 is empty; give it at least one word" in line
+    assert "the prompt is empty; give it at least one word" in line
 
 
 # One folder in the place of another

@@ -392,7 +392,7 @@ BAD_FILES = {
         "negative": (b"-1\n", "id -1"),
         "enormous": (b"9" * 30, "id 999999"),
         "more digits than Python reads": (b"9" * 5000, "does not hold token ids"),
-        "too long": (b"5," * 128 + b"5\n", "prompt 0 has 129 tokens and the engine takes 1 to 128"),
+        "too long": (b"5," * 128 + b"5\n", "the prompt has 129 tokens and the engine takes 1 to 128"),
     },
     "npy": {
         "empty": (b"", "does not hold token ids"),

@@ -157,9 +157,9 @@ def test_ids_out_of_range_are_named(name, bad):
     check_ids([0, t.vocab_size - 1], t.vocab_size)
 
 
-@pytest.mark.parametrize("token", [[1, 2], "5", 1.0, None])
+@pytest.mark.parametrize("token", [[1, 2], "5", 1.0, None, True])
 def test_what_is_no_id_is_refused(token):
-    with pytest.raises(ConfigError, match="which is not in 0 to 9"):
+    with pytest.raises(ConfigError, match="which is no token id; give integers"):
         check_ids([5, token], 10)  # type: ignore[list-item]
 
 

@@ -8,11 +8,22 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from baichuan.api.arguments import (
+    Message,
+    Prompt,
+    entries,
+    folder,
+    is_chat,
+    prompt_list,
+    said_of,
+    settings_list,
+    stop_text_list,
+)
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
@@ -25,14 +36,11 @@ from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.backend import OpenSettings
 from baichuan.generation.limits import check_request
 from baichuan.generation.requests import Progress, Request, Serving, Timing
-from baichuan.generation.sampling import numbered_seeds
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.text.chat import ChatRoles, build_chat_prompt, check_messages
 from baichuan.text.tokenizer import Tokenizer
 from baichuan.util.manifest import Description
 
-Message = Mapping[str, str]  # role: "system" | "user" | "assistant"; content: its text
-Prompt = str | Sequence[int] | Sequence[Message]  # a text, its ids, or a chat's messages
 T = TypeVar("T")
 
 WARM_UP_TOKENS = 4  # new ones: by the prefill, a captured step and replayed ones
@@ -73,7 +81,7 @@ class LLM:
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
         self._prefix_caching, self._digests = prefix_caching, digests
         self.ranks = ranks or Ranks(world_of_this_process())
-        self.engine = read_engine(Path(engine_dir))
+        self.engine = read_engine(folder("engine_dir", engine_dir))
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
         self._keys = itertools.count()
@@ -121,7 +129,7 @@ class LLM:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         max_new_tokens: int | None = None,
         keep_logits: bool = False,
-        stop_texts: str | Sequence[str] = (),
+        stop_texts: str | Sequence[str] | None = None,
     ) -> list[Completion]:
         """Continue each of any number of prompts, or one.
 
@@ -129,12 +137,11 @@ class LLM:
         max_new_tokens: of each continuation; default: the most that the engine was built for.
         keep_logits: keep the logits that each token was chosen from.
         stop_texts: a text ends before the first of these that it contains; its ids may go on beyond that.
-        Raises ConfigError for what the engine cannot hold.
+        Raises ConfigError, before anything runs, for what the engine cannot hold.
         """
-        requests = self.requests(prompts, sampling, max_new_tokens, keep_logits)
+        requests, stop_texts = self.requests(prompts, sampling, max_new_tokens, keep_logits), stop_text_list(stop_texts)
         made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
         ended: dict[Hashable, Progress] = {}
-        stop_texts = [stop_texts] if isinstance(stop_texts, str) else stop_texts
         stops = {request.key: StopTexts(self.tokenizer, stop_texts) for request in requests} if stop_texts else {}
         for progress in self._run(requests):
             key = progress.key
@@ -149,7 +156,10 @@ class LLM:
     def chat(
         self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
     ) -> Completion:
-        """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content."""
+        """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content.
+
+        Raises ConfigError as generate() does.
+        """
         check_messages(messages)
         return self.generate([messages], sampling, max_new_tokens)[0]
 
@@ -165,7 +175,8 @@ class LLM:
 
         Of a beam search everything comes with the last piece.
         """
-        [request] = self.requests([prompt], sampling, max_new_tokens, keep_logits)
+        [config] = settings_list(sampling, self.sampling, 1)
+        request = self.request(prompt, config, max_new_tokens, keep_logits)
         decoder = self.text.tokenizer.stream() if self.text.tokenizer else None
         for progress in self._run([request], stopped):
             if progress.error:
@@ -176,12 +187,18 @@ class LLM:
             yield Piece(text, list(progress.new_ids), progress.finish_reason, progress.logits)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
-        """How likely each text is, from its second token on.  Raises ConfigError for what the engine cannot hold."""
-        return [Score.of(ids, logits) for ids, logits in self._logits(self._ids_of(texts))]
+        """How likely each text is, from its second token on.  Raises ConfigError as generate() does."""
+        each, requests = prompt_list(texts), list[Request]()
+        for number, text in enumerate(each):
+            with said_of("text", number, len(each)):
+                requests.append(self._scored(self.encode(text)))
+                if len(requests[-1].prompt) < 2:
+                    raise ConfigError("a text of 1 token has no probability; score at least two tokens")
+        return [Score.of(*found) for found in self._logits(requests)]
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each of the ids, [len(ids), vocab_size] float32."""
-        [(_, logits)] = self._logits([list(ids)])
+        [(_, logits)] = self._logits([self._scored(self.encode(ids))])
         return logits
 
     def warm_up(self, prompts: Prompt | Sequence[Prompt], sampling=None, max_new_tokens: int | None = None) -> None:
@@ -198,9 +215,9 @@ class LLM:
         """The prompt's ids."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if _is_chat(prompt):
+        if is_chat(prompt):
             return build_chat_prompt(self.tokenizer, prompt, *self.roles)  # type: ignore[arg-type]  # all are messages
-        return _plain(prompt)
+        return entries(prompt)
 
     @property
     def roles(self) -> ChatRoles:
@@ -215,42 +232,36 @@ class LLM:
         keep_logits: bool = False,
     ) -> list[Request]:
         """generate()'s requests, whose keys are unique in this object.  Raises ConfigError as generate() does."""
-        each = _as_list(prompts)
-        most = self.engine.build.max_output_len if max_new_tokens is None else max_new_tokens
-        if sampling is None or isinstance(sampling, SamplingConfig):
-            configs = numbered_seeds(sampling or self.sampling, len(each))
-        else:
-            configs = list(sampling)
-            if len(configs) != len(each):
-                raise ConfigError(f"{len(configs)} settings for {len(each)} prompts; give one for each, or one for all")
-        pairs = enumerate(zip(each, configs, strict=True))
-        return [self.request(*pair, most, keep_logits, f"prompt {number}") for number, pair in pairs]
+        each, requests = prompt_list(prompts), list[Request]()
+        configs = settings_list(sampling, self.sampling, len(each))
+        for number, (prompt, config) in enumerate(zip(each, configs, strict=True)):
+            with said_of("prompt", number, len(each)):
+                requests.append(self.request(prompt, config, max_new_tokens, keep_logits))
+        return requests
 
     def request(
-        self,
-        prompt: Prompt,
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        keep_logits: bool = False,
-        name: str = "the prompt",
+        self, prompt: Prompt, sampling: SamplingConfig, max_new_tokens: int | None = None, keep_logits: bool = False
     ) -> Request:
-        """One of requests().  name: what a message calls the prompt."""
-        if _is_chat(prompt):
+        """One of requests()."""
+        if is_chat(prompt):
             sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *self.roles))
         ids = tuple(self.encode(prompt))
-        check_request(self.engine.model, self.engine.build, ids, sampling, max_new_tokens, name)
-        return Request(next(self._keys), ids, sampling, max_new_tokens, keep_logits)
+        most = self.engine.build.max_output_len if max_new_tokens is None else max_new_tokens
+        check_request(self.engine.model, self.engine.build, ids, sampling, most)
+        return Request(next(self._keys), ids, sampling, most, keep_logits)
 
     def _run(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         self.load()
         return self._traffic.progress(requests, stopped)
 
-    def _logits(self, sequences: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """Each sequence with the logits after each of its ids, [len(ids), vocab_size] float32."""
-        model, build, plain = self.engine.model, self.engine.build, SamplingConfig(top_k=1)
-        for number, ids in enumerate(sequences):
-            check_request(model, build, ids, plain, 1, f"text {number}")
-        requests = [Request(next(self._keys), tuple(ids), plain, 0, prompt_logits=True) for ids in sequences]
+    def _scored(self, ids: list[int]) -> Request:
+        """A request for the logits after each of the ids."""
+        plain = SamplingConfig(top_k=1)
+        check_request(self.engine.model, self.engine.build, ids, plain, 1, "the text")
+        return Request(next(self._keys), tuple(ids), plain, 0, prompt_logits=True)
+
+    def _logits(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], Tensor]]:
+        """The ids of each of _scored's requests with the logits after each, [len(ids), vocab_size] float32."""
         while requests:
             ends = itertools.accumulate(len(request.prompt) for request in requests)
             count = max(1, sum(end <= SCORED_AT_ONCE for end in ends))
@@ -261,9 +272,6 @@ class LLM:
                     raise UnsupportedError(progress.error or "the engine gave no logits")
                 yield list(request.prompt), progress.logits
             requests = requests[count:]
-
-    def _ids_of(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        return [self.encode(text) for text in _as_list(texts)]
 
     def _completion(self, request: Request, ids: list[int], last: Progress, stop: StopTexts | None) -> Completion:
         if last.error or last.finish_reason is None:
@@ -279,20 +287,3 @@ def _tokenizer_folder(name: str | Path) -> Path:
     from baichuan.weights.hub.checkpoint import resolve_tokenizer  # imports every reader of checkpoints
 
     return resolve_tokenizer(str(name))
-
-
-def _is_chat(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _plain(values: Any) -> list:
-    """A list of Python's own numbers, of an array or a tensor too.  Raises ConfigError for bytes."""
-    if isinstance(values, (bytes, bytearray)):
-        raise ConfigError("a prompt is bytes, which are neither a text nor ids; decode them")
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _as_list(prompts: Any) -> list[Prompt]:
-    """One prompt, of whatever kind, as a list of one."""
-    values = _plain([prompts] if isinstance(prompts, str) else prompts)
-    return [values] if _is_chat(values) or (values and isinstance(values[0], int)) else values

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baichuan.errors import ConfigError
-
 POSITIONS_AT_ONCE = 128  # in float64: 128 MB for a vocabulary of 125696
 
 
@@ -48,8 +46,6 @@ class Score:
     @staticmethod
     def of(ids: list[int], logits: Tensor) -> Score:
         """logits: [len(ids), vocab_size] float32, after each of the ids"""
-        if len(ids) < 2:
-            raise ConfigError(f"a text of {len(ids)} tokens has no probability; score at least two tokens")
         log_probs: list[float] = []
         likeliest: list[bool] = []
         targets = torch.tensor(ids[1:], device=logits.device)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from os.path import realpath
 from pathlib import Path
 
-from baichuan.api.llm import LLM, Prompt
+from baichuan.api.arguments import Prompt
+from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion
 from baichuan.cli.chat import chat as converse

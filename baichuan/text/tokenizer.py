@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, set_min_log_level
 
@@ -20,10 +21,17 @@ CONTROL_PIECE = re.compile(r"<(SEP|CLS|reserved_\d+)>")
 ROLE_PIECE = re.compile(r"<[^<>\s]+>")  # a checkpoint may give its roles other names
 
 
+def is_id(value: Any) -> bool:
+    """Whether it is an integer, NumPy's included, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_ids(ids: Iterable[int], vocab_size: int, name: str = "the input") -> None:
-    """Raise ConfigError unless every id has a row in an embedding of `vocab_size` rows."""
+    """Raise ConfigError unless every id is an integer that has a row in an embedding of `vocab_size` rows."""
     for token in ids:
-        if not ((type(token) is int or isinstance(token, Integral)) and 0 <= token < vocab_size):  # the first is quick
+        if type(token) is not int and not is_id(token):  # the first is quick
+            raise ConfigError(f"{name} holds {token!r:.60}, which is no token id; give integers")
+        if not 0 <= token < vocab_size:
             raise ConfigError(
                 f"{name} holds the id {token}, which is not in 0 to {vocab_size - 1}; "
                 "take it out (a <pad> that a tokenizer adds at the end has no embedding)"
