@@ -311,6 +311,24 @@ def test_stop_ids_are_a_list(wrong):
         SamplingConfig(stop_ids=wrong)
 
 
+def test_a_request_that_fails_leaves_the_others_their_results(llm, monkeypatch):
+    """With a KV cache that holds one sequence of the engine's limits, and not two beams of them."""
+    scripts.leave_blocks(3, llm.engine, monkeypatch)
+    tight = LLM(llm.engine.folder, device="cpu")
+    long, beams = prompts()[3], replace(GREEDY, num_beams=2)
+    before, failed, after = tight.generate([prompts()[1], long, prompts()[2]], [GREEDY, beams, GREEDY], 24)
+    assert [before.ids, after.ids] == continuations()[1:3] and before.error is after.error is None
+    assert (failed.prompt_ids, failed.ids, failed.text, failed.finish_reason) == (long, [], None, "error")
+    assert re.match(r"the request needs up to 6 blocks of 64 tokens and the KV cache has 3; ask for ", failed.error)
+    assert before.checked() is before
+    with pytest.raises(UnsupportedError, match=re.escape(failed.error)):
+        failed.checked()
+    with pytest.raises(UnsupportedError, match=re.escape(failed.error)):
+        list(tight.stream(long, beams, 24))
+    with pytest.raises(UnsupportedError, match="the request needs up to"):
+        tight.chat([{"role": "user", "content": "hi " * 50}], beams, 24)
+
+
 def test_two_ranks_do_what_the_first_is_told(tmp_path):
     folder = scripts.built(tmp_path / "engine", VERSION, 2)
 

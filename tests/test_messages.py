@@ -21,6 +21,7 @@ from baichuan import __version__
 from baichuan.api.llm import LLM
 from baichuan.cli import common
 from baichuan.config import SamplingConfig
+from baichuan.engine.folder import read_engine
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
 from baichuan.executors.backend import OpenSettings
@@ -130,6 +131,18 @@ def test_what_greedy_decoding_does_not_use_is_said(engine, given, said, capsys):
 def test_an_empty_prompt_is_not_told_to_be_shorter(engine, capsys):
     line = last_line(run.main, ["--engine_dir", str(engine), "--input_text", "", "--max_output_len", "2"], capsys)
     assert "the prompt is empty; give it at least one word" in line
+
+
+def test_a_prompt_that_fails_leaves_the_others_their_texts(engine, tmp_path, capsys, monkeypatch):
+    """The KV cache has three blocks of 64 tokens, as one sequence needs; two beams share only what is full."""
+    scripts.leave_blocks(3, read_engine(engine), monkeypatch)
+    (tmp_path / "in.csv").write_text("5,6,7\n" + ",".join(["5"] * 120) + "\n5,6\n")
+    given = ["--engine_dir", str(engine), "--device", "cpu", "--max_output_len", "20", "--num_beams", "2"]
+    given += ["--input_tokens", str(tmp_path / "in.csv"), "--output_csv", str(tmp_path / "out.csv")]
+    assert run.main(given) == 2
+    out, err = capsys.readouterr()
+    assert out.count("Output: ") == 2 and not (tmp_path / "out.csv").exists()
+    assert "error: prompt 1: the request needs up to 6 blocks of 64 tokens" in err.splitlines()[-1]
 
 
 # One folder in the place of another

@@ -137,7 +137,8 @@ class LLM:
         max_new_tokens: of each continuation; default: the most that the engine was built for.
         keep_logits: keep the logits that each token was chosen from.
         stop_texts: a text ends before the first of these that it contains; its ids may go on beyond that.
-        Raises ConfigError, before anything runs, for what the engine cannot hold.
+        Raises ConfigError, before anything runs, for what the engine cannot hold; a request that fails while others run
+        has its error in its Completion.
         """
         requests, stop_texts = self.requests(prompts, sampling, max_new_tokens, keep_logits), stop_text_list(stop_texts)
         made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
@@ -158,10 +159,10 @@ class LLM:
     ) -> Completion:
         """The answer to a chat's messages, each with a role ("system", "user" or "assistant") and a content.
 
-        Raises ConfigError as generate() does.
+        Raises ConfigError as generate() does, and UnsupportedError where the request fails.
         """
         check_messages(messages)
-        return self.generate([messages], sampling, max_new_tokens)[0]
+        return self.generate([messages], sampling, max_new_tokens)[0].checked()
 
     def stream(
         self,
@@ -275,7 +276,8 @@ class LLM:
 
     def _completion(self, request: Request, ids: list[int], last: Progress, stop: StopTexts | None) -> Completion:
         if last.error or last.finish_reason is None:
-            raise UnsupportedError(last.error or "the request has no end")
+            error = last.error or "the request has no end"
+            return Completion(list(request.prompt), ids, None, "error", error=error)
         if stop and stop.found:
             return Completion(list(request.prompt), ids, stop.text, "stop", last.logits)
         tokenizer = self.text.tokenizer

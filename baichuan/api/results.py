@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baichuan.errors import UnsupportedError
+
 POSITIONS_AT_ONCE = 128  # in float64: 128 MB for a vocabulary of 125696
 
 
@@ -16,9 +18,16 @@ class Completion:
 
     prompt_ids: list[int]
     ids: list[int]  # without the id that ended it
-    text: str | None  # the ids as text; None where the engine has no tokenizer
-    finish_reason: str  # stop: an end id was chosen; length: all tokens that were asked for are there; cancelled
+    text: str | None  # the ids as text; None where the engine has no tokenizer, and with an error
+    finish_reason: str  # stop: an end id was chosen; length: all tokens asked for are there; cancelled; error
     logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
+    error: str | None = None  # why this request failed, one sentence; the others have gone on
+
+    def checked(self) -> Completion:
+        """The completion itself.  Raises UnsupportedError with its error, if it has one."""
+        if self.error:
+            raise UnsupportedError(self.error)
+        return self
 
 
 @dataclass(frozen=True, eq=False)

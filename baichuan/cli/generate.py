@@ -10,7 +10,7 @@ from dataclasses import replace
 from os.path import realpath
 from pathlib import Path
 
-from baichuan.api.arguments import Prompt
+from baichuan.api.arguments import Prompt, said_of
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion
@@ -74,7 +74,10 @@ def answer(args: argparse.Namespace, llm: LLM, prompts: Sequence[Prompt], sampli
         results = [printed_meanwhile(llm, prompts[0], sampling, args.max_output_len, keep_logits)]
     else:
         results = llm.generate(prompts, sampling, args.max_output_len, keep_logits)
-        print_results(results, llm.text.tokenizer)
+        print_results([result for result in results if not result.error], llm.text.tokenizer)
+    for number, result in enumerate(results):
+        with said_of("prompt", number, len(results)):
+            result.checked()
     write_outputs(args, results, sampling.pad_id)
     for index, result in enumerate(results):
         count = len(result.ids)

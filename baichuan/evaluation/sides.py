@@ -58,7 +58,7 @@ class EngineSide:
 
     def generate(self, prompts, sampling, max_new_tokens) -> list[Generation]:
         made = self._llm.generate(prompts, sampling, max_new_tokens)
-        return [Generation(each.ids, each.finish_reason) for each in made]
+        return [Generation(each.checked().ids, each.finish_reason) for each in made]
 
     def warm_up(self, prompts, sampling, max_new_tokens) -> None:
         self._llm.warm_up(prompts, sampling, max_new_tokens)
