@@ -1,4 +1,4 @@
-"""A kernel that test_kernels.py leaves out: writing a quantised matrix out."""
+"""Writing a quantised matrix out as one of floats, by a kernel, and which matrices have such a copy."""
 
 from dataclasses import replace
 
