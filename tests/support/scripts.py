@@ -50,6 +50,11 @@ def run_flags(engine: Path, csv: Path, out: Path, *more: str) -> list[str]:
     return ["--engine_dir", str(engine), "--input_tokens", str(csv), *files, *GREEDY, *more]
 
 
+def text_flags(engine: Path, version: str, *more: str) -> list[str]:
+    """run.py's flags for texts, without the texts."""
+    return ["--engine_dir", str(engine), "--tokenizer_dir", str(goldens.checkpoint(version)), *GREEDY, *more]
+
+
 def check_outputs(out: Path, version: str, lengths=goldens.LENGTHS) -> None:
     """The three files hold the goldens' ids exactly and their logits within the goldens' tolerance."""
     golden = goldens.golden(version)
