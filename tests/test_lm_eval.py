@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import goldens
 import pytest
@@ -136,25 +137,138 @@ def test_a_window_s_tokens_are_counted_once(engine):
     assert abs(found) > 100
 
 
-def test_stop_texts_and_unknown_settings(engine):
+@pytest.fixture(scope="module")
+def model(engine):
+    from baichuan.api.lm_eval import BaichuanLM
+
+    return BaichuanLM(llm=LLM(engine))
+
+
+def until(model, *settings: dict) -> list[str]:
+    from lm_eval.api.instance import Instance
+
+    return model.generate_until([Instance("generate_until", {}, (ROWS[0]["text"], each), 0) for each in settings])
+
+
+def test_stop_texts(model):
+    [whole] = until(model, {"max_gen_toks": 24})
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    for given in (["never so", stop], stop):
+        assert until(model, {"max_gen_toks": 24, "until": given}) == [whole[: whole.index(stop)]] != [whole]
+    with pytest.raises(ConfigError, match="a continuation has 128 tokens"):
+        model._loglikelihood_tokens([(("", ""), [1], [5] * 128)])
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ({}, {}),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 3}, {}),  # as in transformers
+        ({"temperature": None, "do_sample": None, "max_gen_toks": None, "max_new_tokens": 6, "until": None}, {}),
+        ({"num_beams": 2, "length_penalty": 2.0}, {"num_beams": 2, "length_penalty": 2.0}),
+        ({"num_beams": 2, "temperature": 0.0}, {"num_beams": 2}),
+        ({"repetition_penalty": 0.1}, {"repetition_penalty": 0.1}),
+        ({"temperature": 0.8}, {"top_k": 0, "temperature": 0.8}),
+        ({"do_sample": True}, {"top_k": 0}),
+        ({"do_sample": True, "top_k": 7, "top_p": 0.5}, {"top_k": 7, "top_p": 0.5}),
+    ],
+)
+def test_settings_are_those_of_the_engine(model, given, config):
+    plain = replace(model.llm.sampling, top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0)
+    [made] = model.llm.generate(ROWS[0]["text"], replace(plain, **config), 6)
+    assert until(model, {"max_gen_toks": 6, **given}) == [made.text]
+    assert not config or until(model, {"max_gen_toks": 6}) != [made.text], "negative control"
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_length_beyond_the_engines_is_cut_and_said_once(engine, name, caplog):
+    from baichuan.api.lm_eval import BaichuanLM
+
+    model = BaichuanLM(llm=LLM(engine))
+    [made] = model.llm.generate([ROWS[0]["text"]], model._settings({})[0], 24)
+    assert until(model, {name: 24}) == [made.text] != until(model, {name: 3})
+    caplog.clear()
+    assert until(model, {name: 1000}, {name: 1000, "until": []}, {name: 3})[:2] == [made.text] * 2
+    [said] = caplog.messages
+    expected = (
+        f"{name} 1000 is more than the engine's max_output_len 24, where texts are cut; build with --max_output_len"
+    )
+    assert said == f"{expected} 1000"
+    [short] = until(model, {"max_gen_toks": 3, "max_new_tokens": 24})
+    assert [short] == until(model, {"max_gen_toks": 3})
+
+
+def test_a_context_that_is_too_long_is_said_once(engine, caplog):
     from lm_eval.api.instance import Instance
 
     from baichuan.api.lm_eval import BaichuanLM
 
-    llm = LLM(engine)
-    model = BaichuanLM(llm=llm)
+    model = BaichuanLM(llm=LLM(engine))
+    long = ROWS[0]["text"] * 40
+    requests = [Instance("generate_until", {}, (long, {"max_gen_toks": 2}), 0)] * 2
+    [made, again] = model.generate_until(requests)
+    ids = model.llm.tokenizer.encode(long)
+    assert len(ids) > 128
+    assert made == again == model.llm.generate(ids[-128:], model._settings({"max_gen_toks": 2})[0], 2)[0].text
+    [said] = caplog.messages
+    assert said.startswith(
+        "some contexts are longer than the engine's max_input_len 128 and lose their beginning; build"
+    )
 
-    def until(**settings) -> str:
-        [text] = model.generate_until([Instance("generate_until", {}, (ROWS[0]["text"], settings), 0)])
-        return text
 
-    whole = until(max_gen_toks=24)
-    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
-    assert until(max_gen_toks=24, until=["never so", stop]) == whole[: whole.index(stop)] != whole
-    with pytest.raises(ConfigError, match="has beams, which is not known"):
-        until(beams=3)
-    with pytest.raises(ConfigError, match="a continuation has 128 tokens"):
-        model._loglikelihood_tokens([(("", ""), [1], [5] * 128)])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beams": 3}, "generation_kwargs has beams, which is not known; use do_sample, .*, until$"),
+        ({"max_length": 3}, "generation_kwargs has max_length, which is not known"),
+        (
+            {"num_beams": 3},
+            "^num_beams 3 exceeds the engine's max_beam_width 2; .* build with a larger --max_beam_width",
+        ),
+        ({"num_beams": 2, "do_sample": True}, "^num_beams 2 is a search and do_sample draws tokens"),
+        ({"num_beams": 2, "temperature": 0.5}, "^num_beams 2 is a search and do_sample draws tokens"),
+        ({"temperature": "x"}, "^temperature 'x' is no number; use 0.0 to 100.0"),
+        ({"do_sample": "x"}, "^do_sample 'x' is not known; use one of True, False"),
+        ({"do_sample": True, "top_k": "x"}, "^top_k 'x' is no integer"),
+        ({"max_gen_toks": "x"}, "^max_gen_toks 'x' is no integer; give a number of tokens"),
+        ({"max_gen_toks": 0}, "^max_output_len 0 is out of the engine's range"),
+        ({"until": 5}, "^stop_texts 5 is no text and no list of texts"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(model, given, message, monkeypatch):
+    monkeypatch.setattr(model.llm, "generate", lambda *_, **__: pytest.fail("something ran"))
+    with pytest.raises(ConfigError, match=message) as error:
+        until(model, {"max_gen_toks": 2}, given)
+    assert "\n" not in str(error.value)
+
+
+class Loader(yaml.SafeLoader):
+    """Reads task files, whose functions it does not need."""
+
+
+Loader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
+
+
+def generation_kwargs(values):
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if name == "generation_kwargs":
+            yield value or {}
+        elif isinstance(value, (dict, list)):
+            yield from generation_kwargs(value)
+
+
+def test_every_published_task_s_settings_are_known(model, monkeypatch):
+    """Those of lm_eval's own task files, by an engine that has the beams that one of them asks for."""
+    import lm_eval
+
+    build = replace(model.llm.engine.build, max_beam_width=10)
+    monkeypatch.setattr(model.llm, "engine", replace(model.llm.engine, build=build))
+    paths = [path for path in Path(lm_eval.__file__).parent.glob("tasks/**/*") if "yaml" in path.name]
+    texts = [text for path in paths if "generation_kwargs" in (text := path.read_text("utf-8"))]
+    found = [each for text in texts for each in generation_kwargs(yaml.load(text, Loader))]
+    assert len(found) > 300 and {"until", "max_new_tokens", "num_beams", "top_p"} <= set().union(*found)
+    for each in found:
+        model._settings(each)
 
 
 def test_two_ranks(tmp_path, tasks, engine):

@@ -5,8 +5,8 @@ python -m baichuan.api.lm_eval run --model baichuan --model_args engine_dir=FOLD
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,20 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from baichuan.api.arguments import stop_text_list
 from baichuan.api.llm import LLM
-from baichuan.config import SamplingConfig
+from baichuan.config import SamplingConfig, require_choice, require_integer, require_range
 from baichuan.errors import BaichuanError, ConfigError
 from baichuan.text.printable import one_line
 
+logger = logging.getLogger(__name__)
+
 NEW_TOKENS = 256  # most new tokens, where a task does not say
-SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty"}
-KNOWN = SAMPLING | {"until", "max_gen_toks", "do_sample"}
+# Four names of one thing, of which the first that is given counts, as in lm_eval's own models.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+SEARCH = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}  # unless a task says
+DRAW = {"temperature": 1.0, "top_k": 0, "top_p": 0.0}  # unless a task says; they count with do_sample
+KNOWN = {"until", "do_sample", *LENGTHS, *SEARCH, *DRAW}
 
 
 @register_model("baichuan")
@@ -38,6 +44,7 @@ class BaichuanLM(TemplateLM):
         super().__init__()
         self.llm = llm or LLM(engine_dir, tokenizer_dir, device="auto" if device is None else device)
         self.max_length = self.llm.engine.build.max_input_len
+        self._said: set[str] = set()  # warnings, each once
 
     @property
     def eot_token_id(self) -> int:
@@ -60,7 +67,7 @@ class BaichuanLM(TemplateLM):
                     f"a continuation has {len(continuation)} tokens and the engine takes {self.max_length} with its "
                     "context; build with a larger --max_input_len"
                 )
-            texts.append([*context, *continuation][-self.max_length :])
+            texts.append(self._fitting([*context, *continuation]))
             lengths.append(len(continuation))
         scores = self.llm.score(texts)
         return [
@@ -80,34 +87,78 @@ class BaichuanLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations; those with equal settings run together."""
         groups: dict[str, list[int]] = {}
-        settings: dict[str, dict[str, Any]] = {}
-        for number, (_, given) in enumerate(request.args for request in requests):
-            groups.setdefault(repr(sorted(given.items())), []).append(number)
-            settings[repr(sorted(given.items()))] = given
+        settings: dict[str, tuple[SamplingConfig, int, list[str]]] = {}
+        for number, (_, kwargs) in enumerate(request.args for request in requests):
+            name = repr(sorted(kwargs.items()))
+            groups.setdefault(name, []).append(number)
+            if name not in settings:
+                settings[name] = self._settings(kwargs)  # every task's errors come before anything runs
         texts = [""] * len(requests)
         for name, numbers in groups.items():
-            made = self._generate([requests[number].args[0] for number in numbers], settings[name])
-            for number, text in zip(numbers, made, strict=True):
-                texts[number] = text
+            contexts = (self._fitting(self.tok_encode(requests[number].args[0])) for number in numbers)
+            prompts = [context or [self.prefix_token_id] for context in contexts]
+            sampling, new_tokens, stop_texts = settings[name]
+            made = self.llm.generate(prompts, sampling, new_tokens, stop_texts=stop_texts)
+            for number, each in zip(numbers, made, strict=True):
+                texts[number] = each.checked().text or ""
         return texts
 
-    def _generate(self, contexts: Sequence[str], given: dict[str, Any]) -> list[str]:
+    def _settings(self, kwargs: dict[str, Any]) -> tuple[SamplingConfig, int, list[str]]:
+        """How tokens are chosen, how many, and what ends a text, by a task's generation_kwargs; None is not given."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
         if unknown := sorted(set(given) - KNOWN):
             raise ConfigError(f"generation_kwargs has {unknown[0]}, which is not known; use {', '.join(sorted(KNOWN))}")
-        until = given.get("until") or []
-        most = min(int(given.get("max_gen_toks", NEW_TOKENS)), self.llm.engine.build.max_output_len)
-        prompts = [self.tok_encode(context)[-self.max_length :] or [self.prefix_token_id] for context in contexts]
-        made = self.llm.generate(
-            prompts, self._sampling(given), most, stop_texts=[until] if isinstance(until, str) else until
-        )
-        return [each.text or "" for each in made]
+        sampling, new_tokens = sampling_of(self.llm.sampling, given), self._new_tokens(given)
+        self.llm.requests([[self.prefix_token_id]], sampling, new_tokens)  # raises what the engine's limits refuse
+        return sampling, new_tokens, stop_text_list(given.get("until"))
 
-    def _sampling(self, given: dict[str, Any]) -> SamplingConfig:
-        """Greedy decoding, unless the task samples."""
-        plain = replace(self.llm.sampling, top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0)
-        if not given.get("do_sample", given.get("temperature", 0) > 0):
-            return plain
-        return replace(plain, top_k=0, **{name: given[name] for name in SAMPLING & set(given)})
+    def _new_tokens(self, given: dict[str, Any]) -> int:
+        """The length that is asked for, or the engine's where that is less."""
+        name = next((name for name in LENGTHS if name in given), LENGTHS[0])
+        asked, most = given.get(name, NEW_TOKENS), self.llm.engine.build.max_output_len
+        require_integer(name, asked, "a number of tokens")
+        if asked > most:
+            self._say(
+                f"{name} {asked} is more than the engine's max_output_len {most}, where texts are cut; "
+                f"build with --max_output_len {asked}"
+            )
+        return min(asked, most)
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        """As many of the last ids as the engine takes."""
+        if len(ids) > self.max_length:
+            self._say(
+                f"some contexts are longer than the engine's max_input_len {self.max_length} and lose their beginning; "
+                "build with a larger --max_input_len"
+            )
+        return ids[-self.max_length :]
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning("%s", sentence)
+
+
+def sampling_of(default: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
+    """What a task's generation_kwargs mean: greedy decoding or beam search, unless the task samples.
+
+    default: says which ids end a text.  As in transformers, whose names these are, the penalties count either way, and
+    temperature, top_k and top_p with do_sample alone.  Raises ConfigError for values that cannot be used.
+    """
+    temperature = given.get("temperature", 0)
+    require_range("temperature", temperature, 0.0, 100.0)
+    do_sample = given.get("do_sample", temperature > 0)
+    require_choice("do_sample", do_sample, (True, False))
+    search, draw = ({name: given.get(name, value) for name, value in values.items()} for values in (SEARCH, DRAW))
+    config = replace(default, **{**DRAW, **search, "top_k": 1})
+    if not do_sample:
+        return config
+    if config.num_beams > 1:
+        raise ConfigError(
+            f"num_beams {config.num_beams} is a search and do_sample draws tokens, which do not go together here; "
+            "leave one of them out"
+        )
+    return replace(config, **draw)
 
 
 if __name__ == "__main__":
