@@ -136,6 +136,14 @@ def test_a_huge_config_is_refused(folder):
     refused(folder, "larger")
 
 
+def test_a_config_nested_as_deeply_as_can_be_read_is_refused(folder):
+    for depth in range(900, 1000):
+        deep = "[" * depth + "]" * depth
+        values = json.dumps({"baichuan": {"format": engine.FORMAT, "contract": 0}})
+        (folder / CONFIG_NAME).write_text(values.replace("0}", f"{deep}}}"))
+        refused(folder, "was edited|is not JSON")
+
+
 def test_no_folder_at_all(tmp_path):
     refused(tmp_path / "nothing", "build an engine")
 

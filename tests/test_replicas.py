@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import scripts
@@ -47,6 +49,13 @@ def run_on(program: list[str], cwd, *sizes: int) -> subprocess.CompletedProcess:
     )
 
 
+def run_each(*programs: list[str]) -> subprocess.CompletedProcess:
+    """One rank for each program, all of one world."""
+    words = [word for program in programs for word in (":", "-n", "1", *program)][1:]
+    command = [str(scripts.MPIRUN), "--oversubscribe", "--allow-run-as-root", *words]
+    return subprocess.run(command, env=scripts.ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
 def test_the_ranks_of_a_replica_are_of_one_machine():
     assert groups_of([[0, 1, 2, 3]], 2) == [[0, 1], [2, 3]]
     assert groups_of([[0, 2], [1, 3]], 2) == [[0, 2], [1, 3]], "mpirun --map-by node"
@@ -64,8 +73,8 @@ def test_machines_of_one_name_are_told_apart_by_places_that_occur_twice():
 @pytest.mark.parametrize(
     ("size", "on"),
     [
-        pytest.param(1, (2,), id="2 x 1", marks=pytest.mark.slow),
-        pytest.param(2, (4,), id="2 x 2", marks=pytest.mark.slow),
+        pytest.param(1, (2,), id="2 x 1"),
+        pytest.param(2, (4,), id="2 x 2"),
         pytest.param(1, (3,), id="3 x 1"),
         pytest.param(2, (2, 2), id="2 x 2, two machines"),
     ],
@@ -102,6 +111,42 @@ def test_a_machine_with_half_a_replica_is_refused(engines, tmp_path):
     found = scripts.sentences(done.stderr)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(found) == 3
     assert all("machine 1 runs 1 rank and each replica of the engine takes 2" in line for line in found)
+
+
+@pytest.fixture(scope="module")
+def others(engines, tmp_path_factory):
+    """Other engines for as many ranks, a folder that is none, and one engine's copy."""
+    folder = tmp_path_factory.mktemp("others")
+    made = {size: scripts.built(folder / str(size), "v2_13b", size) for size in (1, 2)}
+    return made | {"none": folder / "none", "copy": shutil.copytree(engines[1], folder / "copy")}
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "what"),
+    [
+        pytest.param(1, 1, "is another engine than", id="replicas"),
+        pytest.param(2, 2, "is another engine than", id="one replica"),
+        pytest.param(1, "none", "config.json cannot be read", id="missing"),
+    ],
+)
+def test_ranks_with_different_engines_are_refused(engines, others, tmp_path, first, other, what):
+    """As on two machines, one of which has an old copy, or none."""
+    prompts, out = write_rows(tmp_path / "p.jsonl", golden_rows(1)), tmp_path / "out.jsonl"
+    started_s = time.monotonic()
+    done = run_each(*[scripts.script("run.py", flags(each, prompts, out)) for each in (engines[first], others[other])])
+    found = scripts.sentences(done.stderr)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not out.exists(), done.stderr
+    assert sorted(line.split("(rank ")[1][0] for line in found) == ["0", "1"] and all(what in line for line in found)
+    assert "without calling" not in done.stderr and time.monotonic() - started_s < 60
+
+
+def test_replicas_take_copies_of_one_engine(engines, others, tmp_path):
+    rows = golden_rows(2)
+    prompts, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out.jsonl"
+    folders = engines[1], others["copy"]
+    done = run_each(*[scripts.script("run.py", flags(each, prompts, out, *GREEDY)) for each in folders])
+    assert done.returncode == 0, done.stderr
+    check_goldens(results(out), rows)
 
 
 SLOW = """import sys, time

@@ -29,9 +29,9 @@ from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
 from baichuan.config import SamplingConfig, require_range
-from baichuan.engine.folder import check_world, read_engine
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
+from baichuan.engine.world import check_world, read_alike
 from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.backend import OpenSettings
 from baichuan.generation.limits import check_request
@@ -61,7 +61,7 @@ class LLM:
     model_version: a version that the engine must have; None = any.
     ranks: the processes that serve together; default: all that mpirun started.
     digests: of the engine's files, those that are being computed already, by path.
-    Raises EngineError for a folder that is no engine or is damaged.
+    Raises EngineError for a folder that is no engine or is damaged, or where ranks have different engines.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LLM:
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
         self._prefix_caching, self._digests = prefix_caching, digests
         self.ranks = ranks or Ranks(world_of_this_process())
-        self.engine = read_engine(folder("engine_dir", engine_dir))
+        self.engine = read_alike(folder("engine_dir", engine_dir), self.ranks.comm)
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
         self._keys = itertools.count()

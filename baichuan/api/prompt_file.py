@@ -34,7 +34,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 PROMPTS: dict[str, type] = {"prompt": str, "messages": list, "prompt_ids": list}
 COLUMNS = ("id", *PROMPTS, *SETTINGS)
-KINDS: dict[tuple[type, ...], str] = {
+KINDS: dict[tuple[type, ...], str] = {  # what messages call them
     (str,): "text",
     (int,): "an integer",
     (str, int): "text or an integer",

@@ -16,7 +16,7 @@ from baichuan.api.work import Queue, read_tasks, work
 from baichuan.cli.common import USER_ERROR, check_device, only_rank_zero
 from baichuan.cli.generate import check_flags, open_llm, sampling_config, say_unused
 from baichuan.config import SamplingConfig
-from baichuan.engine.folder import read_engine
+from baichuan.engine.world import read_alike
 from baichuan.errors import UnsupportedError
 from baichuan.parallel.comm import Communicator
 from baichuan.parallel.replicas import END, Asker, Replica, answered, join_replica
@@ -30,7 +30,8 @@ def run_file(args: argparse.Namespace, comm: Communicator) -> int:
     check_flags(args)
     check_device(args, comm)
     sampling_config(args, SamplingConfig())  # its errors come before the engine is read
-    replica = join_replica(comm, read_engine(Path(args.engine_dir)).build.world_size)
+    engine = read_alike(Path(args.engine_dir), comm)  # all replicas': their results stand in one file
+    replica = join_replica(comm, engine.build.world_size)
     llm = open_llm(args, Ranks(replica.comm))
     with ExitStack() as open_files:
         queue = only_rank_zero(comm, lambda: open_queue(args, llm, replica.count, open_files))

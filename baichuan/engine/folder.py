@@ -15,7 +15,7 @@ from typing import Any
 
 from baichuan import __version__
 from baichuan.config import BuildConfig, EngineSpec, ModelConfig, QuantConfig, from_json, to_json
-from baichuan.errors import BaichuanError, ConfigError, EngineError, counted
+from baichuan.errors import BaichuanError, ConfigError, EngineError
 from baichuan.executors.backend import Backend
 from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Communicator
@@ -52,6 +52,12 @@ class Engine:
     @property
     def backend(self) -> Backend:
         return BACKENDS[self.build.backend]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the engine is, every file's content included, wherever its folder lies."""
+        records = {"model": vars(self.model), "quant": vars(self.quant), "build": vars(self.build)}
+        return manifest.values_digest(vars(self) | records | {"folder": None})
 
     def rank_file(self, rank: int) -> Path:
         return self.folder / rank_file_name(self.model, self.build, rank)
@@ -152,21 +158,6 @@ def _described(files: Any) -> dict[str, dict]:
     if type(files) is not dict or not all(map(right, files.values())):
         raise ConfigError("its list of files is damaged")
     return files
-
-
-def check_world(engine: Engine, comm: Communicator, model_version: str | None = None) -> None:
-    """Raise EngineError unless the engine was built for this many ranks and, if given, for this version."""
-    if comm.world_size != engine.build.world_size:
-        running = "1 is" if comm.world_size == 1 else f"{comm.world_size} are"
-        raise EngineError(
-            f"{engine.folder} was built for {counted(engine.build.world_size, 'rank')} and {running} running; "
-            f"start it with mpirun -n {engine.build.world_size}, or build with --world_size {comm.world_size}"
-        )
-    if model_version not in (None, engine.model.model_version):
-        raise EngineError(
-            f"{engine.folder} holds a {engine.model.model_version} model, not {model_version}; "
-            f"run with --model_version {engine.model.model_version}"
-        )
 
 
 @contextmanager

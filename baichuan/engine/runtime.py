@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 import torch
 
-from baichuan.engine.folder import Engine, check_world, read_engine, verified_meanwhile
+from baichuan.engine.folder import Engine, verified_meanwhile
+from baichuan.engine.world import check_world, read_alike
 from baichuan.executors.backend import OpenSettings, RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.executors.device import resolve_device
@@ -35,9 +36,10 @@ def open_session(
     """The engine in `folder`, verified, on this rank's GPU or on the CPU.
 
     digests: of the engine's files, those that are being computed already, by path.
-    Raises EngineError for a damaged engine or another number of ranks than it was built for, on every rank alike.
+    Raises EngineError for a damaged engine, ranks with different ones, or another number of ranks than it was built
+    for, on every rank alike.
     """
-    engine = read_engine(folder)
+    engine = read_alike(folder, comm)
     check_world(engine, comm, model_version)
     return Session(open_verified(engine, comm, settings, digests), engine.model, engine.build)
 
