@@ -41,69 +41,79 @@ def write(folder, alpha, tp_size, storage="fp32"):
     return layout
 
 
+NAMES = {  # of the hub: (the folder's, the linear that it belongs to)
+    "self_attn.W_pack": ("attention.query_key_value", "qkv"),
+    "self_attn.o_proj": ("attention.dense", "o_proj"),
+    "mlp.gate_proj": ("mlp.fc", "gate_up"),
+    "mlp.up_proj": ("mlp.gate", "gate_up"),
+    "mlp.down_proj": ("mlp.proj", "down_proj"),
+}
+
+
 def expected(layer, alpha, tp_size) -> dict[str, np.ndarray]:
     """One layer's files by name, straight from the format's description, in float64."""
-    tensors = {name: tensor.astype(np.float64) for name, tensor in make_tensors(ROTARY).items()}
-    ranges = some_ranges(layer)
-    prefix = f"model.layers.{layer}"
-    names = {
-        "self_attn.W_pack": ("attention.query_key_value", "qkv"),
-        "self_attn.o_proj": ("attention.dense", "o_proj"),
-        "mlp.gate_proj": ("mlp.fc", "gate_up"),
-        "mlp.up_proj": ("mlp.gate", "gate_up"),
-        "mlp.down_proj": ("mlp.proj", "down_proj"),
+    prefix = f"model.layers.{layer}."
+    tensors = {
+        name.removeprefix(prefix).removesuffix(".weight"): tensor.astype(np.float64)
+        for name, tensor in make_tensors(ROTARY).items()
+        if name.startswith(prefix)
     }
-    files = {}
+    ranges = some_ranges(layer)
+    smoothers = expected_smoothers(tensors, ranges, alpha)
+    files = {
+        "input_layernorm.weight.bin": tensors["input_layernorm"] / smoothers["qkv"],
+        "post_layernorm.weight.bin": tensors["post_attention_layernorm"] / smoothers["gate_up"],
+        "attention.query_key_value.scale_k_quant_orig.bin": K_ABSMAX / 127,
+        "attention.query_key_value.scale_v_quant_orig.bin": V_ABSMAX / 127,
+    }
+    outputs = {linear: ranges.linears[linear].y.double().numpy() for linear in LINEARS}
+    outputs["mlp.gate_proj"], outputs["mlp.up_proj"] = np.split(outputs["gate_up"], 2)
+    for hub, (_, linear) in NAMES.items():
+        x, y = ranges.linears[linear].x.double().numpy(), outputs.get(hub, outputs[linear])
+        files |= expected_matrix(hub, tensors[hub], smoothers[linear], x, y, alpha, tp_size)
+    return {prefix + name: values for name, values in files.items()}
+
+
+def expected_smoothers(tensors, ranges, alpha) -> dict[str, np.ndarray]:
+    """What each linear's inputs are divided by: ones without an alpha."""
     smoothers = {}
     for linear in LINEARS:
-        weights = [tensors[f"{prefix}.{hub}.weight"] for hub, (_, of) in names.items() if of == linear]
+        weights = [tensors[hub] for hub, (_, of) in NAMES.items() if of == linear]
         x = ranges.linears[linear].x.double().numpy()
         largest = np.max([np.abs(w).max(0) for w in weights], axis=0)
         smoothers[linear] = np.ones_like(x) if alpha is None else np.maximum(x**alpha / largest ** (1 - alpha), 1e-5)
-    for norm, stored, linear in (
-        ("input_layernorm", "input_layernorm", "qkv"),
-        ("post_attention_layernorm", "post_layernorm", "gate_up"),
-    ):
-        files[f"{prefix}.{stored}.weight.bin"] = tensors[f"{prefix}.{norm}.weight"] / smoothers[linear]
-    outputs = {linear: ranges.linears[linear].y.double().numpy() for linear in LINEARS}
-    outputs["mlp.gate_proj"], outputs["mlp.up_proj"] = np.split(outputs["gate_up"], 2)
-    for hub, (stored, linear) in names.items():
-        base = f"{prefix}.{stored}"
-        w = (tensors[f"{prefix}.{hub}.weight"] * smoothers[linear]).T  # [in, out]
-        y = outputs.get(hub, outputs[linear])
-        if hub == "self_attn.W_pack":
-            w, y = w.reshape(HIDDEN, 3, HIDDEN), y.reshape(3, HIDDEN)[1:]  # k and v alone
-        splits_out = hub not in ("self_attn.o_proj", "mlp.down_proj")
-        axis = -1 if splits_out else 0
+    return smoothers
 
-        def split(name, values, axis=axis, base=base):
-            for rank, share in enumerate(np.split(values, tp_size, axis=axis)):
-                files[f"{base}.{name}.{rank}.bin"] = share
 
-        split("weight", w)
-        if not splits_out and alpha is not None:
-            split("smoother", smoothers[linear], 0)
-        if alpha is None and hub != "self_attn.W_pack":
-            continue
-        per_channel = 127 / np.abs(w).max(0)  # [3, hidden] or [out]
-        per_tensor = np.broadcast_to(per_channel.min(-1, keepdims=True), per_channel.shape)
-        x_scale = 127 / (ranges.linears[linear].x.double().numpy() / smoothers[linear]).max()
-        y_scale = 127 / y.max()
-        files[f"{base}.scale_x_orig_quant.bin"] = x_scale
-        files[f"{base}.scale_y_quant_orig.bin"] = 1 / y_scale
-        for column, scale in (("", per_tensor), (".col", per_channel)):
-            split(f"weight.int8{column}", np.clip(np.round(w * scale), -127, 127).astype(np.int8))
-            for name, values in (
-                ("scale_w_quant_orig", 1 / scale),
-                ("scale_y_accum_quant", y_scale / (x_scale * scale)),
-            ):
-                if hub == "self_attn.W_pack" or (column and splits_out):
-                    split(name + column, values, -1)
-                else:
-                    files[f"{base}.{name}{column}.bin"] = values if column else values[:1]
-    qkv = f"{prefix}.attention.query_key_value"
-    files[f"{qkv}.scale_k_quant_orig.bin"] = K_ABSMAX / 127
-    files[f"{qkv}.scale_v_quant_orig.bin"] = V_ABSMAX / 127
+def expected_matrix(hub, w, smoother, x, y, alpha, tp_size) -> dict[str, np.ndarray]:
+    """The files of one of the hub's matrices, whose inputs and outputs reach x and y."""
+    files, base = {}, NAMES[hub][0]
+    w = (w * smoother).T  # [in, out]
+    if hub == "self_attn.W_pack":
+        w, y = w.reshape(HIDDEN, 3, HIDDEN), y.reshape(3, HIDDEN)[1:]  # k and v alone
+    splits_out = hub not in ("self_attn.o_proj", "mlp.down_proj")
+
+    def split(name, values, axis=-1 if splits_out else 0):
+        for rank, share in enumerate(np.split(values, tp_size, axis=axis)):
+            files[f"{base}.{name}.{rank}.bin"] = share
+
+    split("weight", w)
+    if not splits_out and alpha is not None:
+        split("smoother", smoother, 0)
+    if alpha is None and hub != "self_attn.W_pack":
+        return files
+    per_channel = 127 / np.abs(w).max(0)  # [3, hidden] or [out]
+    per_tensor = np.broadcast_to(per_channel.min(-1, keepdims=True), per_channel.shape)
+    x_scale, y_scale = 127 / (x / smoother).max(), 127 / y.max()
+    files[f"{base}.scale_x_orig_quant.bin"] = x_scale
+    files[f"{base}.scale_y_quant_orig.bin"] = 1 / y_scale
+    for column, scale in (("", per_tensor), (".col", per_channel)):
+        split(f"weight.int8{column}", np.clip(np.round(w * scale), -127, 127).astype(np.int8))
+        for name, values in (("scale_w_quant_orig", 1 / scale), ("scale_y_accum_quant", y_scale / (x_scale * scale))):
+            if hub == "self_attn.W_pack" or (column and splits_out):
+                split(name + column, values, -1)
+            else:
+                files[f"{base}.{name}{column}.bin"] = values if column else values[:1]
     return files
 
 
