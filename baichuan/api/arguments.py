@@ -81,4 +81,6 @@ def said_of(name: str, number: int, count: int) -> Iterator[None]:
     try:
         yield
     except BaichuanError as error:
-        raise type(error)(f"{name} {number}: {error}" if count > 1 else str(error)) from None
+        if count == 1:
+            raise
+        raise type(error)(f"{name} {number}: {error}") from None

@@ -174,18 +174,11 @@ class LLM:
     ) -> Iterator[Piece]:
         """The continuation of one prompt, piece by piece.  Ends early where `stopped` says so between two steps.
 
-        Of a beam search everything comes with the last piece.
+        Of a beam search everything comes with the last piece.  Raises ConfigError as generate() does, at once, and
+        UnsupportedError where the request fails.
         """
         [config] = settings_list(sampling, self.sampling, 1)
-        request = self.request(prompt, config, max_new_tokens, keep_logits)
-        decoder = self.text.tokenizer.stream() if self.text.tokenizer else None
-        for progress in self._run([request], stopped):
-            if progress.error:
-                raise UnsupportedError(progress.error)
-            text = "".join(map(decoder.push, progress.new_ids)) if decoder else ""
-            if progress.finished and decoder:
-                text += decoder.finish()
-            yield Piece(text, list(progress.new_ids), progress.finish_reason, progress.logits)
+        return self._pieces(self.request(prompt, config, max_new_tokens, keep_logits), stopped)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """How likely each text is, from its second token on.  Raises ConfigError as generate() does."""
@@ -254,6 +247,16 @@ class LLM:
     def _run(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         self.load()
         return self._traffic.progress(requests, stopped)
+
+    def _pieces(self, request: Request, stopped: Callable[[], bool]) -> Iterator[Piece]:
+        decoder = self.text.tokenizer.stream() if self.text.tokenizer else None
+        for progress in self._run([request], stopped):
+            if progress.error:
+                raise UnsupportedError(progress.error)
+            text = "".join(map(decoder.push, progress.new_ids)) if decoder else ""
+            if progress.finished and decoder:
+                text += decoder.finish()
+            yield Piece(text, list(progress.new_ids), progress.finish_reason, progress.logits)
 
     def _scored(self, ids: list[int]) -> Request:
         """A request for the logits after each of the ids."""
