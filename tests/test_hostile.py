@@ -14,6 +14,7 @@ import hub_folders
 import pytest
 import tiny_engine
 import torch
+from hub_folders import both_formats
 
 import build
 import summarize
@@ -37,7 +38,6 @@ from baichuan.weights.hub.checkpoint import open_checkpoint, read_model_config
 VERSION = "v1_7b"
 CONFIG = hub_folders.small_config(VERSION)
 HOSTILE_NAME = "a\n\x1b[31mb"
-both_formats = pytest.mark.parametrize("form", ["safetensors", "bin"])
 
 
 def checkpoint(folder: Path, form: str = "safetensors", shards: int = 2) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from baichuan.weights.dummy import dummy_checkpoint
 SIZES = dict(hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, vocab_size=50)
 SINGLE = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 SHARD = {"safetensors": "model-{:05d}-of-{:05d}.safetensors", "bin": "pytorch_model-{:05d}-of-{:05d}.bin"}
+both_formats = pytest.mark.parametrize("form", SINGLE)
 
 
 def small_config(version: str, dtype: str = "float16") -> ModelConfig:
