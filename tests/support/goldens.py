@@ -7,11 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 GOLDENS = Path(__file__).resolve().parents[1] / "data/goldens"
 VERSIONS_WITH_GOLDENS = ("v1_7b", "v2_13b")
+both_goldens = pytest.mark.parametrize("version", VERSIONS_WITH_GOLDENS)
 LENGTHS = (1, 7, 33, 128)  # tokens of the prompts
 FLOAT32_TOLERANCE = 1e-4  # on logits: another order of summation moves them by up to 4e-5
 
