@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from binary_models import ROTARY, make_checkpoint, make_samples
-from test_gptq import found_integers
+from calibration_problems import found_integers
 from test_weight_only_ranks import reassembled
 
 import weight

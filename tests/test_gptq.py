@@ -3,52 +3,28 @@
 import numpy as np
 import pytest
 import torch
-from binary_models import ALIBI, ROTARY, make_checkpoint, make_samples, make_tensors
+from binary_models import ALIBI, ROTARY, make_samples, make_tensors
+from calibration_problems import (
+    CHANNELS,
+    FORM,
+    TOKENS,
+    found_integers,
+    inputs_of,
+    moments,
+    moments_of,
+    objective,
+    problem,
+)
 from test_calibrate import HUB_LINEARS
 
-from baichuan.calibration.weight_only import quantise_layers
 from baichuan.config import WeightOnly
 from baichuan.errors import CheckpointError
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
-from baichuan.quant.gptq import (
-    COMPENSATED,
-    DAMPING,
-    compensating,
-    descended,
-    gptq,
-    rescaled,
-    rounded,
-    shrunk,
-)
+from baichuan.quant.gptq import COMPENSATED, DAMPING, compensating, descended, gptq, rescaled, rounded, shrunk
 from baichuan.quant.grid import RANGES, dequantised, search_grid
 from baichuan.quant.moments import InputMoments
 from baichuan.quant.weight_only import dequantise, quantise_int4, quantise_int8
 from baichuan.records import Int4Weight, Int8Weight
-
-CHANNELS, TOKENS = 64, 300
-FORM = WeightOnly("int4", 32)
-
-
-def problem(rows=24, tokens=TOKENS, seed=0):
-    """A matrix, and inputs whose channels differ in size and follow one another."""
-    rng = np.random.default_rng(seed)
-    mixed = rng.standard_normal((CHANNELS, CHANNELS)) + 2 * np.eye(CHANNELS)
-    x = rng.standard_normal((tokens, CHANNELS)) @ mixed * rng.gamma(1, 1, CHANNELS)
-    x[:, 5] = 0  # an input that the texts never use
-    w = rng.standard_normal((rows, CHANNELS)) * rng.gamma(1, 1, (rows, 1))
-    w[3] = 0
-    return torch.from_numpy(w).float(), torch.from_numpy(x.T @ x / tokens).float()
-
-
-def moments(hessian, tokens=TOKENS):
-    """Moments of inputs that are those of the float model."""
-    return InputMoments(hessian, torch.zeros_like(hessian), tokens)
-
-
-def objective(w, values, hessian):
-    """The error that GPTQ makes small, in float64: sum over rows of (w - v) H (w - v)ᵀ."""
-    left = w.double().numpy() - np.asarray(values, np.float64)
-    return float(np.einsum("ri,ij,rj->", left, hessian.double().numpy(), left))
 
 
 def damped(hessian, tokens):
@@ -212,11 +188,6 @@ def drifted(tokens=20_000):
     return w, x, e
 
 
-def moments_of(x, e):
-    products = (torch.from_numpy(left.T @ x / len(x)).float() for left in (x, e - x))
-    return InputMoments(*products, len(x))
-
-
 def test_the_matrix_that_makes_up_for_its_inputs_is_ridge_regression_s():
     """The reference is NumPy's least squares: W e from x, and a penalty of the damping on what is changed."""
     w, x, e = drifted()
@@ -278,22 +249,6 @@ def test_what_is_not_finite_is_refused():
         gptq(w, moments(hessian * torch.inf), FORM, torch.float16)
 
 
-def found_integers(model, samples, folder, form=FORM, method="gptq"):
-    """(integers, grid) by layer and linear."""
-    found = {}
-    quantise_layers(
-        make_checkpoint(model),
-        model,
-        samples,
-        folder,
-        "cpu",
-        form,
-        method,
-        lambda layer, name, q, grid: found.__setitem__((layer, name), (q, grid)),
-    )
-    return found
-
-
 @pytest.mark.parametrize("model", [ROTARY, ALIBI], ids=lambda model: model.model_version)
 def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
     """Each linear's inputs by hooks on two transformers models, of which one has quantised weights in the linears
@@ -317,19 +272,6 @@ def test_inputs_come_through_the_quantised_linears_before(model, tmp_path):
         wrong = gptq(weight, moments_of(*inputs), FORM, torch.float16)[0]
         assert (q == wrong).float().mean() < 0.99, f"the control: {control}"
     assert list(tmp_path.iterdir()) == [], "the hidden states are deleted"
-
-
-def inputs_of(hf, name, samples):
-    """What goes into a module: [tokens, in_features] float64."""
-    seen = []
-    handle = hf.get_submodule(name).register_forward_hook(
-        lambda _, inputs, output: seen.append(inputs[0].flatten(0, -2))
-    )
-    with torch.inference_mode():
-        for sample in samples:
-            hf(torch.tensor([sample]))
-    handle.remove()
-    return torch.cat(seen).double().numpy()
 
 
 def test_the_same_texts_give_the_same_integers(tmp_path):
