@@ -1,13 +1,17 @@
-"""How much memory a program takes while it runs."""
+"""How much memory a program takes while it runs, and this one while it refuses something."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+import pytest
+
+from baichuan.errors import BaichuanError
 
 INTERVAL_S = 0.05
 
@@ -34,3 +38,20 @@ def _anonymous_bytes(process: psutil.Process) -> int:
             continue
         total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
     return total
+
+
+# Large
+
+
+def growth(read: Callable[[], object]) -> int:
+    """Bytes by which this process grows at most while read() fails with a BaichuanError."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    with pytest.raises(BaichuanError):
+        read()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10
