@@ -94,6 +94,12 @@ def _with_zeros(matrix: Int4Weight) -> Int4Weight:
     return replace(matrix, zero=zero.view(matrix.scale.shape))
 
 
+def network(version: str = "v2_7b", quant: QuantConfig | None = None, **changes) -> Network:
+    """A small model's network, for one rank."""
+    config, quant = model(version), quant or QuantConfig()
+    return Network(config, quant, limits(**changes), weights(config, quant))
+
+
 def course(executor: Executor, vocab_size: int) -> dict[str, Tensor]:
     """Logits of every kind of step, by its name."""
     ids = torch.randint(vocab_size, (400,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -150,10 +156,10 @@ def both(config: ModelConfig, quant: QuantConfig, tp_size: int = 1, **changes) -
 
     networks = [Network(config, quant, build, weights(config, quant, rank, tp_size), rank) for rank in range(tp_size)]
 
-    def network(comm: Communicator) -> dict[str, Tensor]:
+    def course_of_rank(comm: Communicator) -> dict[str, Tensor]:
         return course(networks[comm.rank].executor(comm), config.vocab_size)
 
-    ranks = run_ranks(tp_size, network)
+    ranks = run_ranks(tp_size, course_of_rank)
     assert all(torch.equal(ranks[0][name], each[name]) for each in ranks for name in each), "ranks differ"
     return run_ranks(tp_size, reference)[0], ranks[0]
 
