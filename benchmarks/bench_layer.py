@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_model_flags(parser)
     parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
-    parser.add_argument("--num_layers", type=int, default=8, help="of the shortened model, at least 3")
+    parser.add_argument("--num_layers", type=int, default=8, help="layers of the shortened model, at least 3")
     parser.add_argument("--prefill", action="store_true", help="the step of --input_len tokens instead of one token")
     return run_script(parser, argv, bench)
 

@@ -60,12 +60,17 @@ class Result:
 def add_traffic_flags(parser: Parser) -> None:
     """What requests are drawn by, and how many run at once."""
     parser.add_argument("--rows", type=int, default=256, help="requests that run at once")
-    parser.add_argument("--requests", type=int, default=1000, help="of the traffic all at once")
+    parser.add_argument("--requests", type=int, default=1000, help="requests that come all at once")
     parser.add_argument("--mean_input", type=int, default=220, help="tokens of a prompt")
     parser.add_argument("--mean_output", type=int, default=190, help="tokens of a continuation")
     parser.add_argument("--longest", type=int, default=LONGEST, help="prompt and continuation, in tokens")
-    parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS, help="of prompts beside running requests")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
+    parser.add_argument(
+        "--chunk_tokens",
+        type=int,
+        default=CHUNK_TOKENS,
+        help="tokens of prompts that a step computes beside running requests",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of lengths, prompts and arrivals")
 
 
 def drawn(args: argparse.Namespace, model: ModelConfig, generator: np.random.Generator, count: int) -> list[Request]:

@@ -51,11 +51,7 @@ def binary(tmp_path_factory) -> dict[str, Path]:
 
 
 def last_line(main, given: list[str], capsys, code: int = 2) -> str:
-    try:
-        found = main(given)
-    except SystemExit as stop:  # argparse's own
-        found = stop.code
-    err = capsys.readouterr().err
+    found, err = scripts.code_of(main, given), capsys.readouterr().err
     assert found == code and "Traceback" not in err, err
     return err.splitlines()[-1]
 

@@ -8,7 +8,7 @@
 
 #if LANES == 16 && HAS_INTEGERS
 
-#define TOKENS     8 /* of a panel: a register holds EIGHT channels of each */
+#define TOKENS     8 /* tokens of a panel: a register holds EIGHT channels of each */
 #define EIGHT      8
 #define PANELS     2
 #define TILE       8 /* rows of W whose sums fit the registers */
@@ -129,7 +129,7 @@ static void write_rows(const struct matrix *w, size_t row, const vf sums[BATCH_R
                        const struct rows *y) {
     size_t n = w->out - row < BATCH_ROWS ? w->out - row : BATCH_ROWS;
     vf scale = w->type == INT8 ? load_part(F32, w->scale, row, w->out) : splat(1);
-    __m512i pairs[TOKENS]; /* of rows, of each token */
+    __m512i pairs[TOKENS]; /* [p]: the sums of rows 2 p and 2 p + 1, side by side for each token */
     UNROLL for (int p = 0; p < TOKENS; p++) {
         __m512 a = (__m512)sums[2 * p], b = (__m512)sums[2 * p + 1];
         a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));

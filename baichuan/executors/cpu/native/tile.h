@@ -67,13 +67,13 @@ INLINE void add_tile(int rows, int registers, float *sums, size_t pitch, vf tota
 /* How the words of one product are made. */
 struct plan {
     enum arithmetic kind;
-    size_t words;        /* of a token, a multiple of STEP channels */
+    size_t words;        /* words of a token, whose channels are filled up to a multiple of STEP */
     size_t stride;       /* words and scales of a token */
     size_t group;        /* INTEGERS: channels of W with one scale, a multiple of STEP */
-    size_t x_group;      /* of x */
+    size_t x_group;      /* INTEGERS: channels of x with one scale */
     size_t block_groups; /* groups of DEPTH channels of W */
     int own_groups;      /* whether these are W's own */
-    int bits;            /* of an activation, and of a float16 weight, beside the sign */
+    int bits;            /* INTEGERS: bits of an activation, and of a float16 weight, beside the sign */
 };
 
 #if LANES == 8
