@@ -38,7 +38,7 @@ FLOORS = {
 MAX_LINES = 300
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text("utf-8")
 MAX_FUNCTION_LINES = 60
-LONGER = {}  # file: why it is one idea all the same
+LONGER = {"test_api.py": "LLM as its users call it, on one engine"}  # file: why it is one idea all the same
 
 
 def modules(*patterns):
@@ -50,7 +50,8 @@ def modules(*patterns):
     }
 
 
-SHORT = modules() | modules("benchmarks/*.py", "demo/*.py")  # whose files and functions are held to a length
+# Modules whose files and functions are held to a length.
+SHORT = modules() | modules("benchmarks/*.py", "demo/*.py", "tests/**/*.py")
 
 
 def floor(module):
@@ -110,7 +111,7 @@ def test_a_file_is_one_idea(path):
 
 def long_functions(text, limit):
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= limit:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= limit:
             yield node.name
 
 
@@ -122,7 +123,8 @@ def test_a_function_fits_a_screen(module):
 
 def test_a_long_function_is_noticed():
     body = "    pass\n" * MAX_FUNCTION_LINES
-    assert list(long_functions(f"def short():\n{body[9:]}\ndef long():\n{body}", MAX_FUNCTION_LINES)) == ["long"]
+    text = f"def short():\n{body[9:]}\ndef long():\n{body}\nasync def awaited():\n{body}"
+    assert list(long_functions(text, MAX_FUNCTION_LINES)) == ["long", "awaited"]
 
 
 def test_nothing_runs_remote_code_or_unpickles_freely():
