@@ -66,7 +66,7 @@ test-oldest:
 	@$(KNOWN)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' $(OLDEST)
-	$(call pytest,.venv-oldest/bin,tests/test_hf.py tests/test_hf_folders.py tests/test_beam.py tests/test_summarize.py)
+	$(call pytest,.venv-oldest/bin,tests/test_hf.py tests/test_hf_folders.py tests/test_beam.py tests/test_summarize.py tests/test_summary_figures.py tests/test_stopped_evaluation.py)
 
 # On a GPU machine; PYTEST="python3 -m pytest" uses an environment that has torch with CUDA already, GPU_JOBS= one process.
 PYTEST ?= $(BIN)/python -m pytest
