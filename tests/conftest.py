@@ -41,6 +41,22 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=NO_RELEASED_TOKENIZERS))
 
 
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Path:
+    """An engine of v1_7b, for the tests of one file; a file may have a fixture of its own instead."""
+    import scripts  # not before GPUs are hidden
+
+    return scripts.built(tmp_path_factory.mktemp("engine"), "v1_7b")
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """A file with the ids of one of v1_7b's prompts."""
+    import scripts
+
+    return scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,))
+
+
 @pytest.fixture(autouse=True)
 def log_level():
     """A script's --log_level ends with its test."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +13,6 @@ from scripts import refused
 
 import run
 from baichuan.engine.folder import CONFIG_NAME
-
-VERSION = "v1_7b"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Path:
-    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
-
-
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    return scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
 
 
 def npy(array: np.ndarray, save=np.save) -> bytes:

@@ -65,11 +65,6 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
-
-
 def evaluate(llm: LLM, folder, names) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

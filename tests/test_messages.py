@@ -35,11 +35,6 @@ NEEDED = {"build": [], "run": ["--max_output_len", "2"], "summarize": ["--test_t
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Path:
-    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
-
-
-@pytest.fixture(scope="module")
 def binary(tmp_path_factory) -> dict[str, Path]:
     """Calibrated folders, with -kv and with -sq; OUT and not OUT/1-gpu."""
     folder = tmp_path_factory.mktemp("binary")

@@ -31,11 +31,6 @@ def engine(engines) -> Path:
     return engines[VERSION]
 
 
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    return scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
-
-
 @pytest.mark.parametrize("version", goldens.VERSIONS_WITH_GOLDENS)
 @pytest.mark.parametrize("length", goldens.LENGTHS)
 def test_goldens(engines, tmp_path, version, length):

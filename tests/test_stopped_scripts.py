@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import scripts
@@ -22,16 +21,6 @@ from baichuan.generation import token_files
 from baichuan.util.publishing import staged_folder
 
 VERSION = "v1_7b"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Path:
-    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
-
-
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    return scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
 
 
 def test_an_output_that_nobody_reads(engine):

@@ -16,16 +16,6 @@ import run
 VERSION = "v1_7b"
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Path:
-    return scripts.built(tmp_path_factory.mktemp("engine"), VERSION)
-
-
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    return scripts.prompts_csv(tmp_path / "prompts.csv", VERSION, (7,))
-
-
 def name_of(value: list[str] | str) -> str:
     """A test's name: its flags."""
     return " ".join(value)[:60] if isinstance(value, list) else "-"
