@@ -76,11 +76,11 @@ def folder(name: str, path: Any) -> Path:
 
 
 @contextmanager
-def said_of(name: str, number: int, count: int) -> Iterator[None]:
-    """An error within says which of several prompts or texts it is of."""
+def said_of(place: str, told: bool = True) -> Iterator[None]:
+    """An error within begins with the place that it is of, such as `prompt 1`, unless told is False."""
     try:
         yield
     except BaichuanError as error:
-        if count == 1:
+        if not told:
             raise
-        raise type(error)(f"{name} {number}: {error}") from None
+        raise type(error)(f"{place}: {error}") from None

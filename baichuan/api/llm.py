@@ -184,7 +184,7 @@ class LLM:
         """How likely each text is, from its second token on.  Raises ConfigError as generate() does."""
         each, requests = prompt_list(texts), list[Request]()
         for number, text in enumerate(each):
-            with said_of("text", number, len(each)):
+            with said_of(f"text {number}", len(each) > 1):
                 requests.append(self._scored(self.encode(text)))
                 if len(requests[-1].prompt) < 2:
                     raise ConfigError("a text of 1 token has no probability; score at least two tokens")
@@ -229,7 +229,7 @@ class LLM:
         each, requests = prompt_list(prompts), list[Request]()
         configs = settings_list(sampling, self.sampling, len(each))
         for number, (prompt, config) in enumerate(zip(each, configs, strict=True)):
-            with said_of("prompt", number, len(each)):
+            with said_of(f"prompt {number}", len(each) > 1):
                 requests.append(self.request(prompt, config, max_new_tokens, keep_logits))
         return requests
 

@@ -87,17 +87,14 @@ class BaichuanLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations; those with equal settings run together."""
         groups: dict[str, list[int]] = {}
-        settings: dict[str, tuple[SamplingConfig, int, list[str]]] = {}
         for number, (_, kwargs) in enumerate(request.args for request in requests):
-            name = repr(sorted(kwargs.items()))
-            groups.setdefault(name, []).append(number)
-            if name not in settings:
-                settings[name] = self._settings(kwargs)  # every task's errors come before anything runs
+            groups.setdefault(repr(sorted(kwargs.items())), []).append(number)
+        # Every task's errors come before anything runs.
+        settings = [self._settings(requests[numbers[0]].args[1]) for numbers in groups.values()]
         texts = [""] * len(requests)
-        for name, numbers in groups.items():
+        for numbers, (sampling, new_tokens, stop_texts) in zip(groups.values(), settings, strict=True):
             contexts = (self._fitting(self.tok_encode(requests[number].args[0])) for number in numbers)
             prompts = [context or [self.prefix_token_id] for context in contexts]
-            sampling, new_tokens, stop_texts = settings[name]
             made = self.llm.generate(prompts, sampling, new_tokens, stop_texts=stop_texts)
             for number, each in zip(numbers, made, strict=True):
                 texts[number] = each.checked().text or ""

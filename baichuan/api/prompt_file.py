@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baichuan.api.arguments import said_of
 from baichuan.config import SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.text.chat import check_messages
@@ -94,10 +95,8 @@ def _line(place: str, row: Mapping[str, Any], default_key: str) -> PromptLine:
         for token in given[name]:
             _require_type(place, "a prompt_id", token, (int,))
     if name == "messages":
-        try:
+        with said_of(place):
             check_messages(given[name])
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
     for setting in SETTINGS:
         if setting in given:
             _require_type(place, setting, given[setting], SETTINGS[setting])

@@ -76,7 +76,7 @@ def answer(args: argparse.Namespace, llm: LLM, prompts: Sequence[Prompt], sampli
         results = llm.generate(prompts, sampling, args.max_output_len, keep_logits)
         print_results([result for result in results if not result.error], llm.text.tokenizer)
     for number, result in enumerate(results):
-        with said_of("prompt", number, len(results)):
+        with said_of(f"prompt {number}", len(results) > 1):
             result.checked()
     write_outputs(args, results, sampling.pad_id)
     for index, result in enumerate(results):
