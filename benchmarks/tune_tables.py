@@ -72,6 +72,7 @@ TILES = {
     ("converted", 64): ((64, 64, 128, 4, 3), (64, 64, 256, 4, 3), (64, 128, 64, 4, 4)),
     ("converted", None): ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4)),
     ("int4_g32", 64): ((64, 64, 128, 4, 3), (64, 64, 256, 4, 3), (64, 128, 128, 8, 3), (64, 128, 64, 8, 4)),
+    ("int4_g32_one_wave", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 3), (64, 128, 128, 8, 3)),
     ("int4_g64", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 4), (64, 128, 128, 8, 3)),
     ("int4_g128", 64): ((64, 64, 128, 4, 4), (64, 64, 256, 4, 4), (64, 128, 128, 8, 3)),
     ("int4_g32_zeros", 64): ((64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 128, 128, 8, 3)),
@@ -122,7 +123,7 @@ class Point:
             case "none":
                 return tiles.dense_kind(self.x_rows, in_features, out_features)
             case "int4":
-                return tiles.int4_kind(self.x_rows, quant.group_size or in_features, quant.zero_points)
+                return tiles.int4_kind(self.x_rows, out_features, quant.group_size or in_features, quant.zero_points)
         return "bytes"
 
 

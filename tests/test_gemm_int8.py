@@ -12,7 +12,7 @@ from baichuan.kernels.gemm import gemm
 from baichuan.kernels.operand import Int8PerToken, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
-from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256, Tile, choose_runs_tile
+from baichuan.kernels.tiles import FEW_ROWS, TILE_128, TILE_160, TILE_256, Tile, choose_runs_tile
 from baichuan.records import SmoothQuantWeight, Step
 from benchmarks.random_weights import RandomWeights
 
@@ -20,6 +20,7 @@ pytestmark = MARKS
 
 HOPPER = DEVICE.type == "cuda" and linear.has_gluon(DEVICE, linear.triton.__version__)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+FEW = [tile for _, tiles, split_tile in FEW_ROWS for tile in (*tiles, split_tile) if tile != TILE_256]
 TRITON_TILE = Tile(128, 128, 128, 8, 3)  # the tile of gemm.gemm, which this file's products are compared with
 
 
@@ -49,7 +50,7 @@ def exact(x, weight, scale, dtype):
 @pytest.mark.cuda
 @on_hopper
 @pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "row scales"])
-@pytest.mark.parametrize("tile", [TILE_128, TILE_160, TILE_256], ids=["narrow", "wide", "large"])
+@pytest.mark.parametrize("tile", [TILE_128, TILE_160, TILE_256, *FEW], ids=["narrow", "wide", "large", *map(str, FEW)])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_every_product_bit_for_bit(shape, tile, row_scales):
     from baichuan.kernels.gemm_int8 import gemm_int8
@@ -57,7 +58,9 @@ def test_every_product_bit_for_bit(shape, tile, row_scales):
     out_features, in_features = shape
     weight = operand(out_features, in_features, False, 1).values
     scale = torch.rand(out_features, device=DEVICE)
-    for rows, dtype in ((1, torch.float32), (129, torch.bfloat16), (1000, torch.float16), (1024, torch.float16)):
+    many = ((129, torch.bfloat16), (1000, torch.float16), (1024, torch.float16))
+    few = ((40, torch.bfloat16), (64, torch.float16), (128, torch.float16))
+    for rows, dtype in ((1, torch.float32), *(few if tile in FEW else many)):
         x = operand(rows, in_features, row_scales)
         y = gemm_int8(x, weight, scale, dtype, tile)
         expected = exact(x, weight, scale, dtype)
@@ -101,8 +104,29 @@ def test_the_wider_tile_is_taken_where_it_saves_a_wave():
         (1024, 27392): TILE_128,
     }
     for (rows, channels), tile in faster.items():
-        assert choose_runs_tile(rows, channels, 132) == tile
-    assert choose_runs_tile(16384, 5120, 132) == TILE_256
+        assert choose_runs_tile(rows, 4096, channels, 132) == tile
+    assert choose_runs_tile(16384, 5120, 5120, 132) == TILE_256
+
+
+def test_the_tile_of_few_rows():
+    """The tile that was faster on an H200 or within 1 % of it (docs/performance.md), by (rows, inputs, outputs)."""
+    (_, [narrow_64], split_64), (_, [narrow, wide, widest], split) = FEW_ROWS
+    faster = {
+        (64, 5120, 27392): narrow_64,
+        (33, 5120, 5120): narrow_64,
+        (64, 13696, 5120): split_64,
+        (128, 5120, 5120): narrow,
+        (65, 5120, 7680): narrow,
+        (128, 5120, 13696): wide,
+        (128, 5120, 15360): wide,
+        (128, 5120, 27392): widest,
+        (128, 4096, 22016): widest,
+        (128, 13696, 5120): split,
+        (128, 11008, 4096): split,
+    }
+    for (rows, inputs, outputs), tile in faster.items():
+        assert choose_runs_tile(rows, inputs, outputs, 132) == tile
+    assert choose_runs_tile(129, 13696, 5120, 132).splits == 1
 
 
 @pytest.mark.cuda
@@ -147,19 +171,20 @@ def test_a_chain_in_a_graph_reads_what_was_just_written(row_scales):
 
 @pytest.mark.cuda
 @on_hopper
+@pytest.mark.parametrize("rows", [33, 120, 600])
 @pytest.mark.parametrize("per_token", [False, True], ids=["one scale", "row scales"])
-def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, monkeypatch):
-    """600 rows of prompts and of a decode step, the latter replayed."""
+def test_whole_steps_have_the_bits_of_tritons_own_product(per_token, rows, monkeypatch):
+    """Prompts of three tokens each and a decode step, which is replayed."""
     model = ModelConfig("v1_13b", 512, 3, 4, 1024, 400, dtype="float16")
     quant = QuantConfig("smooth_quant", per_channel=True, per_token=per_token, kv_cache="int8")
     weights = RandomWeights(model, quant, DEVICE).rank()
-    prompts = [[3 + row % 390, 5, 7] for row in range(600)]
+    prompts = [[3 + row % 390, 5, 7] for row in range(rows)]
 
     def logits():
         cuda = CudaExecutor(model, quant, weights)
-        cuda.reset(600, 16)
+        cuda.reset(rows, 16)
         prefill = cuda.forward(Step.of(prompts, device=DEVICE)).clone()
-        decode = Step.of([[row % 400] for row in range(600)], [3] * 600, device=DEVICE)
+        decode = Step.of([[row % 400] for row in range(rows)], [3] * rows, device=DEVICE)
         return [prefill, *(cuda.forward(decode).clone() for _ in range(3))]
 
     by_gluon = logits()
@@ -183,8 +208,8 @@ def test_where_the_kernel_is_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     linear.has_gluon.cache_clear()
     try:
-        assert in_gluon(weight) and activates(linear.GLUON_ROWS)
-        assert not activates(linear.GLUON_ROWS - 1) and not activates(600, own_kernels=False)
+        assert in_gluon(weight) and activates(linear.ACTIVATED_ROWS)
+        assert not activates(linear.ACTIVATED_ROWS - 1) and not activates(600, own_kernels=False)
         for version, has in {
             "3.5.1": False,
             "3.6.0+git9844da95": True,

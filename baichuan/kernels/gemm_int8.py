@@ -1,4 +1,4 @@
-"""W8A8 products of many tokens on Hopper, in Gluon: the level of Triton below tl.dot.
+"""W8A8 products of several tokens on Hopper, in Gluon: the level of Triton below tl.dot.
 
 tl.dot waits for an integer product before the next one is issued, so that the tensor cores stand still in between.
 Here one product is always in flight:
@@ -38,16 +38,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baichuan.kernels.gemm_parts import add_parts
 from baichuan.kernels.operand import Operand, StaticScale
 from baichuan.kernels.spec import cdiv, overlaps, processors
 from baichuan.kernels.store_row import divide, nearest_integer
-from baichuan.kernels.tiles import TILE_256, RunsTile, choose_runs_tile
+from baichuan.kernels.tiles import TILE_256, RunsTile, choose_runs_tile, share_of_split
 
 BAND = 16  # as in tiles.place_of_tile; programs that run at once then read about as much of x as of the weight
 GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # before Triton 3.8
-quotient, integer = gluon.jit(divide.fn), gluon.jit(nearest_integer.fn)
+quotient, integer, share = gluon.jit(divide.fn), gluon.jit(nearest_integer.fn), gluon.jit(share_of_split.fn)
 
 
 @gluon.jit
@@ -97,13 +98,14 @@ def _gemm_int8(
     x, first_weight, second_weight, x_scale, scale, smoother, out_scale,
     num_rows, in_features, out_features,
     y,
-    GATED: gl.constexpr, SMOOTH: gl.constexpr, ROW_SCALES: gl.constexpr, DTYPE: gl.constexpr,
+    GATED: gl.constexpr, SMOOTH: gl.constexpr, ROW_SCALES: gl.constexpr, DTYPE: gl.constexpr, SPLIT: gl.constexpr,
     BLOCK_M: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     BAND: gl.constexpr, FIRST_SUMS: gl.constexpr, SECOND_SUMS: gl.constexpr, FIRST_ROWS: gl.constexpr,
     SECOND_ROWS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """x, the weights: descriptors of blocks of x's rows and of each run's; _SUMS, _ROWS: layouts of a run of y as the
-    tensor cores leave it and as it is stored; DTYPE: of the numbers, which a gated y has in int8.
+    tensor cores leave it and as it is stored; DTYPE: of the numbers, which a gated y has in int8.  SPLIT: y points to
+    the parts of gemm_parts.py
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -125,9 +127,10 @@ def _gemm_int8(
         mbarrier.init(loaded.index(i), count=1)
     fence_async_shared()
     STAGE_BYTES: gl.constexpr = (BLOCK_M + FIRST + SECOND) * BLOCK_K
-    steps = gl.cdiv(in_features, BLOCK_K)
+    begin, end = share(in_features, BLOCK_K)
+    steps = gl.cdiv(end - begin, BLOCK_K)
     for i in gl.static_range(STAGES - 1):  # the weight does not depend on the kernel before
-        more, k, barrier = i < steps, i * BLOCK_K, loaded.index(i)
+        more, k, barrier = i < steps, begin + i * BLOCK_K, loaded.index(i)
         mbarrier.expect(barrier, STAGE_BYTES, pred=more)
         load_block(first_weight, [column, k], barrier, first_blocks.index(i), pred=more)
         if SECOND:
@@ -135,7 +138,7 @@ def _gemm_int8(
     if OVERLAP:
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
-        load_block(x, [row, i * BLOCK_K], loaded.index(i), x_blocks.index(i), pred=i < steps)
+        load_block(x, [row, begin + i * BLOCK_K], loaded.index(i), x_blocks.index(i), pred=i < steps)
 
     first = gl.zeros((BLOCK_M, FIRST), gl.int32, FIRST_SUMS)
     if SECOND:
@@ -152,7 +155,7 @@ def _gemm_int8(
         else:
             first = warpgroup_mma_wait(1, deps=(first,))
         ahead = step + STAGES - 1  # goes where the step before, which has been waited for, was read from
-        free, next_k, is_there = ahead % STAGES, ahead * BLOCK_K, ahead < steps
+        free, next_k, is_there = ahead % STAGES, begin + ahead * BLOCK_K, ahead < steps
         mbarrier.expect(loaded.index(free), STAGE_BYTES, pred=is_there)
         load_block(x, [row, next_k], loaded.index(free), x_blocks.index(free), pred=is_there)
         load_block(first_weight, [column, next_k], loaded.index(free), first_blocks.index(free), pred=is_there)
@@ -165,16 +168,22 @@ def _gemm_int8(
     else:
         first = warpgroup_mma_wait(0, deps=(first,))
 
-    result = _scaled(first, x_scale, scale, row, column, num_rows, width, ROW_SCALES)
-    if GATED:
-        up = _scaled(second, x_scale, scale, row, second_column, num_rows, out_features, ROW_SCALES)
-        activated = _activated(result, up, smoother, out_scale, column, width, SMOOTH, DTYPE)
-        _store(activated, row, column, num_rows, width, y, FIRST_ROWS)
-    else:
-        _store(result.to(DTYPE), row, column, num_rows, width, y, FIRST_ROWS)
+    if SPLIT:
+        part = y + gl.program_id(1).to(gl.int64) * num_rows * width
+        _store(first, row, column, num_rows, width, part, FIRST_ROWS)
         if SECOND:
-            result = _scaled(second, x_scale, scale, row, second_column, num_rows, width, ROW_SCALES)
-            _store(result.to(DTYPE), row, second_column, num_rows, width, y, SECOND_ROWS)
+            _store(second, row, second_column, num_rows, width, part, SECOND_ROWS)
+    else:
+        result = _scaled(first, x_scale, scale, row, column, num_rows, width, ROW_SCALES)
+        if GATED:
+            up = _scaled(second, x_scale, scale, row, second_column, num_rows, out_features, ROW_SCALES)
+            activated = _activated(result, up, smoother, out_scale, column, width, SMOOTH, DTYPE)
+            _store(activated, row, column, num_rows, width, y, FIRST_ROWS)
+        else:
+            _store(result.to(DTYPE), row, column, num_rows, width, y, FIRST_ROWS)
+            if SECOND:
+                result = _scaled(second, x_scale, scale, row, second_column, num_rows, width, ROW_SCALES)
+                _store(result.to(DTYPE), row, second_column, num_rows, width, y, SECOND_ROWS)
 
 
 def block_layout(rows: int, block_k: int) -> gl.NVMMASharedLayout:
@@ -190,7 +199,7 @@ def blocks_of(tile: RunsTile) -> tuple[int, int, int]:
 def constants(tile: RunsTile, dtype: torch.dtype, gated: bool) -> dict[str, object]:
     """The kernel's constants that the tile and the types decide."""
     _, first, second = blocks_of(tile)
-    piece = 16 if gated else 8  # numbers that a thread stores at a time
+    piece = 16 if gated else 8 if tile.splits == 1 else 4  # numbers that a thread stores at a time
 
     def sums(channels: int) -> gl.NVMMADistributedLayout:
         return gl.NVMMADistributedLayout([3, 0], [tile.num_warps, 1], [16, channels, 32])
@@ -202,6 +211,7 @@ def constants(tile: RunsTile, dtype: torch.dtype, gated: bool) -> dict[str, obje
     return {
         "GATED": gated,
         "DTYPE": GL_TYPES[dtype],
+        "SPLIT": tile.splits > 1,
         "BLOCK_M": tile.block_m,
         "FIRST": tile.first,
         "SECOND": tile.second,
@@ -225,8 +235,15 @@ def gemm_int8(
     """
     num_rows, out_features = x.values.shape[0], weight.shape[0]
     y = torch.empty(num_rows, out_features, dtype=out_dtype, device=weight.device)
-    tile = tile or choose_runs_tile(num_rows, out_features, processors(weight.device))
-    _launch(tile, x, weight, scale, None, y, out_dtype)
+    tile = tile or choose_runs_tile(num_rows, weight.shape[1], out_features, processors(weight.device))
+    if tile.splits == 1:
+        _launch(tile, x, weight, scale, None, y, out_dtype)
+        return y
+    parts = torch.empty(tile.splits, *y.shape, dtype=torch.int32, device=weight.device)
+    _launch(tile, x, weight, scale, None, parts, out_dtype)
+    x_scale = x.scaled[1]
+    scales = {"COLUMN_SCALES": True, "X_SCALE": True, "ROW_SCALES": x_scale.numel() > 1}
+    add_parts(parts, (x_scale, scale), scales, y)
     return y
 
 
@@ -243,7 +260,7 @@ def gated_int8(x: Operand, weight: Tensor, scale: Tensor, form: StaticScale, dty
 def _launch(
     tile: RunsTile, x: Operand, weight: Tensor, scale: Tensor, form: StaticScale | None, y: Tensor, dtype: torch.dtype
 ) -> None:
-    """form: of a gated y"""
+    """form: of a gated y; y: or the parts of a tile with splits"""
     values, x_scale = x.scaled
     num_rows, in_features = values.shape
     blocks = [
@@ -252,7 +269,8 @@ def _launch(
     ]
     smoother = form.smoother if form else None
     overlap = overlaps(weight.device)
-    _gemm_int8[(cdiv(num_rows, tile.block_m) * cdiv(y.shape[1], tile.first + (0 if form else tile.second)),)](
+    tiles = cdiv(num_rows, tile.block_m) * cdiv(y.shape[-1], tile.first + (0 if form else tile.second))
+    _gemm_int8[(tiles, tile.splits)](
         *blocks,
         x_scale,
         scale,

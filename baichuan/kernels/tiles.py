@@ -88,6 +88,7 @@ TILES = {
         (None, Tile(128, 64, 128, 4, 3)),
     ),
     "int4_g32": ((64, Tile(64, 64, 128, 4, 4)),),
+    "int4_g32_one_wave": ((64, Tile(64, 64, 128, 4, 3, 132)),),
     "int4_g64": ((64, Tile(64, 64, 256, 4, 3)),),
     "int4_g128": ((64, Tile(64, 64, 256, 4, 3)),),
     "int4_g32_zeros": ((64, Tile(64, 128, 64, 8, 4)),),
@@ -104,6 +105,7 @@ TILES = {
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
 NARROW = 7680  # channels
+ONE_WAVE = (264, 396)  # programs of int4_g32 with four and with three stages that 132 multiprocessors run at once
 MIN_STEPS = 4  # a split has at least this many blocks of input channels; only the last may have fewer
 
 
@@ -112,10 +114,16 @@ def dense_kind(num_rows: int, in_features: int, out_features: int) -> str:
     return "narrow" if 32 < num_rows <= 64 and max(in_features, out_features) <= NARROW else "dense"
 
 
-def int4_kind(num_rows: int, group_size: int, zeros: bool) -> str:
-    """Groups of 32, 64 and 128 channels, with and without zeros, have a kind each for 33 to 64 rows."""
+def int4_kind(num_rows: int, out_features: int, group_size: int, zeros: bool) -> str:
+    """Groups of 32, 64 and 128 channels, with and without zeros, have a kind each for 33 to 64 rows.
+
+    A stage less lets a GPU run ONE_WAVE[1] programs of groups of 32 at once instead of ONE_WAVE[0].
+    """
     kind = f"int4_g{group_size}_zeros" if zeros else f"int4_g{group_size}"
-    return kind if 32 < num_rows <= 64 and kind in TILES else "converted"
+    if not 32 < num_rows <= 64 or kind not in TILES:
+        return "converted"
+    fewer, more = ONE_WAVE
+    return "int4_g32_one_wave" if kind == "int4_g32" and fewer < cdiv(out_features, 64) <= more else kind
 
 
 def choose_tile(
@@ -135,7 +143,7 @@ def choose_tile(
     elif x_dtype == weight_dtype:
         kind = "bytes" if x_dtype.itemsize == 1 else dense_kind(num_rows, in_features, out_features)
     else:
-        kind = int4_kind(num_rows, *groups) if groups else "converted"
+        kind = int4_kind(num_rows, out_features, *groups) if groups else "converted"
     tile = next(tile for limit, tile in TILES[kind] if limit is None or num_rows <= limit)
     return split(tile, num_rows, in_features, out_features)
 
@@ -158,22 +166,37 @@ class RunsTile:
     num_warps: int
     num_stages: int
     programs: int  # programs that a multiprocessor runs at a time
+    splits: int = 1  # programs that share the input channels of one tile (gemm_parts.py)
 
 
 # What measures fastest on an H200 (docs/performance.md).
 TILE_128, TILE_160 = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
 TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # for more than LARGE_ROWS rows, and for every gate and its up
 LARGE_ROWS = 2048  # up to this many rows TILE_128 or TILE_160
+# For up to so many rows, which are one block: tiles in order of their width, and the tile of a matrix that has more
+# input than output channels.
+FEW_ROWS = (
+    (64, (RunsTile(64, 64, 0, 128, 4, 6, 2),), RunsTile(64, 128, 0, 128, 4, 6, 1, splits=3)),
+    (
+        128,
+        (RunsTile(128, 64, 0, 128, 4, 6, 1), RunsTile(128, 128, 0, 128, 4, 5, 1), TILE_256),
+        RunsTile(128, 128, 0, 128, 8, 6, 1, splits=3),
+    ),
+)
 
 
-def choose_runs_tile(num_rows: int, out_features: int, num_processors: int) -> RunsTile:
-    """For up to LARGE_ROWS rows the one of two tiles whose waves, of as many programs as run at once, take less."""
+def choose_runs_tile(num_rows: int, in_features: int, out_features: int, num_processors: int) -> RunsTile:
+    """Of few rows the narrowest tile whose programs all run at once, or else the widest; for up to LARGE_ROWS rows the
+    one of two tiles whose waves, of as many programs as run at once, take less.
+    """
     if num_rows > LARGE_ROWS:
         return TILE_256
 
-    def time(tile: RunsTile) -> int:
-        channels = tile.first + tile.second
-        programs = cdiv(num_rows, tile.block_m) * cdiv(out_features, channels)
-        return cdiv(programs, tile.programs * num_processors) * channels
+    def waves(tile: RunsTile) -> int:
+        programs = cdiv(num_rows, tile.block_m) * cdiv(out_features, tile.first + tile.second)
+        return cdiv(programs, tile.programs * num_processors)
 
-    return min(TILE_128, TILE_160, key=time)
+    for most, tiles, split_tile in FEW_ROWS:
+        if num_rows <= most:
+            return split_tile if in_features > out_features else next((t for t in tiles if waves(t) == 1), tiles[-1])
+    return min(TILE_128, TILE_160, key=lambda tile: waves(tile) * (tile.first + tile.second))

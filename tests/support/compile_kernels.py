@@ -25,7 +25,7 @@ from baichuan.executors.cuda.peer_memory import INBOXES, PeerMemory
 from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels import gemm_parts
 from baichuan.kernels.spec import TRITON_TYPES, KernelSpec, plain_values
-from baichuan.kernels.tiles import TILE_128, TILE_160, TILE_256
+from baichuan.kernels.tiles import FEW_ROWS, TILE_128, TILE_160, TILE_256
 from baichuan.model.decoder import attention_spec, forward
 from baichuan.parallel.comm import Solo
 from baichuan.records import LayerCache, Step
@@ -85,7 +85,8 @@ def compile_gluon() -> None:
 
     from baichuan.kernels import gemm_int8 as file
 
-    cases = [(tile, torch.float16, False) for tile in (TILE_128, TILE_160, TILE_256)]
+    few = [tile for _, tiles, split_tile in FEW_ROWS for tile in (*tiles, split_tile)]
+    cases = [(tile, torch.float16, False) for tile in (TILE_128, TILE_160, *dict.fromkeys((TILE_256, *few)))]
     cases += [(TILE_128, dtype, False) for dtype in (torch.bfloat16, torch.float32)]
     cases += [(TILE_256, dtype, True) for dtype in (torch.float16, torch.bfloat16)]
     for tile, dtype, gated in cases:
@@ -94,7 +95,7 @@ def compile_gluon() -> None:
             for rows in file.blocks_of(tile)
         ]
         values = {"SMOOTH": True, "ROW_SCALES": not gated, "OVERLAP": True} | file.constants(tile, dtype, gated)
-        y_type = "i8" if gated else TRITON_TYPES[dtype]
+        y_type = "i8" if gated else "i32" if tile.splits > 1 else TRITON_TYPES[dtype]
         types = [*blocks, *["*fp32"] * 4, *["i32"] * 3, f"*{y_type}", *["constexpr"] * len(values)]
         signature = dict(zip(file._gemm_int8.arg_names, types, strict=True))
         aligned = {(index,): [["tt.divisibility", 16]] for index in range(len(blocks), len(types) - len(values))}

@@ -47,7 +47,8 @@ from baichuan.weights.types import product_of
 GEMM_ROWS = 256
 INT16_ROWS = 2048  # the same for an INT8 weight and x as 16-bit integers
 DENSE_ROWS = 64  # up to this many our kernel is faster than cuBLAS with a dense weight or one in e4m3
-GLUON_ROWS = 256  # from this many on gemm_int8.py is faster than gemm.py for W8A8
+GLUON_ROWS = 33  # from this many on gemm_int8.py is faster than gemm.py for W8A8 ...
+ACTIVATED_ROWS = 256  # ... and from this many on with the activation in it
 GLUON_VERSIONS = (3, 6), (3, 9)  # the first and the last of Triton whose Gluon gemm_int8.py is written for
 
 
@@ -141,7 +142,7 @@ def smooth_quant(weight: SmoothQuantWeight, choice: Choice) -> LinearKernel:
     if choice.gemv and weight.shape[1] % BYTE_CHANNELS == 0:
         return _integer_gemv(form, q, scale)
     if choice.own_kernels and choice.num_tokens >= GLUON_ROWS and in_gluon(q):
-        return _gluon(form, q, scale)
+        return _gluon(form, q, scale, choice.num_tokens >= ACTIVATED_ROWS)
     if choice.own_kernels:
         return LinearKernel(form, lambda x, out_dtype: gemm(x, q, scale, out_dtype))
     return LinearKernel(form, lambda x, out_dtype: int8_product(*x.scaled, q, scale, out_dtype))
@@ -160,13 +161,16 @@ def has_gluon(device: torch.device, triton_version: str) -> bool:
     return known and overlaps(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _gluon(form: Form, q: Tensor, scale: Tensor) -> LinearKernel:
+def _gluon(form: Form, q: Tensor, scale: Tensor, activates: bool) -> LinearKernel:
     from baichuan.kernels.gemm_int8 import gated_int8, gemm_int8  # other versions of Triton may lack what it imports
+
+    def run_activated(x: Operand, dtype: torch.dtype, out_form: StaticScale) -> Operand:
+        return gated_int8(x, q, scale, out_form, dtype)
 
     return LinearKernel(
         form,
         lambda x, out_dtype: gemm_int8(x, q, scale, out_dtype),
-        run_activated=lambda x, dtype, out_form: gated_int8(x, q, scale, out_form, dtype),
+        run_activated=run_activated if activates else None,
     )
 
 
