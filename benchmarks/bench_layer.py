@@ -35,7 +35,7 @@ from baichuan.executors.device import gpu_of_rank
 from baichuan.parallel.comm import Communicator
 from baichuan.records import Step
 from benchmarks.gpu_timing import copy_bandwidth, require_gpu
-from benchmarks.random_weights import PRECISIONS, RandomWeights, add_model_flags
+from benchmarks.random_weights import PRECISIONS, RandomWeights, add_kv_cache, add_model_flags
 
 # A layer is counted from attention on: its first norm and qkv end the one before.
 BEGINS_A_LAYER = ("_decode_attention", "_prefill_attention")
@@ -45,7 +45,7 @@ REPLAYS = 6
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
+    add_kv_cache(parser)
     parser.add_argument("--num_layers", type=int, default=8, help="layers of the shortened model, at least 3")
     parser.add_argument("--prefill", action="store_true", help="the step of --input_len tokens instead of one token")
     return run_script(parser, argv, bench)

@@ -47,15 +47,24 @@ INT4_DEVIATION = 4.3  # standard deviation of uniform integers in [-7, 7]; a mea
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which models a benchmark goes through, and with which prompts."""
-    parser.add_argument("--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="whose shapes")
-    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="of the weights")
+    parser.add_argument(
+        "--model_version", nargs="+", choices=tuple(PRESETS), default=["v1_7b"], help="versions whose shapes are taken"
+    )
+    parser.add_argument(
+        "--precision", nargs="+", choices=tuple(PRECISIONS), default=["float16"], help="precisions of the weights"
+    )
     parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="sequences at a time")
     parser.add_argument("--input_len", type=int, default=128, help="tokens of each prompt")
 
 
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    types = ("none", "int8", "fp8")
+    parser.add_argument("--kv_cache", choices=types, default="none", help="data type of the cache; none = the model's")
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """What the benchmarks that generate ask of an engine of such weights, and where their results go."""
-    parser.add_argument("--kv_cache", choices=("none", "int8", "fp8"), default="none", help="none = the model's dtype")
+    add_kv_cache(parser)
     parser.add_argument("--num_layers", type=int, default=0, help="of a shortened model; 0 = all")
     parser.add_argument("--max_num_tokens", type=int, default=16384, help="tokens of a step at most")
     add_weight_copies(parser)

@@ -41,25 +41,26 @@ TELLING = re.compile(
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__.partition("\n")[0].rstrip(":"))
-    add_model_version(parser, "whose sizes", default="v1_7b")
+    add_model_version(parser, "version whose sizes the checkpoint has", default="v1_7b")
     parser.add_argument(
         "--folder", type=Path, default=Path("walk"), help="where everything goes: up to 50 GB for a 7B model"
     )
     parser.add_argument(
         "--calibrated_folder",
         type=Path,
-        help="where calibrated folders go, of a 13B model 54 GB (default: beside the rest)",
+        help="where calibrated folders go, up to 53 GB for a 13B model (default: beside the rest)",
     )
     parser.add_argument("--small", action="store_true", help="the demo's size, for machines without a GPU")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="STAGE",
-        help="float16, bfloat16, int8, int4, fp8, kv, sq, sq_auto, calibrated, awq, imported, replicas, tp2, tp4",
+        help="walk these stages alone: float16, bfloat16, int8, int4, fp8, kv, sq, sq_auto, calibrated, awq, imported, "
+        "replicas, tp2, tp4",
     )
-    parser.add_argument("--tp", nargs="*", type=int, help="tensor-parallel sizes; default: 2 where there are two GPUs")
-    parser.add_argument("--limit_s", type=float, help="begin no command after so many seconds")
-    parser.add_argument("--timeout_s", type=float, default=900.0, help="of one command")
+    parser.add_argument("--tp", nargs="*", type=int, help="tensor-parallel sizes (default: 2; none with one GPU)")
+    parser.add_argument("--limit_s", type=float, help="begin no command after so many seconds (default: no limit)")
+    parser.add_argument("--timeout_s", type=float, default=900.0, help="seconds after which a command has failed")
     return run_script(parser, argv, walk)
 
 

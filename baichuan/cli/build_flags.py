@@ -95,14 +95,14 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
         default=_BUILD["logits_dtype"],
         help="precision to which logits are rounded",
     )
-    for name in ("gpt_attention_plugin", "gemm_plugin"):
+    for name, what in (("gpt_attention_plugin", "attention"), ("gemm_plugin", "matrix products")):
         group.add_argument(
             f"--use_{name}",
             nargs="?",
             choices=SWITCH,
             const="on",
             default="on",
-            help="use our fused kernels (on, or the data type) or those of the library (off)",
+            help=f"compute {what} by our kernels (on, or the data type) or by the library's (off)",
         )
     group.add_argument(
         "--multi_block_mode",
@@ -144,7 +144,9 @@ def _add_backend_flags(parser: argparse.ArgumentParser) -> None:
 def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
     group.add_argument("--use_weight_only", action="store_true", help="INT8 or INT4 weights, activations in --dtype")
-    group.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int8")
+    group.add_argument(
+        "--weight_only_precision", choices=("int8", "int4"), help="weight-only: integers (default: int8)"
+    )
     add_group_size(group)
     group.add_argument("--quantize_lm_head", action="store_true", help="weight-only: quantise lm_head as well")
     group.add_argument(
@@ -157,8 +159,13 @@ def _add_quantisation_flags(parser: argparse.ArgumentParser) -> None:
         "--per_channel", "--per-channel", action="store_true", help="SmoothQuant, FP8: one weight scale per channel"
     )
     group.add_argument("--int8_kv_cache", action="store_true", help="INT8 KV cache; needs --bin_model_dir")
-    group.add_argument("--enable_fp8", action="store_true", help="FP8 (e4m3) weights and activations")
-    group.add_argument("--fp8_kv_cache", action="store_true", help="FP8 (e4m3) KV cache")
     group.add_argument(
-        "--quantized_fp8_model_path", help="FP8 scales, an .npz file in the format of the TensorRT-LLM example"
+        "--enable_fp8",
+        action="store_true",
+        help="FP8 (e4m3) weights and activations; needs scales, or --per_token --per_channel",
+    )
+    group.add_argument("--fp8_kv_cache", action="store_true", help="FP8 (e4m3) KV cache; needs scales")
+    group.add_argument(
+        "--quantized_fp8_model_path",
+        help="FP8 scales beside a --model_dir: an .npz file in the format of the TensorRT-LLM example",
     )

@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -41,7 +42,17 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where it says something: not False, None or an empty list."""
+    """Shows a default only where it says something: not False, None or an empty list.
+
+    A description's paragraphs stay apart, and indented ones, which are commands, as they are.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            paragraph if paragraph.startswith(" ") else textwrap.fill(paragraph, width, break_on_hyphens=False)
+            for paragraph in paragraphs
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default == []:
@@ -110,13 +121,12 @@ def add_cache_flags(parser: argparse._ActionsContainer) -> None:
         "--kv_cache_free_gpu_mem_fraction",
         type=float,
         default=0.9,
-        help="share of the free memory that the KV cache takes, unless the engine's limits need less; engines with a "
-        "paged KV cache",
+        help="share of the free memory that a paged KV cache takes, unless the engine's limits need less",
     )
     parser.add_argument(
         "--no_prefix_caching",
         action="store_true",
-        help="compute every prompt anew, even where its beginning is in the KV cache; engines with a paged KV cache",
+        help="compute every prompt anew, even where its beginning is in a paged KV cache",
     )
 
 

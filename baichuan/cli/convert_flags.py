@@ -73,7 +73,9 @@ def _add_weight_only_flags(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         help=f"how integers are found (default: {ConvertRequest.method}, which is more accurate; awq is for INT4)",
     )
-    parser.add_argument("--weight_only_precision", choices=("int8", "int4"), help="default: int4")
+    parser.add_argument(
+        "--weight_only_precision", choices=("int8", "int4"), help="weight-only: integers (default: int4)"
+    )
     add_group_size(parser)
     parser.add_argument(
         "--weight_only_symmetric",

@@ -14,6 +14,7 @@ from baichuan.cli.common import (
     add_model_version,
     add_weight_copies,
 )
+from baichuan.cli.run_flags import SAMPLING_FLAGS
 from baichuan.config import DEVICES, SamplingConfig, require_range
 from baichuan.errors import ConfigError
 from baichuan.evaluation.request import Request
@@ -78,7 +79,7 @@ def _add_article_flags(parser: argparse.ArgumentParser) -> None:
         "--max_input_length",
         type=int,
         default=DEFAULTS.max_input_length,
-        help="tokens per prompt that are kept, its last ones; tokens per window of a txt file",
+        help="most tokens of a prompt, of a longer one the last are kept; tokens of a window of a txt file",
     )
 
 
@@ -90,8 +91,10 @@ def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument("--top_p", type=float, default=DEFAULTS.sampling.top_p, help="0 or 1 means all tokens")
     for name in ("temperature", "repetition_penalty", "length_penalty"):
-        choice.add_argument(f"--{name}", type=float, default=getattr(DEFAULTS.sampling, name))
-    choice.add_argument("--random_seed", type=int, default=DEFAULTS.sampling.random_seed)
+        default = getattr(DEFAULTS.sampling, name)
+        choice.add_argument(f"--{name}", type=float, default=default, help=SAMPLING_FLAGS[name])
+    seed = DEFAULTS.sampling.random_seed
+    choice.add_argument("--random_seed", type=int, default=seed, help=SAMPLING_FLAGS["random_seed"])
 
 
 def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +111,7 @@ def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
         "--tensorrt_llm_rouge1_threshold",
         type=float,
         default=THRESHOLD,
-        help="lowest ROUGE-1 that --check_accuracy accepts",
+        help="lowest ROUGE-1, in per cent, that --check_accuracy accepts",
     )
     judging.add_argument(
         "--output_dir", help="folder for results.json, summaries.jsonl and the report, or perplexity.json"
