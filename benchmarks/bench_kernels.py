@@ -36,7 +36,9 @@ class Mismatch(BaichuanError):
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--model_version", choices=tuple(PRESETS), default="v2_13b", help="whose shapes")
+    parser.add_argument(
+        "--model_version", choices=tuple(PRESETS), default="v2_13b", help="model whose shapes are taken"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name has one of these in it")
     parser.add_argument("--check_only", action="store_true", help="time nothing; without a GPU: by the interpreter")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for Triton's interpreter")

@@ -32,7 +32,7 @@ from benchmarks.gpu_timing import require_gpu
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="whose shapes")
+    parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="model whose shapes are taken")
     parser.add_argument("--num_layers", type=int, default=8, help="of a shortened model; 0 = all")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made; default: the system's")
     parser.add_argument("--runs", type=int, default=3, help="of which the median is reported")

@@ -27,7 +27,7 @@ STRENGTH = 0.01  # standard deviation of lora_B, as after a short training
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, "whose sizes", default="v1_7b")
+    add_model_version(parser, "version whose sizes are taken", default="v1_7b")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the adapter")
     parser.add_argument("--small", action="store_true", help="the demo's size instead of the version's own")
     return run_script(parser, argv, write)

@@ -32,7 +32,7 @@ SHARDS = {True: 2, False: 9}  # number of shards by --small
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    add_model_version(parser, "whose sizes", default="v1_7b")
+    add_model_version(parser, "version whose sizes are taken", default="v1_7b")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the checkpoint")
     parser.add_argument("--small", action="store_true", help="the demo's size instead of the version's own")
     parser.add_argument(

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS
 from baichuan.errors import ConfigError
-from baichuan.executors.cuda.linear import Choice, choose_kernel
+from baichuan.executors.cuda.linear import Choice, choose_kernel, has_gluon
 from baichuan.executors.cuda.load import tensors_of
 from baichuan.executors.cuda.products import product
 from baichuan.kernels.dequantise import dequantise_to
@@ -56,9 +57,15 @@ Product = Callable[[Entry], Tensor]
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--model_version", nargs="+", choices=tuple(PRESETS), default=["v2_13b", "v1_7b"], help="whose shapes"
+        "--model_version",
+        nargs="+",
+        choices=tuple(PRESETS),
+        default=["v2_13b", "v1_7b"],
+        help="versions whose shapes are taken",
     )
-    parser.add_argument("--precision", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="of the weights")
+    parser.add_argument(
+        "--precision", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="precisions of the weights"
+    )
     parser.add_argument("--seconds", type=float, default=900.0, help="that the run may take")
     parser.add_argument("--compile_threads", type=int, default=16, help="kernels that are compiled at a time")
     file = parser.add_mutually_exclusive_group()
@@ -113,7 +120,8 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[Point, dict[Entry, float
     """Time all candidates of as many products as there is time for, the most important products first."""
     start = time.monotonic()
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as in the CUDA executor
-    every = [point for point in points(args.model_version) if point.precision in args.precision]
+    gluon = has_gluon(torch.device("cuda"), triton.__version__)
+    every = [point for point in points(args.model_version, gluon) if point.precision in args.precision]
     compiled = _compile(every, start + COMPILING * args.seconds, args.compile_threads)
     print(f"compiled {len(compiled)} kernels in {time.monotonic() - start:.0f} s", flush=True)
     for point in every:

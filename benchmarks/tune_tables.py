@@ -134,8 +134,11 @@ def _limit(table: Iterable[tuple[int | None, object]], size: int) -> int | None:
     return next(limit for limit, _ in table if limit is None or size <= limit)
 
 
-def points(versions: Iterable[str]) -> list[Point]:
-    """The products of these versions, with few rows first: most of a generation's time is theirs."""
+def points(versions: Iterable[str], gluon: bool = False) -> list[Point]:
+    """The products of these versions, with few rows first: most of a generation's time is theirs.
+
+    gluon: whether W8A8 of many rows is gemm_int8.py's, which has no tables here
+    """
     every = [
         Point(version, precision, matrix, rows)
         for version in versions
@@ -143,6 +146,7 @@ def points(versions: Iterable[str]) -> list[Point]:
         for rows in several
         for matrix in matrices(PRESETS[version])
         if matrix != "head" or (precision == "float16" and rows == 1)
+        if not (gluon and precision == "smooth_quant_per_token" and rows >= cuda_linear.GLUON_ROWS)
     ]
     return sorted(every, key=lambda point: point.rows)
 

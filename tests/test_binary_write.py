@@ -41,7 +41,7 @@ def write(folder, alpha, tp_size, storage="fp32"):
     return layout
 
 
-NAMES = {  # of the hub: (the folder's, the linear that it belongs to)
+NAMES = {  # the hub's name: (the folder's, the linear that it belongs to)
     "self_attn.W_pack": ("attention.query_key_value", "qkv"),
     "self_attn.o_proj": ("attention.dense", "o_proj"),
     "mlp.gate_proj": ("mlp.fc", "gate_up"),

@@ -219,7 +219,8 @@ def test_norms_and_activations_round_as_the_reference(dtype, width):
         expected, expected_total = reference.add_rms_norm(x, given, weight, 1e-6)
         torch.testing.assert_close(total, expected_total, rtol=neighbour, atol=1e-7)
         torch.testing.assert_close(normed, expected, rtol=bound, atol=1e-7)
-        assert not torch.allclose(normed, expected * 1.02, rtol=bound, atol=1e-7), "the control: 2 % more"
+        more = expected.double() * (1 + 3 * bound)
+        assert not torch.allclose(normed.double(), more, rtol=bound, atol=1e-7), "the control: three times the bound"
     gate_up = torch.cat((4 * x, residual), 1)
     torch.testing.assert_close(ours.silu_mul(gate_up), reference.silu_mul(gate_up), rtol=neighbour, atol=1e-6)
 

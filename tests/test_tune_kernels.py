@@ -38,6 +38,12 @@ def changes(choice):
     return {place: entry[:5] for place, entry in choice.entries.items() if entry[:5] != present(place)[:5]}
 
 
+def test_what_another_kernel_multiplies_is_not_timed():
+    left = set(points(VERSIONS)) - set(points(VERSIONS, gluon=True))
+    assert {point.precision for point in left} == {"smooth_quant_per_token"}
+    assert {point.rows for point in left} == {64, 128, 256, 1024}
+
+
 def test_places_and_splits_are_the_kernels_own(monkeypatch):
     for number, blocks in enumerate(gemv_int.BLOCKS.values()):
         for other, kind in enumerate(blocks):

@@ -32,7 +32,7 @@ class ConvertRequest:
     text_folder: Path | None = None  # its tokenizer and generation settings are copied
     device: str = "auto"  # calibrates; one of device.DEVICES
     weight_only: WeightOnly | None = None  # the integers to be found, if any
-    method: str = "gptq"  # that finds them; one of METHODS
+    method: str = "gptq"  # how the integers are found; one of METHODS
 
     def __post_init__(self):
         require_range("tensor parallelism", self.tp_size, 1, 1024)

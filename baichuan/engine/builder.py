@@ -47,9 +47,9 @@ class BuildRequest:
     rank_tensors: RankTensors  # what a rank's file holds, not yet read
     parallel: bool = False
     options: Any = None  # the result of the backend's build_options
-    text_folder: Path | None = None  # whose tokenizer and generation settings the engine carries
+    text_folder: Path | None = None  # the engine gets its tokenizer and generation settings
     dummy: bool = False  # the weights are made up
-    device: str = "auto"  # whose memory the engine must fit: one of device.DEVICES
+    device: str = "auto"  # the engine must fit its memory; one of device.DEVICES
 
 
 def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None = None) -> Engine:

@@ -260,7 +260,7 @@ def gated_int8(x: Operand, weight: Tensor, scale: Tensor, form: StaticScale, dty
 def _launch(
     tile: RunsTile, x: Operand, weight: Tensor, scale: Tensor, form: StaticScale | None, y: Tensor, dtype: torch.dtype
 ) -> None:
-    """form: of a gated y; y: or the parts of a tile with splits"""
+    """form: what a gated y is quantised to; y: the result, or the parts of a tile with splits"""
     values, x_scale = x.scaled
     num_rows, in_features = values.shape
     blocks = [

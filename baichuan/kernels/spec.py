@@ -47,7 +47,7 @@ class KernelSpec:
     kernel: triton.runtime.JITFunction
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]
-    outputs: tuple[str, ...]  # which may be written in part, and may be an input too
+    outputs: tuple[str, ...]  # each may be written in part, and may be an input too
 
     @property
     def constants(self) -> tuple[str, ...]:

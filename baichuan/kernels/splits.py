@@ -9,8 +9,8 @@ from baichuan.kernels.spec import next_power_of_2
 # What measures fastest on an H100 and an H200.  Few pairs have many small programs, and a kernel that combines their
 # splits takes less time than the last of them would.
 FEW_PAIRS = 64  # up to so many pairs have MAX_SPLITS splits each
-PROGRAMS = 640  # with more pairs: most programs of all together where rows are short, but at least one a pair ...
-MOST_PROGRAMS = 5120  # ... and where rows are long
+PROGRAMS = 640  # with more pairs and short rows: most programs in all, but at least one for each pair
+MOST_PROGRAMS = 5120  # the same where rows are long
 MOST_KEYS = 256  # most keys of a split, while a row may have more splits: the longest rows then end with the others
 MAX_SPLITS = 32  # most splits of a row
 MOST_COUNTED = MOST_PROGRAMS // 2  # most pairs with two splits or more, where the split that ends last combines them

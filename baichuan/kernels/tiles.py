@@ -105,7 +105,7 @@ TILES = {
     "float32": ((None, Tile(16, 32, 64, 4, 2)),),
 }
 NARROW = 7680  # channels
-ONE_WAVE = (264, 396)  # programs of int4_g32 with four and with three stages that 132 multiprocessors run at once
+ONE_WAVE = (264, 396)  # programs of 64 x 64 x 128 in four and in three stages that 132 multiprocessors run at once
 MIN_STEPS = 4  # a split has at least this many blocks of input channels; only the last may have fewer
 
 
@@ -117,13 +117,14 @@ def dense_kind(num_rows: int, in_features: int, out_features: int) -> str:
 def int4_kind(num_rows: int, out_features: int, group_size: int, zeros: bool) -> str:
     """Groups of 32, 64 and 128 channels, with and without zeros, have a kind each for 33 to 64 rows.
 
-    A stage less lets a GPU run ONE_WAVE[1] programs of groups of 32 at once instead of ONE_WAVE[0].
+    With a stage less a GPU runs ONE_WAVE[1] programs of groups of 32 at once instead of ONE_WAVE[0].
     """
     kind = f"int4_g{group_size}_zeros" if zeros else f"int4_g{group_size}"
     if not 32 < num_rows <= 64 or kind not in TILES:
         return "converted"
+    (_, tile), *_ = TILES["int4_g32"]
     fewer, more = ONE_WAVE
-    return "int4_g32_one_wave" if kind == "int4_g32" and fewer < cdiv(out_features, 64) <= more else kind
+    return "int4_g32_one_wave" if kind == "int4_g32" and fewer < cdiv(out_features, tile.block_n) <= more else kind
 
 
 def choose_tile(
@@ -171,10 +172,10 @@ class RunsTile:
 
 # What measures fastest on an H200 (docs/performance.md).
 TILE_128, TILE_160 = RunsTile(128, 128, 0, 128, 4, 3, 2), RunsTile(128, 128, 32, 128, 4, 3, 2)
-TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # for more than LARGE_ROWS rows, and for every gate and its up
-LARGE_ROWS = 2048  # up to this many rows TILE_128 or TILE_160
-# For up to so many rows, which are one block: tiles in order of their width, and the tile of a matrix that has more
-# input than output channels.
+TILE_256 = RunsTile(128, 128, 128, 128, 8, 4, 1)  # with a gate and its up as runs, too, where y is activated
+LARGE_ROWS = 2048  # more rows take TILE_256, as many or fewer TILE_128 or TILE_160, if they are not few
+# Few rows, which are one block, by their largest number: tiles in order of their width, and the one of a matrix that
+# has more input than output channels.
 FEW_ROWS = (
     (64, (RunsTile(64, 64, 0, 128, 4, 6, 2),), RunsTile(64, 128, 0, 128, 4, 6, 1, splits=3)),
     (
@@ -186,8 +187,11 @@ FEW_ROWS = (
 
 
 def choose_runs_tile(num_rows: int, in_features: int, out_features: int, num_processors: int) -> RunsTile:
-    """Of few rows the narrowest tile whose programs all run at once, or else the widest; for up to LARGE_ROWS rows the
-    one of two tiles whose waves, of as many programs as run at once, take less.
+    """The tile of a matrix [out_features, in_features].
+
+    Few rows take a tile with splits where in_features is the larger, else the narrowest whose programs all run at once,
+    or the widest.  Up to LARGE_ROWS rows take the one of two tiles whose waves, of as many programs as run at once,
+    take less.
     """
     if num_rows > LARGE_ROWS:
         return TILE_256

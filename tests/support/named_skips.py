@@ -5,7 +5,7 @@ import pytest
 RELEASED_FOLDER = "BAICHUAN_TOKENIZERS"  # environment variable
 NO_RELEASED_TOKENIZERS = f"{RELEASED_FOLDER} names no folder of released tokenizers"
 NO_LM_EVAL = "lm_eval is not installed"
-NO_INSTRUCTIONS = "needs a processor with "  # ... and the name of an instruction set
+NO_INSTRUCTIONS = "needs a processor with "  # an instruction set's name follows
 NAMED_SKIPS = {
     *(NO_INSTRUCTIONS + name for name in ("avx2", "avx_vnni", "avx512bw")),
     NO_LM_EVAL,
