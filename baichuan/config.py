@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, get_type_hints
@@ -19,7 +20,7 @@ BYTES_PER_ELEMENT = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 def require_choice(name: str, value, choices) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:
         raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(str(c) for c in choices)}")
 
 
@@ -30,10 +31,14 @@ def require_range(name: str, value, low, high) -> None:
         raise ConfigError(f"{name} {value!r} is {'out of range' if number else 'no number'}; use {low} to {high}")
 
 
-def require_integer(name: str, value: Any, wanted: str = "one") -> None:
-    """Raise ConfigError unless value is an integer, NumPy's included.  wanted: what the message asks for"""
+def require_integer(name: str, value: Any, wanted: str = "one") -> int:
+    """The value as Python's own integer.  Raises ConfigError for what is none, of NumPy's either.
+
+    wanted: what the message asks for
+    """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ConfigError(f"{name} {value!r} is no integer; give {wanted}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -246,14 +251,15 @@ class SamplingConfig:
 
     def __post_init__(self):
         for name in ("num_beams", "top_k", "random_seed", "eos_id", "pad_id"):
-            require_integer(name, getattr(self, name))
+            object.__setattr__(self, name, require_integer(name, getattr(self, name)))  # NumPy's become Python's
         if not isinstance(self.stop_ids, (tuple, list)):
             raise ConfigError(f"stop_ids {self.stop_ids!r:.60} is no list of token ids; give one, such as (5, 6)")
-        for token in self.stop_ids:
-            require_integer("the stop id", token, "token ids")
+        stop_ids = tuple(require_integer("the stop id", token, "token ids") for token in self.stop_ids)
+        object.__setattr__(self, "stop_ids", stop_ids)
         require_range("num_beams", self.num_beams, 1, 64)
         require_range("top_k", self.top_k, 0, 1 << 24)
         require_range("top_p", self.top_p, 0.0, 1.0)
+        require_range("temperature", self.temperature, 0.0, 100.0)
         if self.temperature != 0:
             require_range("temperature", self.temperature, 1e-3, 100.0)
         elif self.num_beams > 1:
@@ -263,18 +269,12 @@ class SamplingConfig:
         require_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         require_range("length_penalty", self.length_penalty, -10.0, 10.0)
         require_range("random_seed", self.random_seed, 0, SEEDS - 1)
+        for name in ("top_p", "temperature", "repetition_penalty", "length_penalty"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def greedy(self) -> bool:
         return self.num_beams == 1 and (self.top_k == 1 or self.temperature == 0)
-
-
-SAMPLING_DEFAULTS = {
-    "v1_7b": SamplingConfig(top_k=1, top_p=0.0, temperature=1.0),
-    "v1_13b": SamplingConfig(),
-    "v2_7b": SamplingConfig(repetition_penalty=1.05),
-    "v2_13b": SamplingConfig(repetition_penalty=1.05),
-}
 
 
 def to_json(record) -> dict:

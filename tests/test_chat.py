@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from tokenizer_files import MODELS, RELEASED, SMALL, TINY, each, original, reference, tokenizer
 
-from baichuan.config import SAMPLING_DEFAULTS
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.chat import ChatRoles, build_chat_prompt, role_ids
+from baichuan.text.settings import SAMPLING_DEFAULTS
 
 CONTEXT, NEW_TOKENS = 256, 64  # limits of the reference's shortened cases: the prompt may have the difference
 

@@ -16,11 +16,10 @@ import build
 import hf_baichuan_convert
 import run
 import summarize
-from baichuan.config import SAMPLING_DEFAULTS
 from baichuan.engine.folder import read_engine
 from baichuan.engine.text import open_text, require_text
 from baichuan.errors import CheckpointError, ConfigError, EngineError
-from baichuan.text.settings import TEXT_FILES, sampling_defaults
+from baichuan.text.settings import SAMPLING_DEFAULTS, TEXT_FILES, sampling_defaults
 
 VERSION = "v2_13b"
 OTHER = "v1_7b"  # whose tokenizer has as many pieces

@@ -11,8 +11,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
+from baichuan.config import SamplingConfig
 from baichuan.generation.sampling import Sampler, draw, numbered_seeds, penalise
+from baichuan.text.settings import SAMPLING_DEFAULTS
 
 VOCAB = 50
 

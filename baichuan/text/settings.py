@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from baichuan.config import SAMPLING_DEFAULTS, SamplingConfig
+from baichuan.config import SamplingConfig
 from baichuan.errors import CheckpointError, ConfigError
 from baichuan.text.tokenizer import MODEL_NAME
 from baichuan.util.files import read_at_most
@@ -19,6 +19,12 @@ MAX_CONFIG_BYTES = 1 << 20
 TEXT_FILES = (MODEL_NAME, CONFIG_NAME)
 SAMPLING_KEYS = {"temperature": (int, float), "top_k": int, "top_p": (int, float), "repetition_penalty": (int, float)}
 GREEDY = {"top_k": 1, "top_p": 0.0, "temperature": 1.0}
+SAMPLING_DEFAULTS = {
+    "v1_7b": SamplingConfig(top_k=1, top_p=0.0, temperature=1.0),
+    "v1_13b": SamplingConfig(),
+    "v2_7b": SamplingConfig(repetition_penalty=1.05),
+    "v2_13b": SamplingConfig(repetition_penalty=1.05),
+}
 
 
 def copy_text_files(source: Path, target: Path) -> list[Path]:
