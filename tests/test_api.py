@@ -18,7 +18,7 @@ from api_goldens import GREEDY, VERSION, continuations, prompts
 from demo_checkpoint import demo_checkpoint
 
 import build
-from baichuan import LLM
+from baichuan import LLM, SamplingConfig
 from baichuan.api import llm as llm_module
 from baichuan.api.ranks import Ranks
 from baichuan.api.traffic import Traffic
@@ -112,6 +112,31 @@ def test_ids_come_as_arrays_and_tensors_too(llm):
     for given in kinds:
         assert llm.generate(given, GREEDY, 24)[0].ids == continuations()[1]
     assert [each.prompt_ids for each in llm.generate([torch.tensor([5]), [6]], GREEDY, 1)] == [[5], [6]]
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
+def test_settings_come_as_numpys_numbers_too(llm, kind):
+    """Whatever kind of number each field is given as, and with several prompts, whose seeds count up."""
+    whole = {"num_beams": 1, "top_k": 7, "random_seed": 5, "eos_id": 2, "pad_id": 3}
+    real = {"top_p": 0.75, "temperature": 0.5, "repetition_penalty": 1.25, "length_penalty": 1.5}  # float16 has these
+    plain = SamplingConfig(**whole, **real, stop_ids=(9, 11))
+    reals = {name: np.float16(value) for name, value in real.items()}
+    given = SamplingConfig(
+        **{name: kind(value) for name, value in whole.items()}, **reals, stop_ids=[kind(each) for each in (9, 11)]
+    )
+    assert given == plain and repr(given) == repr(plain)
+    expected = llm.generate(prompts()[:2], plain, 6)
+    assert [each.ids for each in llm.generate(prompts()[:2], given, kind(6))] == [each.ids for each in expected]
+    streamed = [token for piece in llm.stream(prompts()[0], given, kind(6)) for token in piece.ids]
+    assert streamed == expected[0].ids
+    beams = replace(GREEDY, num_beams=kind(2))
+    assert llm.generate(prompts()[1], beams, kind(6))[0].ids == llm.generate(prompts()[1], replace(beams), 6)[0].ids
+
+
+def test_where_the_model_ends_a_text_its_end_id_has_a_row_of_logits(llm):
+    ends = replace(GREEDY, eos_id=continuations()[1][5])
+    [ended] = llm.generate(prompts()[1], ends, 24, keep_logits=True)
+    assert ended.finish_reason == "stop" and len(ended.logits) == len(ended.ids) + 1
 
 
 def test_one_stop_text_is_a_list_of_one(llm):

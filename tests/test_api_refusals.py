@@ -15,6 +15,8 @@ from api_goldens import GREEDY, VERSION, continuations, prompts
 from baichuan import LLM, SamplingConfig
 from baichuan.errors import BaichuanError, ConfigError, UnsupportedError
 
+MESSAGE = {"role": "user", "content": "你好"}
+
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory) -> LLM:
@@ -35,7 +37,10 @@ def test_lengths_are_integers(llm):
     [
         (lambda llm: llm.generate([[1], [5] * 129], GREEDY, 1), "^prompt 1: the prompt has 129 tokens"),
         (lambda llm: llm.generate([[1], []], GREEDY, 1), "^prompt 1: the prompt is empty"),
-        (lambda llm: llm.generate([[1]], GREEDY, 25), "max_output_len 25"),
+        (lambda llm: llm.generate([[1]], GREEDY, 25), "^max_new_tokens 25 is out of the engine's range 1 to 24"),
+        (lambda llm: llm.stream([1], GREEDY, 25), "^max_new_tokens 25 is out"),
+        (lambda llm: llm.chat([MESSAGE], GREEDY, 0), "^max_new_tokens 0 is out"),
+        (lambda llm: llm.requests([[1]], GREEDY, 25), "^max_output_len 25 is out"),
         (lambda llm: llm.generate([[1]], replace(GREEDY, num_beams=3), 1), "max_beam_width 2"),
         (lambda llm: llm.generate([[1]], [GREEDY, GREEDY], 1), "2 settings for 1 prompts"),
         (lambda llm: llm.score([[7]]), "a text of 1 token has no probability"),
@@ -55,9 +60,6 @@ def test_what_is_wrong_is_one_sentence_and_the_next_call_works(llm, call, messag
         call(llm)
     assert "\n" not in str(error.value)
     assert llm.generate(prompts()[1], GREEDY, 3)[0].ids == continuations()[1][:3]
-
-
-MESSAGE = {"role": "user", "content": "你好"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_what_is_no_prompt_is_refused_before_anything_runs(llm, given, message, 
             lambda llm: llm.generate([[1], [5]], [GREEDY, replace(GREEDY, num_beams=3)]),
             "^prompt 1: num_beams 3 exceeds",
         ),
-        (lambda llm: llm.generate("hi", GREEDY, True), "^max_output_len True is no integer"),
+        (lambda llm: llm.generate("hi", GREEDY, True), "^max_new_tokens True is no integer"),
         (lambda llm: llm.generate("hi", stop_texts=5), "^stop_texts 5 is no text and no list of texts"),
         (lambda llm: llm.generate("hi", stop_texts=["a", 5]), r"^stop_texts \['a', 5\] is no text"),
         (lambda llm: llm.generate("hi", stop_texts=b"x"), "^stop_texts b'x' is no text"),
@@ -112,6 +114,10 @@ def test_what_is_no_prompt_is_refused_before_anything_runs(llm, given, message, 
         (lambda llm: llm.score([prompts()[1], [7]]), "^text 1: a text of 1 token has no probability"),
         (lambda llm: llm.logits(5), r"^a prompt is int \(5\)"),
         (lambda _: LLM(None), "^engine_dir None is no path"),
+        (lambda llm: llm.generate("hi", keep_logits="x"), "^keep_logits 'x' is not known; use one of True, False"),
+        (lambda llm: llm.stream("hi", keep_logits=None), "^keep_logits None is not known; use one of True, False"),
+        (lambda llm: llm.stream("hi", stopped=5), "^stopped 5 cannot be called; give a function without parameters"),
+        (lambda llm: llm.lead(5), "^body 5 cannot be called; give a function without parameters"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_runs(llm, call, message, monkeypatch):
@@ -132,6 +138,37 @@ def test_settings_are_numbers(name, wrong):
 def test_stop_ids_are_a_list(wrong):
     with pytest.raises(ConfigError, match="is no list of token ids; give one, such as"):
         SamplingConfig(stop_ids=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "gpu"}, "^device 'gpu' is not known; use one of auto, cpu, cuda$"),
+        ({"device": 3}, "^device 3 is not known"),
+        ({"device": ["cpu"]}, r"^device \['cpu'\] is not known"),
+        ({"device": np.array(["cpu", "auto"])}, r"^device array\(.*\) is not known"),
+        ({"prefix_caching": "no"}, "^prefix_caching 'no' is not known; use one of True, False$"),
+        ({"keep_copies": "x"}, "^keep_copies 'x' is not known; use one of True, False$"),
+        ({"tokenizer_dir": ""}, "^tokenizer_dir '' is no path; give a checkpoint's folder or hub id, or None$"),
+        ({"tokenizer_dir": 3}, "^tokenizer_dir 3 is no path"),
+        ({"tokenizer_dir": "a\0b"}, r"^tokenizer_dir 'a\\x00b' is no path"),
+        ({"tokenizer_dir": "a\ud800"}, r"^tokenizer_dir 'a\\ud800' is no path"),
+        ({"tokenizer_dir": "x" * 5000}, r"^tokenizer_dir 'x+ cannot be read \(File name too long\); give"),
+        ({"engine_dir": ""}, "^engine_dir '' is no path; give a folder's$"),
+        ({"engine_dir": Path("a\0b")}, r"^engine_dir PosixPath\('a\\x00b'\) is no path"),
+        ({"engine_dir": b"x"}, "^engine_dir b'x' is no path"),
+        ({"kv_cache_free_gpu_mem_fraction": 0.001}, "0.001 is out of range; use 0.01 to 1.0$"),
+    ],
+)
+def test_an_engine_is_opened_with_what_can_be_used(llm, given, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        LLM(**{"engine_dir": llm.engine.folder, **given})
+    assert "\n" not in str(error.value)
+
+
+def test_an_array_is_no_temperature():
+    with pytest.raises(ConfigError, match=r"^temperature array\(\[1., 2.\]\) is no number"):
+        SamplingConfig(temperature=np.array([1.0, 2.0]))
 
 
 def test_a_request_that_fails_leaves_the_others_their_results(llm, monkeypatch):

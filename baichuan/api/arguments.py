@@ -70,9 +70,36 @@ def stop_text_list(stop_texts: Any) -> list[str]:
 
 
 def folder(name: str, path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
+    if not _is_path(path):
         raise ConfigError(f"{name} {path!r:.60} is no path; give a folder's")
     return Path(path)
+
+
+def tokenizer_folder(given: Any) -> Path | None:
+    """Where the tokenizer is that is given as a folder or a hub id, from which it is downloaded; None for None."""
+    if given is None:
+        return None
+    if not _is_path(given):
+        raise ConfigError(f"tokenizer_dir {given!r:.60} is no path; give a checkpoint's folder or hub id, or None")
+    from baichuan.weights.hub.checkpoint import resolve_tokenizer  # imports every reader of checkpoints
+
+    try:
+        return resolve_tokenizer(str(given))
+    except OSError as error:  # such as a name that is too long
+        why = error.strerror or error
+        raise ConfigError(f"tokenizer_dir {given!r:.60} cannot be read ({why}); give another folder") from None
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, (str, os.PathLike)) and str(value) != "" and b"\0" not in os.fsencode(value)
+    except ValueError:  # half a surrogate pair, which no file's name can hold
+        return False
+
+
+def require_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        raise ConfigError(f"{name} {value!r:.60} cannot be called; give a function without parameters")
 
 
 @contextmanager

@@ -20,15 +20,17 @@ from baichuan.api.arguments import (
     folder,
     is_chat,
     prompt_list,
+    require_callable,
     said_of,
     settings_list,
     stop_text_list,
+    tokenizer_folder,
 )
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
-from baichuan.config import SamplingConfig, require_range
+from baichuan.config import DEVICES, SamplingConfig, require_choice, require_range
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
 from baichuan.engine.world import check_world, read_alike
@@ -55,8 +57,8 @@ class LLM:
     tokenizer_dir: a checkpoint's folder or hub id, only needed where the engine has no tokenizer.
     device: auto, cpu or cuda.
     keep_copies: whether spare GPU memory may hold dequantised copies of INT8 and INT4 weights.
-    kv_cache_free_gpu_mem_fraction: most of the memory free at the first request that the KV cache takes, above 0 and
-        up to 1; less where the engine's limits need less.  On a CPU, of the host's memory.
+    kv_cache_free_gpu_mem_fraction: most of the memory free at the first request that the KV cache takes, 0.01 to 1;
+        less where the engine's limits need less.  On a CPU, of the host's memory.
     prefix_caching: whether prompts that begin alike share what is cached of their beginnings.
     model_version: a version that the engine must have; None = any.
     ranks: the processes that serve together; default: all that mpirun started.
@@ -77,13 +79,16 @@ class LLM:
         ranks: Ranks | None = None,
         digests: Mapping[Path, Description] = MappingProxyType({}),
     ):
+        require_choice("device", device, DEVICES)
+        for name, value in (("keep_copies", keep_copies), ("prefix_caching", prefix_caching)):
+            require_choice(name, value, (True, False))
         require_range("kv_cache_free_gpu_mem_fraction", kv_cache_free_gpu_mem_fraction, 0.01, 1.0)
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
         self._prefix_caching, self._digests = prefix_caching, digests
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_alike(folder("engine_dir", engine_dir), self.ranks.comm)
         check_world(self.engine, self.ranks.comm, model_version)
-        self.text = open_text(self.engine, _tokenizer_folder(tokenizer_dir) if tokenizer_dir else None)
+        self.text = open_text(self.engine, tokenizer_folder(tokenizer_dir))
         self._keys = itertools.count()
         self._loading = threading.RLock()
         self._opened: tuple[Serving, torch.device] | None = None
@@ -120,6 +125,7 @@ class LLM:
 
     def lead(self, body: Callable[[], T]) -> T | None:
         """Under mpirun: body() on rank 0, while the other ranks compute their share; None there.  Else body()."""
+        require_callable("body", body)
         self.load()
         return self.ranks.lead(body)
 
@@ -140,7 +146,8 @@ class LLM:
         Raises ConfigError, before anything runs, for what the engine cannot hold; a request that fails while others run
         has its error in its Completion.
         """
-        requests, stop_texts = self.requests(prompts, sampling, max_new_tokens, keep_logits), stop_text_list(stop_texts)
+        requests = self.requests(prompts, sampling, max_new_tokens, keep_logits, "max_new_tokens")
+        stop_texts = stop_text_list(stop_texts)
         made: dict[Hashable, list[int]] = {request.key: [] for request in requests}
         ended: dict[Hashable, Progress] = {}
         stops = {request.key: StopTexts(self.tokenizer, stop_texts) for request in requests} if stop_texts else {}
@@ -152,7 +159,11 @@ class LLM:
             found = bool(stops) and stops[key].push(progress.new_ids, progress.finished)
             if found and not progress.finished and not keep_logits:  # a request that is cancelled has none
                 self._traffic.cancel(key)
-        return [self._completion(each, made[each.key], ended[each.key], stops.get(each.key)) for each in requests]
+        tokenizer = self.text.tokenizer
+        return [
+            Completion.of(each.prompt, made[each.key], ended[each.key], stops.get(each.key), tokenizer)
+            for each in requests
+        ]
 
     def chat(
         self, messages: Sequence[Message], sampling: SamplingConfig | None = None, max_new_tokens: int | None = None
@@ -177,8 +188,9 @@ class LLM:
         Of a beam search everything comes with the last piece.  Raises ConfigError as generate() does, at once, and
         UnsupportedError where the request fails.
         """
+        require_callable("stopped", stopped)
         [config] = settings_list(sampling, self.sampling, 1)
-        return self._pieces(self.request(prompt, config, max_new_tokens, keep_logits), stopped)
+        return self._pieces(self.request(prompt, config, max_new_tokens, keep_logits, "max_new_tokens"), stopped)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """How likely each text is, from its second token on.  Raises ConfigError as generate() does."""
@@ -224,25 +236,35 @@ class LLM:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         max_new_tokens: int | None = None,
         keep_logits: bool = False,
+        length_name: str = "max_output_len",
     ) -> list[Request]:
-        """generate()'s requests, whose keys are unique in this object.  Raises ConfigError as generate() does."""
+        """generate()'s requests, whose keys are unique in this object.  Raises ConfigError as generate() does.
+
+        length_name: what messages call max_new_tokens; default: as the scripts' flag and a prompt file's column.
+        """
         each, requests = prompt_list(prompts), list[Request]()
         configs = settings_list(sampling, self.sampling, len(each))
         for number, (prompt, config) in enumerate(zip(each, configs, strict=True)):
             with said_of(f"prompt {number}", len(each) > 1):
-                requests.append(self.request(prompt, config, max_new_tokens, keep_logits))
+                requests.append(self.request(prompt, config, max_new_tokens, keep_logits, length_name))
         return requests
 
     def request(
-        self, prompt: Prompt, sampling: SamplingConfig, max_new_tokens: int | None = None, keep_logits: bool = False
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        max_new_tokens: int | None = None,
+        keep_logits: bool = False,
+        length_name: str = "max_output_len",
     ) -> Request:
         """One of requests()."""
+        require_choice("keep_logits", keep_logits, (True, False))
         if is_chat(prompt):
             sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *self.roles))
         ids = tuple(self.encode(prompt))
         most = self.engine.build.max_output_len if max_new_tokens is None else max_new_tokens
-        check_request(self.engine.model, self.engine.build, ids, sampling, most)
-        return Request(next(self._keys), ids, sampling, most, keep_logits)
+        check_request(self.engine.model, self.engine.build, ids, sampling, most, length_name=length_name)
+        return Request(next(self._keys), ids, sampling, int(most), keep_logits)
 
     def _run(self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         self.load()
@@ -276,19 +298,3 @@ class LLM:
                     raise UnsupportedError(progress.error or "the engine gave no logits")
                 yield list(request.prompt), progress.logits
             requests = requests[count:]
-
-    def _completion(self, request: Request, ids: list[int], last: Progress, stop: StopTexts | None) -> Completion:
-        if last.error or last.finish_reason is None:
-            error = last.error or "the request has no end"
-            return Completion(list(request.prompt), ids, None, "error", error=error)
-        if stop and stop.found:
-            return Completion(list(request.prompt), ids, stop.text, "stop", last.logits)
-        tokenizer = self.text.tokenizer
-        text = tokenizer.decode(ids) if tokenizer and max(ids, default=0) < tokenizer.vocab_size else None
-        return Completion(list(request.prompt), ids, text, last.finish_reason, last.logits)
-
-
-def _tokenizer_folder(name: str | Path) -> Path:
-    from baichuan.weights.hub.checkpoint import resolve_tokenizer  # imports every reader of checkpoints
-
-    return resolve_tokenizer(str(name))

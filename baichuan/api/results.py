@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from baichuan.api.stop_texts import StopTexts
 from baichuan.errors import UnsupportedError
+from baichuan.generation.requests import Progress
+from baichuan.text.tokenizer import Tokenizer
 
 POSITIONS_AT_ONCE = 128  # in float64: 128 MB for a vocabulary of 125696
 
@@ -22,6 +26,18 @@ class Completion:
     finish_reason: str  # stop: an end id was chosen; length: all tokens asked for are there; cancelled; error
     logits: Tensor | None = None  # [steps, vocab_size] float32, a row per chosen token, the end id included
     error: str | None = None  # why this request failed, one sentence; the others have gone on
+
+    @staticmethod
+    def of(
+        prompt: Sequence[int], ids: list[int], last: Progress, stop: StopTexts | None, tokenizer: Tokenizer | None
+    ) -> Completion:
+        """last: the request's last progress.  stop: what has looked for stop texts, if there are any"""
+        if last.error or last.finish_reason is None:
+            return Completion(list(prompt), ids, None, "error", error=last.error or "the request has no end")
+        if stop and stop.found:
+            return Completion(list(prompt), ids, stop.text, "stop", last.logits)
+        text = tokenizer.decode(ids) if tokenizer and max(ids, default=0) < tokenizer.vocab_size else None
+        return Completion(list(prompt), ids, text, last.finish_reason, last.logits)
 
     def checked(self) -> Completion:
         """The completion itself.  Raises UnsupportedError with its error, if it has one."""

@@ -34,17 +34,21 @@ def check_request(
     sampling: SamplingConfig,
     max_new_tokens: int,
     name: str = "the prompt",
+    length_name: str = "max_output_len",
 ) -> None:
-    """Raise ConfigError unless the engine can hold this request.  name: what the message calls the prompt."""
+    """Raise ConfigError unless the engine can hold this request.
+
+    name: what the message calls the prompt.  length_name: what it calls max_new_tokens.
+    """
     if sampling.num_beams > build.max_beam_width:
         raise ConfigError(
             f"num_beams {sampling.num_beams} exceeds the engine's max_beam_width {build.max_beam_width}; "
             "use fewer, or build with a larger --max_beam_width"
         )
-    require_integer("max_output_len", max_new_tokens, "a number of tokens")
+    require_integer(length_name, max_new_tokens, "a number of tokens")
     if not 1 <= max_new_tokens <= build.max_output_len:
         raise ConfigError(
-            f"max_output_len {max_new_tokens} is out of the engine's range 1 to {build.max_output_len}; "
+            f"{length_name} {max_new_tokens} is out of the engine's range 1 to {build.max_output_len}; "
             "ask for less, or build with a larger --max_output_len"
         )
     if not prompt:
