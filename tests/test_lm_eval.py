@@ -226,7 +226,7 @@ def test_a_context_that_is_too_long_is_said_once(engine, caplog):
         ({"do_sample": "x"}, "^do_sample 'x' is not known; use one of True, False"),
         ({"do_sample": True, "top_k": "x"}, "^top_k 'x' is no integer"),
         ({"max_gen_toks": "x"}, "^max_gen_toks 'x' is no integer; give a number of tokens"),
-        ({"max_gen_toks": 0}, "^max_output_len 0 is out of the engine's range"),
+        ({"max_gen_toks": 0}, "^max_gen_toks 0 is out of the engine's range"),
         ({"until": 5}, "^stop_texts 5 is no text and no list of texts"),
     ],
 )

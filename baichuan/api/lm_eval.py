@@ -28,6 +28,7 @@ NEW_TOKENS = 256  # most new tokens, where a task does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SEARCH = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}  # unless a task says
 DRAW = {"temperature": 1.0, "top_k": 0, "top_p": 0.0}  # unless a task says; they count with do_sample
+ARGUMENTS = ("engine_dir", "tokenizer_dir", "device", "batch_size", "max_batch_size")  # of lm_eval's --model_args
 KNOWN = {"until", "do_sample", *LENGTHS, *SEARCH, *DRAW}
 
 
@@ -36,13 +37,24 @@ class BaichuanLM(TemplateLM):
     """lm_eval's model of an engine.
 
     engine_dir, tokenizer_dir, device: LLM's.  llm: an open engine instead.
+    batch_size, max_batch_size: lm_eval's, which change nothing: an engine runs as many requests as it was built for.
     """
 
     def __init__(
-        self, engine_dir: str = "", tokenizer_dir: str | None = None, device: str = "auto", llm: LLM | None = None, **_
+        self,
+        engine_dir: str | None = None,
+        tokenizer_dir: str | None = None,
+        device: str | None = None,
+        llm: LLM | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **unknown: Any,
     ):
         super().__init__()
-        self.llm = llm or LLM(engine_dir, tokenizer_dir, device="auto" if device is None else device)
+        if unknown:
+            raise ConfigError(f"the model argument {min(unknown)} is not known; use {', '.join(ARGUMENTS)}")
+        opening = {"engine_dir": engine_dir, "tokenizer_dir": tokenizer_dir, "device": device}
+        self.llm = _opened({name: value for name, value in opening.items() if value is not None}, llm)
         self.max_length = self.llm.engine.build.max_input_len
         self._said: set[str] = set()  # warnings, each once
 
@@ -105,14 +117,16 @@ class BaichuanLM(TemplateLM):
         given = {name: value for name, value in kwargs.items() if value is not None}
         if unknown := sorted(set(given) - KNOWN):
             raise ConfigError(f"generation_kwargs has {unknown[0]}, which is not known; use {', '.join(sorted(KNOWN))}")
-        sampling, new_tokens = sampling_of(self.llm.sampling, given), self._new_tokens(given)
-        self.llm.requests([[self.prefix_token_id]], sampling, new_tokens)  # raises what the engine's limits refuse
+        sampling = sampling_of(self.llm.sampling, given)
+        name = next((each for each in LENGTHS if each in given), LENGTHS[0])
+        new_tokens = self._new_tokens(name, given.get(name, NEW_TOKENS))
+        # Raises what the engine's limits refuse.
+        self.llm.requests([[self.prefix_token_id]], sampling, new_tokens, length_name=name)
         return sampling, new_tokens, stop_text_list(given.get("until"))
 
-    def _new_tokens(self, given: dict[str, Any]) -> int:
+    def _new_tokens(self, name: str, asked: Any) -> int:
         """The length that is asked for, or the engine's where that is less."""
-        name = next((name for name in LENGTHS if name in given), LENGTHS[0])
-        asked, most = given.get(name, NEW_TOKENS), self.llm.engine.build.max_output_len
+        most = self.llm.engine.build.max_output_len
         require_integer(name, asked, "a number of tokens")
         if asked > most:
             self._say(
@@ -134,6 +148,19 @@ class BaichuanLM(TemplateLM):
         if sentence not in self._said:
             self._said.add(sentence)
             logger.warning("%s", sentence)
+
+
+def _opened(given: dict[str, Any], llm: LLM | None) -> LLM:
+    """`llm`, or the engine that LLM's given arguments open."""
+    if llm is None:
+        if "engine_dir" not in given:
+            raise ConfigError("the model argument engine_dir is missing; give the folder that build.py wrote")
+        return LLM(**given)
+    if not isinstance(llm, LLM):
+        raise ConfigError(f"the model argument llm is {llm!r:.60}, which is no LLM; give engine_dir instead")
+    if given:
+        raise ConfigError(f"{min(given)} and llm, an open engine, are both given; leave one of them out")
+    return llm
 
 
 def sampling_of(default: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
