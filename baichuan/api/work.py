@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from baichuan.api.beam_settings import check_beam_settings
 from baichuan.api.llm import LLM
 from baichuan.api.prompt_file import read_prompt_file
 from baichuan.api.result_file import ResultFile
@@ -47,7 +48,8 @@ def read_tasks(
     """The file's prompts, each checked.  Seeds count up from sampling.random_seed where a line has none of its own.
 
     as_chat: the messages that a text prompt stands for; None: the text is continued.
-    Raises ConfigError with the number of the first line that the engine cannot hold.
+    Raises ConfigError with the number of the first line that the engine cannot hold, or that has a setting of its own
+    which changes nothing with the number of beams that it has or inherits.
     """
     tasks: list[Task] = []
     for number, line in enumerate(read_prompt_file(path)):
@@ -56,6 +58,7 @@ def read_tasks(
         most = line.settings.get("max_output_len", max_new_tokens)
         try:
             config = replace(sampling, **{**own, **line.sampling(sampling)})
+            check_beam_settings(line.settings, config.num_beams)
             request = llm.request(prompt, config, most)
         except BaichuanError as error:
             raise ConfigError(f"{line.place}: {error}") from None

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os.path import realpath
 from pathlib import Path
+from typing import Any
 
 from baichuan.api.arguments import Prompt, said_of
+from baichuan.api.beam_settings import check_beam_settings
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion
@@ -116,11 +118,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--system belongs to a chat; add --chat")
     if args.streaming and args.num_beams not in (None, 1):
         raise ConfigError(f"--streaming with num_beams {args.num_beams}: beams are known at the end; leave one out")
-    for name in ("top_k", "top_p", "random_seed"):
-        if args.num_beams not in (None, 1) and getattr(args, name) is not None:
-            raise ConfigError(f"num_beams {args.num_beams} searches and does not sample; leave --{name} out")
-    if args.length_penalty is not None and args.num_beams in (None, 1):
-        raise ConfigError(f"length_penalty {args.length_penalty} belongs to beam search; add --num_beams")
+    check_beam_settings(given_sampling(args), args.num_beams or 1, "--")
     if (
         args.chat
         and args.input_text is None
@@ -155,8 +153,12 @@ def check_outputs(args: argparse.Namespace, engine: Engine) -> None:
 
 def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:
     """The defaults, changed by the flags that were given."""
-    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
-    return replace(defaults, **given)
+    return replace(defaults, **given_sampling(args))
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of those SAMPLING_FLAGS that the user gave."""
+    return {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
 
 
 def say_unused(args: argparse.Namespace, sampling: SamplingConfig) -> None:
