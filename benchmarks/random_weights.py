@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baichuan.cli.common import add_weight_copies
+from baichuan.cli.memory_flags import add_weight_copies
 from baichuan.config import PRESETS, ModelConfig, QuantConfig
 from baichuan.quant.weight_only import pack_int4
 from baichuan.records import (

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import goldens
 import pytest
 import scripts
 
 import run
+import summarize
 
 VERSION = "v1_7b"
+CHECKPOINT = str(goldens.checkpoint(VERSION))
 BEAMS = ["--num_beams", "2"]
 BEAMS_AND_PENALTY = [*BEAMS, "--length_penalty", "2"]
+FRACTION = "kv_cache_free_gpu_mem_fraction"
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +63,19 @@ def prompt_file(engine, folder, rows, *more) -> list[str]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--prompt_file", str(path), "--output_jsonl", str(folder / "out.jsonl")]
     return ["--engine_dir", str(engine), *files, "--max_output_len", "1", *more]
+
+
+# summarize.py
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("0.015", f"{FRACTION} 0.015 is divided among 2 models, each of which takes at least 0.01; give 0.02 or more"),
+        ("1.5", f"{FRACTION} 1.5 is out of range; use 0.01 to 1.0"),
+        ("0.001", f"{FRACTION} 0.001 is out of range; use 0.01 to 1.0"),
+    ],
+)
+def test_a_share_of_the_memory_is_refused_as_it_was_given(engine, capsys, value, sentence):
+    sides = ["--test_trt_llm", "--engine_dir", str(engine), "--test_hf", "--hf_model_dir", CHECKPOINT]
+    scripts.refused(summarize.main, [*sides, f"--{FRACTION}", value], sentence, capsys)

@@ -116,41 +116,12 @@ def check_device(args: argparse.Namespace, comm: Communicator) -> None:
         )
 
 
-def add_cache_flags(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--kv_cache_free_gpu_mem_fraction",
-        type=float,
-        default=0.9,
-        help="share of the free memory that a paged KV cache takes, unless the engine's limits need less",
-    )
-    parser.add_argument(
-        "--no_prefix_caching",
-        action="store_true",
-        help="compute every prompt anew, even where its beginning is in a paged KV cache",
-    )
-
-
-def cache_settings(args: argparse.Namespace, sides: int = 1) -> dict[str, Any]:
-    """api.llm.LLM's settings, for one of several models that share the memory."""
-    fraction = args.kv_cache_free_gpu_mem_fraction / sides
-    return {"kv_cache_free_gpu_mem_fraction": fraction, "prefix_caching": not args.no_prefix_caching}
-
-
 def add_group_size(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--weight_only_group_size",
         type=int,
         choices=(0, 32, 64, 128),
         help="INT4: input channels per scale, 0 means all (default: 32 where that divides the share of a rank)",
-    )
-
-
-def add_weight_copies(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--no_weight_copies",
-        action="store_true",
-        help="do not fill spare GPU memory with dequantised copies of INT8 and INT4 weights, which speed up large "
-        "batches and long prompts",
     )
 
 

@@ -18,7 +18,8 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion
 from baichuan.cli.chat import chat as converse
 from baichuan.cli.chat import open_conversation
-from baichuan.cli.common import cache_settings, check_device
+from baichuan.cli.common import check_device
+from baichuan.cli.memory_flags import memory_settings
 from baichuan.cli.run_flags import DEFAULT_TEXT, FILE_FLAGS, SAMPLING_FLAGS
 from baichuan.cli.terminal import TextPrinter
 from baichuan.config import SamplingConfig
@@ -59,8 +60,7 @@ def open_llm(args: argparse.Namespace, ranks: Ranks) -> LLM:
         args.engine_dir,
         args.tokenizer_dir,
         device=args.device,
-        keep_copies=not args.no_weight_copies,
-        **cache_settings(args),
+        **memory_settings(args),
         model_version=args.model_version,
         ranks=ranks,
         digests=args.ahead.digests,

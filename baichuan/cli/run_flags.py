@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import get_type_hints
 
-from baichuan.cli.common import ENGINE_DIR, add_cache_flags, add_device, add_model_version, add_weight_copies
+from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version
+from baichuan.cli.memory_flags import add_memory_flags
 from baichuan.config import SamplingConfig
 
 DEFAULT_TEXT = "世界上第二高的山峰是哪座？"
@@ -40,8 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", help="chat: system message")
     add_device(parser, "runs the engine")
-    add_weight_copies(parser)
-    add_cache_flags(parser)
+    add_memory_flags(parser)
     group = parser.add_argument_group(
         "sampling (defaults: the checkpoint's generation settings, or else its version's)"
     )

@@ -15,7 +15,8 @@ import torch
 
 from baichuan.api.llm import LLM
 from baichuan.api.ranks import Ranks
-from baichuan.cli.common import cache_settings, check_device, only_rank_zero
+from baichuan.cli.common import check_device, only_rank_zero
+from baichuan.cli.memory_flags import memory_settings
 from baichuan.cli.summarize_flags import DATA_TYPES, check_flags, is_text, request_of
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine
@@ -94,8 +95,8 @@ def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
     """Every engine, without its weights.  Raises ConfigError unless one tokenizer and one checkpoint fit all."""
     if twice := [name for name, count in Counter(map(realpath, args.engine_dir)).items() if count > 1]:
         raise ConfigError(f"engine_dir {twice[0]} is given twice; name each engine once")
-    settings = {"device": args.device, "keep_copies": not args.no_weight_copies, "model_version": args.model_version}
-    settings |= cache_settings(args, len(args.engine_dir) + bool(args.test_hf))
+    settings = memory_settings(args, len(args.engine_dir) + bool(args.test_hf))
+    settings |= {"device": args.device, "model_version": args.model_version}
     llms = [LLM(folder, ranks=ranks, digests=args.ahead.digests, **settings) for folder in args.engine_dir]
     engines = [llm.engine for llm in llms]
     for name in ("model_version", "vocab_size", "num_layers", "hidden_size"):

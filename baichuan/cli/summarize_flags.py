@@ -6,14 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from baichuan.cli.common import (
-    ENGINE_DIR,
-    add_adapters,
-    add_cache_flags,
-    add_device,
-    add_model_version,
-    add_weight_copies,
-)
+from baichuan.cli.common import ENGINE_DIR, add_adapters, add_device, add_model_version
+from baichuan.cli.memory_flags import add_memory_flags
 from baichuan.cli.run_flags import SAMPLING_FLAGS
 from baichuan.config import DEVICES, SamplingConfig, require_range
 from baichuan.errors import ConfigError
@@ -51,8 +45,7 @@ def _add_side_flags(parser: argparse.ArgumentParser) -> None:
         "--data_type", choices=tuple(DATA_TYPES), default="fp16", help="data type of the transformers model"
     )
     add_device(sides, "runs the engine and the transformers model")
-    add_weight_copies(sides)
-    add_cache_flags(sides)
+    add_memory_flags(sides)
     sides.add_argument(
         "--hf_device", choices=DEVICES, help="device of the transformers model (default: that of --device)"
     )
