@@ -172,7 +172,7 @@ def test_the_converter_and_summarize_merge_too(adapter, tmp_path, capsys):
 def test_a_flag_without_its_checkpoint_is_refused(adapter, tmp_path, capsys):
     lora = ["--lora_dir", str(adapter)]
     scripts.refused(build.main, ["--bin_model_dir", str(tmp_path), *lora], "needs the checkpoint", capsys)
-    scripts.refused(summarize.main, ["--test_trt_llm", *lora], "--lora_dir changes the checkpoint of --test_hf", capsys)
+    scripts.refused(summarize.main, ["--test_trt_llm", *lora], "--lora_dir is for --test_hf", capsys)
     missing = ["--model_dir", str(checkpoint("v2_13b")), "--lora_dir", str(tmp_path)]
     scripts.refused(build.main, missing, "has no adapter_config.json", capsys)
     with pytest.raises(ConfigError, match="needs the checkpoint"):

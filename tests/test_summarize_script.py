@@ -162,7 +162,7 @@ def test_an_article_that_is_longer_than_the_engine_takes_is_named_with_the_flag_
     ("given", "sentence"),
     [
         (["--test_hf"], "--test_hf needs a checkpoint"),
-        (["--test_hf", "--hf_model_dir", "x", "--check_accuracy"], "--check_accuracy judges the engine"),
+        (["--test_hf", "--hf_model_dir", "x", "--check_accuracy"], "--check_accuracy is for --test_trt_llm"),
         (["--test_hf", "--hf_model_dir", "x", "--data_type", "int8"], "invalid choice"),
         (["--test_trt_llm", "--tensorrt_llm_rouge1_threshold", "20"], "is what --check_accuracy judges by; add that"),
         (

@@ -10,6 +10,8 @@ import scripts
 
 import run
 import summarize
+from baichuan.cli.common import Parser
+from baichuan.cli.run_flags import add_flags
 
 VERSION = "v1_7b"
 CHECKPOINT = str(goldens.checkpoint(VERSION))
@@ -21,6 +23,27 @@ FRACTION = "kv_cache_free_gpu_mem_fraction"
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     return scripts.built(tmp_path_factory.mktemp("engine") / "engine", VERSION)
+
+
+@pytest.fixture
+def articles(tmp_path):
+    path = tmp_path / "articles.jsonl"
+    path.write_text(json.dumps({"article": "Rain fell.", "highlights": "Rain."}) + "\n")
+    return path
+
+
+def told(capsys) -> list[str]:
+    """The lines of the log that are about flags without effect."""
+    marks = ("changes nothing", " is for --")
+    return [line for line in capsys.readouterr().err.splitlines() if any(mark in line for mark in marks)]
+
+
+def test_what_was_given_is_told_from_defaults():
+    parser = Parser("x")
+    add_flags(parser)
+    args = parser.parse_args(["--max_output_len", "1", "--kv_cache_free_gpu_mem_fraction", "0.9", "--top_k=3"])
+    assert args.given == {"max_output_len", FRACTION, "top_k"} and "given" not in vars(args)
+    assert (args.engine_dir, args.num_beams, args.chat, args.device) == ("engine_outputs", None, False, "auto")
 
 
 # A file's lines
@@ -66,6 +89,54 @@ def prompt_file(engine, folder, rows, *more) -> list[str]:
 
 
 # summarize.py
+
+
+@pytest.mark.parametrize("flag", ["--hf_device cpu", "--lora_dir x"])
+def test_a_flag_of_the_transformers_side_alone(engine, capsys, flag):
+    name = flag.split()[0]
+    sentence = f"{name} is for --test_hf, which is not given; add that, or leave {name} out"
+    scripts.refused(summarize.main, ["--test_trt_llm", "--engine_dir", str(engine), *flag.split()], sentence, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--no_weight_copies", "--no_prefix_caching", f"--{FRACTION} 0.9", "--check_accuracy"])
+def test_a_flag_of_the_engine_alone(capsys, flag):
+    sentence = f"{flag.split()[0]} is for --test_trt_llm, which is not given"
+    scripts.refused(summarize.main, ["--test_hf", "--hf_model_dir", CHECKPOINT, *flag.split()], sentence, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--test_trt_llm --length_penalty 3", "length_penalty 3.0 belongs to beam search; give --num_beams above 1"),
+        ("--test_trt_llm --num_beams 2 --top_k 1", "num_beams 2 searches and does not sample; leave --top_k out"),
+        ("--test_trt_llm --eval_ppl --dataset_path a.txt --top_k 1", "leave --top_k out"),
+        ("--test_trt_llm --tensorrt_llm_rouge1_threshold 15", "is what --check_accuracy judges by"),
+        ("--test_hf --hf_model_dir x --device cpu --hf_device cpu", "which is given alone; leave --device out"),
+    ],
+)
+def test_other_flags_of_summarize_without_effect(capsys, flags, sentence):
+    scripts.refused(summarize.main, flags.split(), sentence, capsys)
+
+
+def test_what_greedy_summaries_do_not_use_is_said(engine, articles, capsys):
+    flags = ["--test_trt_llm", "--engine_dir", str(engine), "--dataset_path", str(articles), "--output_len", "1"]
+    assert summarize.main(flags) == 0
+    assert told(capsys) == []
+    drawn = ["--temperature", "0.5", "--random_seed", "4", "--top_p", "0.4", "--top_k", "1"]
+    assert summarize.main([*flags, *drawn, "--data_type", "fp32", "--hf_model_dir", CHECKPOINT]) == 0
+    assert told(capsys) == [
+        "data_type fp32 is for --test_hf; the engine is float32",
+        f"hf_model_dir {CHECKPOINT} is for --test_hf; the engine has its own tokenizer",
+        *(f"top_k 1 is greedy decoding, where --{n} changes nothing" for n in ("top_p", "temperature", "random_seed")),
+    ]
+
+
+def test_an_engine_s_folder_beside_the_checkpoint_alone_is_told_of(articles, capsys):
+    flags = ["--test_hf", "--hf_model_dir", CHECKPOINT, "--dataset_path", str(articles), "--output_len", "1"]
+    assert summarize.main(flags) == 0
+    assert told(capsys) == []
+    assert summarize.main([*flags, "--engine_dir", "/nowhere"]) == 0
+    assert told(capsys) == ["engine_dir /nowhere is for --test_trt_llm; the checkpoint alone is measured"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.result_file import result_file
 from baichuan.api.work import Queue, read_tasks, work
 from baichuan.cli.common import USER_ERROR, check_device, only_rank_zero
-from baichuan.cli.generate import check_flags, open_llm, sampling_config, say_unused
+from baichuan.cli.generate import check_flags, open_llm, sampling_config
+from baichuan.cli.unused_flags import say_unused
 from baichuan.config import SamplingConfig
 from baichuan.engine.world import read_alike
 from baichuan.errors import UnsupportedError

@@ -63,6 +63,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
+class Flags(argparse.Namespace):
+    """given: the names of the flags that the user gave, so that a value can be told from a default; not in vars()."""
+
+    __slots__ = ("given",)
+    given: frozenset[str]
+
+
 class Parser(argparse.ArgumentParser):
     """Every script's parser: defaults in --help, one line and exit code 2 for a wrong flag, with a suggestion where
     one is likely; abbreviated flags are errors."""
@@ -75,11 +82,17 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """An empty value is an error: it most likely comes from a shell variable that is not set."""
+        """An empty value is an error: it most likely comes from a shell variable that is not set.  Returns Flags."""
+        assert namespace is None, "this makes its own"
         argv = sys.argv[1:] if args is None else args
         if message := unknown_flag(argv, self._option_string_actions):
             self.error(message)
-        parsed = super().parse_args(argv, namespace)
+        defaults = {each.dest: each.default for each in self._actions if each.default is not argparse.SUPPRESS}
+        absent = object()
+        parsed = super().parse_args(argv, Flags(**dict.fromkeys(defaults, absent)))
+        parsed.given = frozenset(name for name in defaults if getattr(parsed, name) is not absent)
+        for name in defaults.keys() - parsed.given:
+            setattr(parsed, name, defaults[name])
         for action in self._actions:
             if getattr(parsed, action.dest, None) == "" and action.dest != "system":
                 self.error(f"argument {action.option_strings[0]}: its value is empty; name one or leave the flag out")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os.path import realpath
 from pathlib import Path
-from typing import Any
 
 from baichuan.api.arguments import Prompt, said_of
 from baichuan.api.beam_settings import check_beam_settings
@@ -20,8 +19,9 @@ from baichuan.cli.chat import chat as converse
 from baichuan.cli.chat import open_conversation
 from baichuan.cli.common import check_device
 from baichuan.cli.memory_flags import memory_settings
-from baichuan.cli.run_flags import DEFAULT_TEXT, FILE_FLAGS, SAMPLING_FLAGS
+from baichuan.cli.run_flags import DEFAULT_TEXT, FILE_FLAGS, given_sampling
 from baichuan.cli.terminal import TextPrinter
+from baichuan.cli.unused_flags import say_unused
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import CONFIG_NAME, Engine
 from baichuan.engine.text import require_text
@@ -154,22 +154,6 @@ def check_outputs(args: argparse.Namespace, engine: Engine) -> None:
 def sampling_config(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:
     """The defaults, changed by the flags that were given."""
     return replace(defaults, **given_sampling(args))
-
-
-def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of those SAMPLING_FLAGS that the user gave."""
-    return {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
-
-
-def say_unused(args: argparse.Namespace, sampling: SamplingConfig) -> None:
-    """Say which flag changes nothing, because greedy decoding draws nothing."""
-    if not sampling.greedy:
-        return
-    cause = "temperature 0" if sampling.temperature == 0 else "top_k 1"
-    for name in ("temperature", "top_k", "top_p", "random_seed"):
-        value = getattr(args, name)
-        if value is not None and f"{name} {value:g}" != cause:
-            logger.info("%s is greedy decoding, where --%s changes nothing", cause, name)
 
 
 def read_prompts(args: argparse.Namespace, pad_id: int) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from baichuan.cli.common import ENGINE_DIR, add_device, add_model_version
 from baichuan.cli.memory_flags import add_memory_flags
@@ -58,3 +58,8 @@ def _add_file_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the --output_jsonl of a run that was stopped or has failed"
     )
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of those SAMPLING_FLAGS that the user gave."""
+    return {name: getattr(args, name) for name in SAMPLING_FLAGS if name in args.given}

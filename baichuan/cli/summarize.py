@@ -18,6 +18,7 @@ from baichuan.api.ranks import Ranks
 from baichuan.cli.common import check_device, only_rank_zero
 from baichuan.cli.memory_flags import memory_settings
 from baichuan.cli.summarize_flags import DATA_TYPES, check_flags, is_text, request_of
+from baichuan.cli.unused_flags import say_unused
 from baichuan.config import BYTES_PER_ELEMENT, ModelConfig, to_json
 from baichuan.engine.folder import Engine
 from baichuan.engine.self_check import float32_bytes
@@ -59,6 +60,8 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     request = request_of(args, min((engine.build.max_batch_size for engine in engines), default=1))
     if not is_text(args):
         check_limits(args, request, engines)
+    say_of_other_sides(args, engines)
+    say_unused(args, request.sampling)
     hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))
@@ -109,6 +112,21 @@ def open_engines(args: argparse.Namespace, ranks: Ranks) -> list[LLM]:
     return llms
 
 
+def say_of_other_sides(args: argparse.Namespace, engines: Sequence[Engine]) -> None:
+    """Say which of the flags changes nothing that the old example's commands give for a side that is not measured."""
+    if not engines and "engine_dir" in args.given:
+        logger.info("engine_dir %s is for --test_trt_llm; the checkpoint alone is measured", " ".join(args.engine_dir))
+    if args.test_hf:
+        return
+    if "data_type" in args.given:
+        dtypes = " and ".join(dict.fromkeys(engine.model.dtype for engine in engines))
+        logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, dtypes)
+    own = any(MODEL_NAME in engine.text_files for engine in engines)
+    if args.hf_model_dir and (own or args.tokenizer_dir):
+        tokenizer = "the engine has its own tokenizer" if own else "--tokenizer_dir has the tokenizer"
+        logger.info("hf_model_dir %s is for --test_hf; %s", args.hf_model_dir, tokenizer)
+
+
 def check_limits(args: argparse.Namespace, request: Request, engines: Sequence[Engine]) -> None:
     """Raise a BaichuanError, before anything is loaded, for limits that a side cannot hold with any article."""
     for engine in engines:
@@ -132,8 +150,6 @@ def prepared_folder(output_dir: str | None) -> Path | None:
 def open_tokenizer(args: argparse.Namespace, engines: Sequence[Engine], hf_model: ModelConfig | None) -> Tokenizer:
     """The engines' own tokenizer, which a given one must equal; else --tokenizer_dir's or the checkpoint's."""
     owner = next((engine for engine in engines if MODEL_NAME in engine.text_files), None)
-    if owner and args.hf_model_dir and not args.test_hf:
-        logger.info("hf_model_dir %s is for --test_hf; the engine has its own tokenizer", args.hf_model_dir)
     given = args.tokenizer_dir or (args.hf_model_dir if args.test_hf or not owner else None)
     folder = resolve_tokenizer(given) if given else None
     if owner and not args.tokenizer_dir and folder and not (folder / MODEL_NAME).is_file():
@@ -189,9 +205,6 @@ def open_sides(args: argparse.Namespace, llms: Sequence[LLM], hf: HfFiles | None
     """The engines, then the transformers model.  hf: what find_hf found."""
     keys = [f"engine_{number}" for number in range(1, len(llms) + 1)] if len(llms) > 1 else ["engine"]
     sides: list[Side] = [EngineSide(llm, key) for llm, key in zip(llms, keys, strict=False)]
-    for llm in llms:
-        if not args.test_hf and llm.engine.model.dtype != DATA_TYPES[args.data_type]:
-            logger.info("data_type %s is for --test_hf; the engine is %s", args.data_type, llm.engine.model.dtype)
     tell_apart(sides)
     return sides + ([open_hf(args, *hf, llms[-1].load()[1] if llms else None)] if hf else [])
 

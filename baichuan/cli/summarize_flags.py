@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baichuan.api.beam_settings import check_beam_settings
 from baichuan.cli.common import ENGINE_DIR, add_adapters, add_device, add_model_version
-from baichuan.cli.memory_flags import add_memory_flags
-from baichuan.cli.run_flags import SAMPLING_FLAGS
+from baichuan.cli.memory_flags import MEMORY_FLAGS, add_memory_flags
+from baichuan.cli.run_flags import SAMPLING_FLAGS, given_sampling
 from baichuan.config import DEVICES, SamplingConfig, require_range
 from baichuan.errors import ConfigError
 from baichuan.evaluation.request import Request
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 TEXT_SUFFIX = ".txt"
 THRESHOLD = 15.0  # ROUGE-1 in percent
-DECODING = ("num_beams", "top_k", "top_p", "temperature", "repetition_penalty", "length_penalty", "random_seed")
+SIDES = {  # flags that are for one side alone; the old example's --data_type and the folders' are accepted without it
+    "test_trt_llm": ("check_accuracy", *MEMORY_FLAGS),
+    "test_hf": ("lora_dir", "hf_device"),
+}
 DATA_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEFAULTS = Request(SamplingConfig(top_k=1, top_p=0.0, temperature=1.0, repetition_penalty=1.0))
 
@@ -117,18 +121,19 @@ def check_flags(args: argparse.Namespace, comm: Communicator) -> None:
         raise ConfigError("nothing to measure; give --test_trt_llm, --test_hf, or both")
     if args.test_hf and not args.hf_model_dir:
         raise ConfigError("--test_hf needs a checkpoint; give --hf_model_dir, its folder or hub id")
-    if args.lora_dir and not args.test_hf:
-        raise ConfigError("--lora_dir changes the checkpoint of --test_hf, and an engine holds what it was built with")
-    if args.check_accuracy and not args.test_trt_llm:
-        raise ConfigError("--check_accuracy judges the engine; add --test_trt_llm")
+    for side, flags in SIDES.items():
+        if not getattr(args, side) and (given := [name for name in flags if name in args.given]):
+            raise ConfigError(f"--{given[0]} is for --{side}, which is not given; add that, or leave --{given[0]} out")
+    if not args.test_trt_llm and {"device", "hf_device"} <= args.given:
+        raise ConfigError("--hf_device says where --test_hf runs, which is given alone; leave --device out")
     require_range("tensorrt_llm_rouge1_threshold", args.tensorrt_llm_rouge1_threshold, 0.0, 100.0)
-    if args.tensorrt_llm_rouge1_threshold != THRESHOLD and not args.check_accuracy:
+    if "tensorrt_llm_rouge1_threshold" in args.given and not args.check_accuracy:
         raise ConfigError("--tensorrt_llm_rouge1_threshold is what --check_accuracy judges by; add that")
     if comm.world_size > 1 and not args.test_trt_llm:
         raise ConfigError(f"--test_hf alone runs in one process and {comm.world_size} are running; leave mpirun out")
-
     if is_text(args):
         _check_text_flags(args)
+    check_beam_settings(given_sampling(args), args.num_beams, "--")
 
 
 def is_text(args: argparse.Namespace) -> bool:
@@ -141,9 +146,8 @@ def _check_text_flags(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"{args.dataset_path} has no highlights to compare summaries with; add --eval_ppl to measure its perplexity"
         )
-    unused = {"output_len": DEFAULTS.output_len, "batch_size": None, "check_accuracy": False}
-    unused |= {name: getattr(DEFAULTS.sampling, name) for name in DECODING}
-    if given := [name for name, default in unused.items() if getattr(args, name) != default]:
+    unused = ("output_len", "batch_size", "check_accuracy", *SAMPLING_FLAGS)
+    if given := [name for name in unused if name in args.given]:
         raise ConfigError(f"nothing is generated from {args.dataset_path}; leave --{given[0]} out")
 
 
