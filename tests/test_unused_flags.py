@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from types import SimpleNamespace
 
 import goldens
 import pytest
@@ -12,6 +14,9 @@ import run
 import summarize
 from baichuan.cli.common import Parser
 from baichuan.cli.run_flags import add_flags
+from baichuan.cli.unused_flags import say_unused
+from baichuan.config import QuantConfig, SamplingConfig
+from baichuan.executors.registry import BACKENDS
 
 VERSION = "v1_7b"
 CHECKPOINT = str(goldens.checkpoint(VERSION))
@@ -150,3 +155,47 @@ def test_an_engine_s_folder_beside_the_checkpoint_alone_is_told_of(articles, cap
 def test_a_share_of_the_memory_is_refused_as_it_was_given(engine, capsys, value, sentence):
     sides = ["--test_trt_llm", "--engine_dir", str(engine), "--test_hf", "--hf_model_dir", CHECKPOINT]
     scripts.refused(summarize.main, [*sides, f"--{FRACTION}", value], sentence, capsys)
+
+
+# What an engine or a device does not heed
+
+
+def test_run_says_which_flag_its_engine_does_not_heed(engine, tmp_path, capsys):
+    flags = ["--engine_dir", str(engine), "--input_text", "a", "--max_output_len", "1", "--device", "cpu"]
+    memory = [f"--{FRACTION}", "0.5", "--no_prefix_caching", "--no_weight_copies"]
+    assert run.main([*flags, *memory]) == 0
+    sentence = "--no_weight_copies changes nothing: copies are of INT8 and INT4 weights, and the engine has others"
+    assert told(capsys) == [sentence]
+    assert run.main(prompt_file(engine, tmp_path, [{"prompt": "a"}], *memory)) == 0
+    assert told(capsys) == [sentence]
+
+
+CPU = "--no_weight_copies changes nothing: on a CPU no copies of weights are kept"
+PLAN = [
+    "--no_weight_copies changes nothing: TensorRT keeps no copies of weights",
+    f"--{FRACTION} changes nothing: TensorRT has no paged KV cache",
+    "--no_prefix_caching changes nothing: TensorRT has no paged KV cache",
+]
+
+
+@pytest.mark.parametrize(
+    ("engines", "device", "given", "said"),
+    [
+        ([("torch", "int8")], "cpu", True, [CPU]),
+        ([("torch", "int4")], "cuda", True, []),
+        ([("tensorrt_rtx", "int8")], "cuda", True, PLAN),
+        ([("tensorrt_rtx", "int8")], "cuda", False, []),
+        ([("tensorrt_rtx", "int8"), ("torch", "int8")], "cuda", True, []),
+        ([("tensorrt", "int8"), ("torch", "int8")], "cpu", True, [f"{PLAN[0]}; {CPU.partition(': ')[2]}"]),
+    ],
+)
+def test_what_no_engine_heeds_is_said(monkeypatch, caplog, engines, device, given, said):
+    monkeypatch.setattr("baichuan.cli.unused_flags.resolve_device", lambda name: name)
+    parser = Parser("x")
+    add_flags(parser)
+    memory = [f"--{FRACTION}", "0.9", "--no_prefix_caching", "--no_weight_copies"] if given else []
+    args = parser.parse_args(["--max_output_len", "1", "--device", device, *memory])
+    each = [SimpleNamespace(backend=BACKENDS[name], quant=QuantConfig(weights=weights)) for name, weights in engines]
+    with caplog.at_level(logging.INFO, "baichuan"):
+        say_unused(args, SamplingConfig(), each)
+    assert [record.getMessage() for record in caplog.records] == said

@@ -85,7 +85,7 @@ def _lead_all(path: str, llm: LLM, replica: Replica, queue: Queue) -> int:
 def open_queue(args: argparse.Namespace, llm: LLM, replicas: int, open_files: ExitStack) -> Queue:
     """The work that is left.  Raises ConfigError for a file of prompts or of results that cannot be used."""
     sampling = sampling_config(args, llm.sampling)
-    say_unused(args, sampling)
+    say_unused(args, sampling, [llm.engine])
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
 
     def as_chat(text: str) -> list[dict[str, str]]:

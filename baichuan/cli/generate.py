@@ -41,7 +41,7 @@ def generate(args: argparse.Namespace, comm: Communicator) -> int:
     llm = open_llm(args, Ranks(comm))
     check_outputs(args, llm.engine)
     sampling = sampling_config(args, llm.sampling)
-    say_unused(args, sampling)
+    say_unused(args, sampling, [llm.engine])
     if args.chat and args.input_text is None:
         sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *llm.roles))
         llm.requests([open_conversation(llm, args.system).ask("")], sampling, args.max_output_len)

@@ -61,7 +61,7 @@ def summarize(args: argparse.Namespace, comm: Communicator) -> int:
     if not is_text(args):
         check_limits(args, request, engines)
     say_of_other_sides(args, engines)
-    say_unused(args, request.sampling)
+    say_unused(args, request.sampling, engines)
     hf = only_rank_zero(comm, lambda: find_hf(args, engines)) if args.test_hf else None
     output_dir = only_rank_zero(comm, lambda: prepared_folder(args.output_dir))
     tokenizer = only_rank_zero(comm, lambda: open_tokenizer(args, engines, hf[1] if hf else None))

@@ -52,6 +52,7 @@ class Backend(Protocol):
     title: str  # as messages call it
     packed: bool  # steps are packed tokens without padding; else padded batches
     paged: bool  # its executors have a paged KV cache
+    keeps_copies: bool  # its executors on GPUs heed OpenSettings.keep_copies
     flags: tuple[str, ...]  # flags of build.py that only some backends have
 
     def require_installed(self) -> None:

@@ -29,7 +29,7 @@ class TorchBackend:
     """Implements executors.backend.Backend."""
 
     name, title = "torch", "PyTorch"
-    packed = paged = True
+    packed = paged = keeps_copies = True
     flags: tuple[str, ...] = ()
 
     def require_installed(self) -> None:

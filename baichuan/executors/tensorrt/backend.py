@@ -22,7 +22,7 @@ class TensorRtBackend:
     """Implements executors.backend.Backend."""
 
     title = "TensorRT"
-    packed = paged = False
+    packed = paged = keeps_copies = False
     flags: tuple[str, ...] = ("visualize", "enable_debug_output", "timing_cache", "compute_capability")
 
     def __init__(self, name: str):
