@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[Point, dict[Entry, float
     """Time all candidates of as many products as there is time for, the most important products first."""
     start = time.monotonic()
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as in the CUDA executor
-    gluon = has_gluon(torch.device("cuda"), triton.__version__)
+    gluon = torch.cuda.is_available() and has_gluon(torch.device("cuda"), triton.__version__)
     every = [point for point in points(args.model_version, gluon) if point.precision in args.precision]
     compiled = _compile(every, start + COMPILING * args.seconds, args.compile_threads)
     print(f"compiled {len(compiled)} kernels in {time.monotonic() - start:.0f} s", flush=True)

@@ -175,7 +175,7 @@ def on_small_matrices(monkeypatch):
     monkeypatch.setattr(tune_kernels, "MAX_COPIES", 2)
     monkeypatch.setattr(tune_kernels, "seconds", lambda calls, replays: [call() for call in calls] and 1e-3)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(tune_kernels, "points", lambda versions: [POINT])
+    monkeypatch.setattr(tune_kernels, "points", lambda versions, gluon: [POINT])
 
 
 POINT = Point("v2_13b", "int4", "o_proj", 1)
