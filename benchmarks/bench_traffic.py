@@ -60,7 +60,7 @@ TITLES = (
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--model_version", choices=tuple(PRESETS), default="v1_7b", help="model whose shapes are taken")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float16", help="precisions of the weights")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float16", help="precision of the weights")
     add_traffic_flags(parser)
     parser.add_argument("--arrivals", type=int, default=300, help="of each traffic one by one; 0 = none")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="of the rate all at once")

@@ -182,6 +182,15 @@ def test_scale_sums(x_scales):
     assert relative_error(y, expected.roll(1, 1)) > 0.1, "the control: another channel's scale"
 
 
+@pytest.mark.parametrize("x_scales", [1, 19])
+def test_scale_sums_adds_up_parts(x_scales):
+    parts = torch.randint(-(1 << 20), 1 << 20, (3, 19, 40), dtype=torch.int32, device=DEVICE)
+    x_scale, scale = (1e-6 * torch.rand(n, device=DEVICE) for n in (x_scales, 40))
+    expected = parts.sum(0).float() * x_scale.view(-1, 1) * scale
+    assert torch.equal(scale_sums(parts, x_scale, scale, torch.float32), expected)
+    assert not torch.equal(scale_sums(parts[:2], x_scale, scale, torch.float32), expected), "the control: a part less"
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(96, 160), (40, 96)], ids=["cuBLASLt", "a shape that it does not take"])
 @pytest.mark.parametrize("scales", [1, 130], ids=["one scale", "per token"])

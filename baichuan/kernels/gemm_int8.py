@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from baichuan.kernels.gemm_parts import add_parts
+from baichuan.kernels.gemm_parts import scale_sums
 from baichuan.kernels.operand import Operand, StaticScale
 from baichuan.kernels.spec import cdiv, overlaps, processors
 from baichuan.kernels.store_row import divide, nearest_integer
@@ -234,16 +234,13 @@ def gemm_int8(
     float32; in_features: a multiple of 16; tile: None = what measured fastest -> [num_tokens, out_features]
     """
     num_rows, out_features = x.values.shape[0], weight.shape[0]
-    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=weight.device)
     tile = tile or choose_runs_tile(num_rows, weight.shape[1], out_features, processors(weight.device))
-    if tile.splits == 1:
-        _launch(tile, x, weight, scale, None, y, out_dtype)
-        return y
-    parts = torch.empty(tile.splits, *y.shape, dtype=torch.int32, device=weight.device)
-    _launch(tile, x, weight, scale, None, parts, out_dtype)
-    x_scale = x.scaled[1]
-    scales = {"COLUMN_SCALES": True, "X_SCALE": True, "ROW_SCALES": x_scale.numel() > 1}
-    add_parts(parts, (x_scale, scale), scales, y)
+    if tile.splits > 1:
+        parts = torch.empty(tile.splits, num_rows, out_features, dtype=torch.int32, device=weight.device)
+        _launch(tile, x, weight, scale, None, parts, out_dtype)
+        return scale_sums(parts, x.scaled[1], scale, out_dtype)
+    y = torch.empty(num_rows, out_features, dtype=out_dtype, device=weight.device)
+    _launch(tile, x, weight, scale, None, y, out_dtype)
     return y
 
 

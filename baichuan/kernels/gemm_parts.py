@@ -128,11 +128,13 @@ def add_parts(parts: Tensor, factors: tuple[Tensor, Tensor], scales: Mapping[str
 
 
 def scale_sums(sums: Tensor, x_scale: Tensor, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """sums * x_scale * scale in out_dtype, for sums that a library made.
+    """sums * x_scale * scale in out_dtype.
 
-    sums: [num_tokens, out_features] float32; x_scale: [1] or [num_tokens]; scale: [out_features]
+    sums: [num_tokens, out_features] float32 or int32, or parts [splits, num_tokens, out_features] that are added up;
+    x_scale: [1] or [num_tokens]; scale: [out_features]
     """
-    y = torch.empty_like(sums, dtype=out_dtype)
+    parts = sums if sums.dim() == 3 else sums[None]
+    y = torch.empty(parts.shape[1:], dtype=out_dtype, device=sums.device)
     scales = {"COLUMN_SCALES": True, "X_SCALE": True, "ROW_SCALES": x_scale.numel() > 1}
-    add_parts(sums[None], (x_scale, scale), scales, y)
+    add_parts(parts, (x_scale, scale), scales, y)
     return y
