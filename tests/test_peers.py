@@ -17,6 +17,7 @@ from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN, Int8PerToken, Int16
 from baichuan.kernels.peers import Slots
 from baichuan.kernels.rows import quantise_rows
+from baichuan.kernels.silu import silu_mul
 from baichuan.kernels.sum_norm import sum_norm
 from baichuan.quant.weight_only import quantise_int4, quantise_int8
 
@@ -118,14 +119,16 @@ def test_gathered_numbers_arrive_whatever_they_are(dtype):
     assert not (sent.view(integers.dtype) == -1).any()
 
 
-def test_quantised_by_the_largest_of_all_ranks():
-    x = drawn(1)[0]
+@pytest.mark.parametrize("gated", [False, True])
+def test_quantised_by_the_largest_of_all_ranks(gated):
+    gate_up = torch.cat(drawn(2), -1)
+    x = silu_mul(gate_up).values if gated else drawn(1)[0]
     smoother = to_device(torch.rand(WIDTH, generator=torch.Generator().manual_seed(1)) + 0.5)
     own = (x.float() / smoother).abs().amax(-1)
     theirs = own * torch.tensor([0.5, 2, 0, 3], device=DEVICE)
     inboxes = Inboxes(2, 0)
     inboxes.arrive([own, theirs])
-    result = quantise_over_ranks(x, smoother, inboxes.slots)
+    result = quantise_over_ranks(gate_up if gated else x, smoother, inboxes.slots, gated)
     alone = quantise_rows(x, Int8PerToken(smoother))
     scale = torch.maximum(own, theirs) / 127
     torch.testing.assert_close(result.scaled[1], scale, rtol=2**-22, atol=0)  # a GPU's division

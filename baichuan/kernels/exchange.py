@@ -10,6 +10,7 @@ from torch import Tensor
 from baichuan.kernels.operand import Int8PerToken, Operand
 from baichuan.kernels.peers import Slots, as_bits, receive, send_to_peers, slots_at_peers, slots_of_peers
 from baichuan.kernels.primitives import start_dependents, wait_for_inputs
+from baichuan.kernels.silu import gated
 from baichuan.kernels.spec import KernelSpec, cdiv, next_power_of_2
 from baichuan.kernels.store_row import divide, load_smoother, quantise
 
@@ -61,6 +62,7 @@ def _quantise_over_ranks(
     x, smoother, distances,
     width,
     out, out_scale, inbox,
+    GATED: tl.constexpr,
     RANK: tl.constexpr, WORLD_SIZE: tl.constexpr, SLOT_BYTES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -69,7 +71,11 @@ def _quantise_over_ranks(
     divisor, reciprocal = load_smoother(smoother, columns, mask)
     targets = slots_at_peers(inbox, distances, RANK, WORLD_SIZE, SLOT_BYTES, tl.float32)
     wait_for_inputs(OVERLAP)
-    value = tl.load(x + row.to(tl.int64) * width + columns, mask, other=0.0).to(tl.float32)
+    source = x + row.to(tl.int64) * (2 * width if GATED else width) + columns
+    value = tl.load(source, mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(source + width, mask, other=0.0).to(tl.float32)
+        value = gated(value, up, x.dtype.element_ty).to(tl.float32)
     value = divide(value, divisor, reciprocal)
     largest = tl.max(tl.abs(value), 0)
     places = row + tl.arange(0, 1)
@@ -89,19 +95,20 @@ QUANTISE_OVER_RANKS = KernelSpec(
 )
 
 
-def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots) -> Operand:
-    """x in the form Int8PerToken(smoother, over_ranks=True).
+def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots, gated: bool = False) -> Operand:
+    """x, or if gated silu_mul of it (silu.py), in the form Int8PerToken(smoother, over_ranks=True).
 
-    x: [num_tokens, width], this rank's channels, the slots holding a float32 for each token; smoother: [width] float32
+    x: [num_tokens, width], or [num_tokens, 2 * width], this rank's channels, the slots holding a float32 for each
+    token; smoother: [width] float32
     """
-    num_tokens, width = x.shape
+    num_tokens, width = x.shape[0], smoother.shape[0]
     out, block = Operand.allocate(Int8PerToken(smoother, True), x, num_tokens, width), next_power_of_2(width)
     QUANTISE_OVER_RANKS.launch(
         (num_tokens,),
         (x.contiguous(), smoother, slots.distances),
         (width,),
         (*out.scaled, slots.inbox),
-        {**slots.constants, "BLOCK": block},
+        {"GATED": gated, **slots.constants, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out

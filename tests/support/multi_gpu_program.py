@@ -22,6 +22,7 @@ from baichuan.kernels import exchange, sum_norm
 from baichuan.kernels.gemv import gemv
 from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN
+from baichuan.kernels.silu import silu_mul
 from baichuan.parallel.comm import world_of_this_process
 from baichuan.quant.smoothquant import quantise_input
 from baichuan.records import SmoothQuantWeight
@@ -90,6 +91,10 @@ def check_other_messages(comm: Nccl, device: torch.device) -> None:
         if slots:
             result = exchange.quantise_over_ranks(x, smoother, slots)
             assert torch.equal(result.values, values) and torch.equal(result.scaled[1], scale.flatten())
+            gate_up = drawn(comm.rank, turn, (5, 5120), torch.float16).to(device)
+            apart = exchange.quantise_over_ranks(silu_mul(gate_up).values, smoother, slots_of(comm, 4 * x.shape[0]))
+            both = exchange.quantise_over_ranks(gate_up, smoother, slots_of(comm, 4 * x.shape[0]), gated=True)
+            assert torch.equal(both.values, apart.values) and torch.equal(both.scaled[1], apart.scaled[1])
 
 
 def microseconds(run, count: int = 80) -> float:

@@ -122,7 +122,7 @@ class CudaOps:
         elif up.run_activated and isinstance(down.form, StaticScale) and down.form.dtype == torch.int8:
             activated = up.run_activated(normed, dtype, down.form)
         elif isinstance(down.form, Int8PerToken) and down.form.over_ranks:
-            activated = self.operand(silu_mul(up.run(normed, dtype)).values, down.form)
+            activated = self._quantise_over_ranks(up.run(normed, dtype), down.form, gated=True)
         else:
             activated = silu_mul(up.run(normed, dtype), down.form)
         return self._part(down, activated, down_proj, dtype), residual
@@ -144,15 +144,17 @@ class CudaOps:
         match form:
             case Plain():
                 return plain(x)
-            case Int8PerToken(Tensor() as smoother, over_ranks=True):
-                return self._quantise_over_ranks(x, form, smoother)
+            case Int8PerToken(over_ranks=True):
+                return self._quantise_over_ranks(x, form)
         return quantise_rows(x, form)
 
-    def _quantise_over_ranks(self, x: Tensor, form: Int8PerToken, smoother: Tensor) -> Operand:
+    def _quantise_over_ranks(self, x: Tensor, form: Int8PerToken, gated: bool = False) -> Operand:
+        """x, or if gated silu_mul of it, in the form."""
+        assert form.smoother is not None, "a weight whose input is shared by ranks has one"
         slots = slots_of(self.comm, x.shape[0] * torch.float32.itemsize)
         if slots:
-            return quantise_over_ranks(x, smoother, slots)
-        x = x.float() / smoother
+            return quantise_over_ranks(x, form.smoother, slots, gated)
+        x = (silu_mul(x).values if gated else x).float() / form.smoother
         scale = scale_for(self.comm.all_reduce_max(x.abs().amax(-1, keepdim=True)), torch.int8)
         return Operand(form, quantise(x, scale, torch.int8), scale)
 
