@@ -26,20 +26,25 @@ PROGRAMS, MIN_SPLITS, MAX_SPLITS = 256, 4, 8  # two splits gain less than combin
 
 
 @triton.jit
+def _block_of(key, table, blocks_per_row, TOKENS_PER_BLOCK: tl.constexpr):
+    """The number of the cache's block that holds the key; of a key after the row's last block, that block's."""
+    return tl.load(table + tl.minimum(key // TOKENS_PER_BLOCK, blocks_per_row - 1))
+
+
+@triton.jit
 def _attend_block(
-    q, acc, total, largest, k_start, q_positions, context, slope, scale, k_cache, v_cache, table, num_heads, head,
+    q, acc, total, largest, k_start, q_positions, context, slope, scale, k_cache, v_cache, number, num_heads, head,
     TOKENS_PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIBI: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(acc, total, largest) with one more block of keys, by online softmax (Milakov and Gimelshein, 2018).
 
-    largest: the largest score so far; total, acc: the sums of exp2(score - largest) and of that times v.  Scores are
-    multiplied by log2(e), so that exp2 does for exp.
+    number: of the cache's block that the keys lie in; largest: the largest score so far; total, acc: the sums of
+    exp2(score - largest) and of that times v.  Scores are multiplied by log2(e), so that exp2 does for exp.
     """
     keys = k_start + tl.arange(0, BLOCK_K)
     dims = tl.arange(0, DIM_BLOCK)
-    block = tl.load(table + k_start // TOKENS_PER_BLOCK).to(tl.int64)  # BLOCK_K keys lie in one block
-    base = ((block * num_heads + head) * TOKENS_PER_BLOCK + k_start % TOKENS_PER_BLOCK) * HEAD_DIM
+    base = ((number.to(tl.int64) * num_heads + head) * TOKENS_PER_BLOCK + k_start % TOKENS_PER_BLOCK) * HEAD_DIM
     k_base, v_base = k_cache + base, v_cache + base
     offsets = tl.arange(0, BLOCK_K)[:, None] * HEAD_DIM + dims[None, :]
     if MASKED or DIM_BLOCK != HEAD_DIM:
@@ -111,18 +116,24 @@ def _prefill_attention(
             start = split * share
             end = tl.minimum(end, start + share)
             seen_by_all = tl.maximum(tl.minimum(seen_by_all, end), start)
+        # BLOCK_K keys lie in one block, whose number is loaded a turn before its keys, which would wait for it.
+        number = _block_of(start, table, blocks_per_row, TOKENS_PER_BLOCK)
         for k_start in range(start, seen_by_all, BLOCK_K):
+            following = _block_of(k_start + BLOCK_K, table, blocks_per_row, TOKENS_PER_BLOCK)
             acc, total, largest = _attend_block(
                 q, acc, total, largest, k_start, q_positions, context, slope, scale,
-                k_cache, v_cache, table, num_heads, head, TOKENS_PER_BLOCK,
+                k_cache, v_cache, number, num_heads, head, TOKENS_PER_BLOCK,
                 HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, False, PRECISION,
             )  # fmt: skip
+            number = following
         for k_start in range(seen_by_all, end, BLOCK_K):
+            following = _block_of(k_start + BLOCK_K, table, blocks_per_row, TOKENS_PER_BLOCK)
             acc, total, largest = _attend_block(
                 q, acc, total, largest, k_start, q_positions, context, slope, scale,
-                k_cache, v_cache, table, num_heads, head, TOKENS_PER_BLOCK,
+                k_cache, v_cache, number, num_heads, head, TOKENS_PER_BLOCK,
                 HEAD_DIM, DIM_BLOCK, BLOCK_K, ALIBI, True, PRECISION,
             )  # fmt: skip
+            number = following
         if QUANTISED:
             acc = acc * tl.load(v_scale)
         if alone:
