@@ -3,7 +3,7 @@
 read_model(source, model_version, dtype)            the model that a folder holds
 rank_tensors(source, model, quant, rank, tp_size)   what goes into the rank's engine file, still unread
 load_rank(source, model, quant, rank, tp_size)      the same in memory, as records.ModelWeights
-float_model(source, model, tp_size, device)         the whole model in transformers, not quantised, to compare with
+float_model(source, model, tp_size, device)         the whole model, not quantised, to compare with
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from baichuan.config import ModelConfig, QuantConfig, WeightOnly
 from baichuan.errors import ConfigError
+from baichuan.hf_model.float_model import FloatModel, float_model_of, load_float_model
 from baichuan.quant.weight_only import GROUP_SIZES
 from baichuan.records import ModelWeights
 from baichuan.weights.assemble import assemble
@@ -130,14 +131,12 @@ def load_rank(
     return assemble(in_memory(rank_tensors(source, model, quant, rank, tp_size)), model, quant)
 
 
-def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, device: str = "cpu"):
-    """The source in float32 as a hf_model.modeling.BaichuanForCausalLM, which shares no code with the engine.
+def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, device: str = "cpu") -> FloatModel:
+    """The source in float32 as a module of its own (hf_model/network.py), which shares no code with the engine.
 
     A checkpoint is read as what its own files prove; where they leave the version open, a warning says so and the
     model's is taken.  tp_size: of a binary folder.  Raises CheckpointError where a binary folder holds integers alone.
     """
-    from baichuan.hf_model.modeling import load_hf_model, model_of_tensors  # imports transformers, which takes seconds
-
     if source.hub_folder:
         fitting = fitting_versions(folder_evidence(source.hub_folder))
         if len(fitting) > 1:
@@ -146,11 +145,11 @@ def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, devi
                 *(source.hub_folder, " and ".join(fitting), model.model_version),
             )
         version = fitting[0] if len(fitting) == 1 else model.model_version
-        return load_hf_model(source.hub_folder, version, device=device, adapters=source.adapters)
+        return load_float_model(source.hub_folder, version, torch.device(device), source.adapters)
     float32 = replace(model, dtype="float32")
     checkpoint = source.checkpoint(float32, tp_size)
     if source.binary_folder:
         folder = open_binary(source.binary_folder, float32, tp_size, torch.device(device))
         folder.check(QuantConfig(), range(tp_size))
         checkpoint = folder.checkpoint()
-    return model_of_tensors(float32, checkpoint)
+    return float_model_of(float32, checkpoint)

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from baichuan.config import PRESETS, VERSIONS
+from baichuan.engine.self_check import float_logits
 from baichuan.hf_model import config as hf_config
+from baichuan.hf_model import float_model, network
 from baichuan.hf_model import modeling as hf
+from baichuan.hf_model.float_model import load_float_model
 from baichuan.hf_model.modeling import BaichuanConfig, BaichuanForCausalLM
 
 GREEDY = dict(max_new_tokens=24, eos_token_id=None, do_sample=False, repetition_penalty=1.0)
@@ -28,6 +31,14 @@ GREEDY = dict(max_new_tokens=24, eos_token_id=None, do_sample=False, repetition_
 def test_logits_equal_the_original(version, length):
     expected = goldens.golden(version)[f"logits_{length}"]
     assert (logits(model(version), ids(version, length))[0] - expected).abs().max() <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@both_goldens
+def test_logits_without_transformers_equal_the_original(version, length):
+    alone = load_float_model(goldens.checkpoint(version), version, torch.device("cpu"))
+    found = float_logits(alone, ids(version, length)[0].tolist())
+    assert (found - goldens.golden(version)[f"logits_{length}"]).abs().max() <= FLOAT32_TOLERANCE
 
 
 @both_goldens
@@ -199,7 +210,7 @@ def test_a_mask_of_another_length_is_refused():
 
 def test_nothing_that_it_judges_is_imported():
     judged = ("baichuan.model.ops", "baichuan.model.decoder", "baichuan.records", "baichuan.executors")
-    for module in (hf, hf_config):
+    for module in (hf, hf_config, network, float_model):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert not node.module.startswith(judged), node.module

@@ -25,7 +25,7 @@ from baichuan.evaluation import report
 from baichuan.evaluation.report import FORMAT, read_results
 from baichuan.evaluation.rouge import KINDS
 from baichuan.generation.token_files import read_prompts
-from baichuan.hf_model import gpu_loading
+from baichuan.hf_model import loading
 from baichuan.hf_model.modeling import load_hf_model
 from baichuan.parallel.comm import Solo
 from baichuan.text.printable import UNSAFE
@@ -68,10 +68,10 @@ def test_groups_for_a_gpu_are_the_whole_checkpoint(form, tmp_path, monkeypatch):
     checkpoint(tmp_path, form)
     expected = load_hf_model(tmp_path, VERSION).state_dict()
     monkeypatch.setattr("baichuan.executors.cuda.load.load_on_gpu", lambda tensors, device: tensors)
-    monkeypatch.setattr(gpu_loading, "GROUP_BYTES", 5000)
+    monkeypatch.setattr(loading, "GROUP_BYTES", 5000)
     tensors = open_checkpoint(tmp_path, CONFIG)
-    assert len(list(gpu_loading._groups(tensors))) > 3
-    found = gpu_loading.read_on_gpu(tensors, torch.float32, torch.device("cpu"))
+    assert len(list(loading._groups(tensors))) > 3
+    found = loading.read_on_gpu(tensors, torch.float32, torch.device("cpu"))
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from baichuan.util import files, publishing
 from baichuan.util.files import atomic_path
-from baichuan.util.publishing import publish_folder, staged_folder
+from baichuan.util.publishing import publish_folder, staged_folder, synced_meanwhile
 from baichuan.util.signals import Terminated, termination_raises
 
 KILLS = 24
@@ -217,3 +218,43 @@ def test_a_signal_while_leftovers_are_deleted_comes_afterwards(folder, monkeypat
     with pytest.raises(raised), termination_raises(), staged_folder(folder) as staged:
         (staged / "file").write_text("new")
     assert not left_beside(folder)
+
+
+@pytest.fixture
+def synced(monkeypatch) -> list[str]:
+    """The names of the files that reach the disk, as often as they do."""
+    names, sync = [], publishing._sync
+    monkeypatch.setattr(publishing, "_sync", lambda path: (sync(path), names.append(path.name)))
+    return names
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_files_reach_the_disk_while_they_are_written(folder, synced):
+    with synced_meanwhile(folder):
+        wait_for(lambda: "notes.txt" in synced)
+        assert "later" not in synced
+        (folder / "later").write_text("x")
+        wait_for(lambda: "later" in synced)
+    count = len(synced)
+    time.sleep(3 * publishing.SYNC_PAUSE_S)
+    assert len(synced) == count, "it ends with the block"
+
+
+def test_what_cannot_be_stored_is_told_at_the_end(folder, monkeypatch):
+    asked = []
+
+    def fail(path):
+        asked.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(publishing, "_sync", fail)
+    with pytest.raises(OSError, match="Input/output"), synced_meanwhile(folder):
+        wait_for(lambda: asked)
+    with pytest.raises(ZeroDivisionError), synced_meanwhile(folder):
+        raise ZeroDivisionError  # not hidden by what the disk says

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from unittest.mock import Mock
 
+import goldens
 import pytest
 import scripts
 
@@ -183,17 +184,6 @@ def test_pytorch_finds_the_gpu_started():
     assert done.stdout.split() == ["3.0", "True"], done.stderr
 
 
-def test_modules_are_imported_while_something_else_is_done():
-    """Those that there are; the others are left to who needs them."""
-    program = (
-        "import sys; from baichuan.cli.ahead import imported_meanwhile\n"
-        "with imported_meanwhile('no.such.module', 'fractions'): pass\n"
-        "print('fractions' in sys.modules)"
-    )
-    done = ran(program)
-    assert done.stdout.split() == ["True"] and not done.stderr
-
-
 def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
     given = scripts.run_flags(engine.folder, scripts.prompts_csv(tmp_path / "prompts.csv", "v1_7b", (7,)), tmp_path)
     readers, plans = "baichuan.weights.hub.checkpoint", "baichuan.executors.tensorrt.api"
@@ -201,6 +191,15 @@ def test_running_imports_no_hub_no_checkpoint_and_no_tensorrt(engine, tmp_path):
     program = f"import sys, run; code = run.main({given!r}); print(code, {needless} & set(sys.modules))"
     done = ran(program)
     assert done.stdout.splitlines()[-1] == "0 set()", done.stdout + done.stderr
+
+
+def test_building_imports_no_transformers(tmp_path):
+    """Nor does its self-check, whose model is of PyTorch alone."""
+    given = ["--model_dir", str(goldens.checkpoint("v1_7b")), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    program = f"import sys, build; code = build.main({given!r}); print(code, 'transformers' in sys.modules)"
+    done = ran(program)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
+    assert "self-check against the float32 weights" in done.stdout + done.stderr
 
 
 COUNT = """

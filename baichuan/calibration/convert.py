@@ -24,7 +24,7 @@ from baichuan.quant.scaled import scale_for
 from baichuan.text.settings import TEXT_FILES, copy_text_files
 from baichuan.util.processes import run_tasks
 from baichuan.util.progress import Progress
-from baichuan.util.publishing import publish_folder
+from baichuan.util.publishing import publish_folder, synced_meanwhile
 from baichuan.weights.binary.config_ini import (
     BY_MODE_KEY,
     GROUP_SIZE_KEY,
@@ -67,7 +67,8 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             ranges = (calibrate_by_mode if request.by_mode else calibrate)(*args)
         size = sum(array.size for array in layout.written(request.fixed_alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
-        weight_absmax = _write_all(writer, ranges, processes)
+        with synced_meanwhile(staged):
+            weight_absmax = _write_all(writer, ranges, processes)
         write_fp8_scales(staged / FILE_NAME, _fp8_scales(ranges, weight_absmax))
         model = {key: getattr(request.model, field) for field, key in SIZES.items()}
         model |= {key: request.model.max_positions for key in request.model.version.length_keys}

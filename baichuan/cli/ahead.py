@@ -1,13 +1,12 @@
-"""Work that is begun early, while a command waits for something else: while PyTorch is imported, what needs no
-PyTorch; later, imports for the command's next part."""
+"""Work that needs no PyTorch and is begun while PyTorch is imported."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from baichuan.parallel.launcher import Launch
@@ -16,7 +15,6 @@ from baichuan.util.digest_process import ProcessDescriber
 
 LIBRARIES = ("numpy", "safetensors", "sentencepiece")  # none of them imports PyTorch, nor does Triton
 KERNELS = "baichuan.executors.cuda.executor"
-FLOAT_MODEL = "baichuan.hf_model.modeling"  # imports transformers
 GPU_CONTROL = Path("/dev/nvidiactl")  # there where NVIDIA's driver is
 
 
@@ -54,17 +52,6 @@ class Ahead:
             describer.close()
         for thread in self._threads:
             thread.join()
-
-
-@contextmanager
-def imported_meanwhile(*modules: str) -> Iterator[None]:
-    """While the block runs, the modules are imported; who needs one before waits for it."""
-    importing = threading.Thread(target=_import, args=(modules,), daemon=True)
-    importing.start()
-    try:
-        yield
-    finally:
-        importing.join()
 
 
 def _import(modules: Iterable[str]) -> None:

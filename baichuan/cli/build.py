@@ -13,7 +13,6 @@ import torch
 
 import weight
 from baichuan.cli import build_records
-from baichuan.cli.ahead import FLOAT_MODEL, KERNELS, imported_meanwhile
 from baichuan.cli.common import check_device
 from baichuan.config import BuildConfig, ModelConfig, QuantConfig, WeightOnly
 from baichuan.engine import self_check
@@ -75,8 +74,7 @@ def build(args: argparse.Namespace, comm: Communicator) -> int:
         device=device,
     )
     checks = not args.no_self_check
-    with imported_meanwhile(*(modules_of_check(device) if checks and source.folder else ())):
-        build_engine(request, self_checker(source, model, device) if checks else None)
+    build_engine(request, self_checker(source, model, device) if checks else None)
     logger.info("engine written to %s", args.output_dir)
     return 0
 
@@ -152,11 +150,6 @@ def say_calibration(folder: Path, quant: QuantConfig) -> None:
         return
     weights = "not quantised" if quant.weights == "none" else f"quantised to {quant.weights} alone"
     logger.warning("%s was calibrated for %s and the engine is %s; add %s", folder, made_for, weights, flags)
-
-
-def modules_of_check(device: str) -> list[str]:
-    """What the self-check imports that a build does without."""
-    return [FLOAT_MODEL, KERNELS] if device == "cuda" else [FLOAT_MODEL]
 
 
 def self_checker(source: weight.WeightSource, model: ModelConfig, device: str = "auto") -> Callable[[Engine], None]:

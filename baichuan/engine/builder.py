@@ -26,6 +26,7 @@ from baichuan.text.settings import copy_text_files
 from baichuan.util import manifest
 from baichuan.util.processes import CONTEXT, run_tasks
 from baichuan.util.progress import Progress
+from baichuan.util.publishing import synced_meanwhile
 from baichuan.weights.rank_tensors import TensorBlocks, total_bytes
 
 logger = logging.getLogger(__name__)
@@ -63,14 +64,17 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
         start = time.perf_counter()
-        files, contract = _write_ranks(request, paths, tensors, sum(sizes))
-        logger.info("written in %.1f s", time.perf_counter() - start)
-        texts = copy_text_files(request.text_folder, staged) if request.text_folder else []
-        text_files = {path.name: manifest.describe(path) for path in texts}
-        engine = Engine(staged, request.model, request.quant, request.build, files, contract, text_files, request.dummy)
-        write_config(engine)
-        if check:
-            check(engine)
+        with synced_meanwhile(staged):
+            files, contract = _write_ranks(request, paths, tensors, sum(sizes))
+            logger.info("written in %.1f s", time.perf_counter() - start)
+            texts = copy_text_files(request.text_folder, staged) if request.text_folder else []
+            text_files = {path.name: manifest.describe(path) for path in texts}
+            engine = Engine(
+                staged, request.model, request.quant, request.build, files, contract, text_files, request.dummy
+            )
+            write_config(engine)
+            if check:
+                check(engine)
         publish(staged, request.output_dir)
     return replace(engine, folder=request.output_dir)
 

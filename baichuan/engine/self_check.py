@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from baichuan.config import ModelConfig
 from baichuan.engine.folder import Engine
 from baichuan.errors import EngineError
 from baichuan.executors.base import Executor
+from baichuan.hf_model.float_model import FloatModel
 from baichuan.parallel.comm import Communicator, run_ranks
 from baichuan.records import Step
 
@@ -40,10 +40,10 @@ def all_logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     return executor.forward(Step.of([ids], all_outputs=True, device=executor.device)).cpu().clone()
 
 
-def float_logits(float_model: Any, ids: Sequence[int]) -> Tensor:
-    """What check_engine expects, from the checkpoint's float32 transformers.PreTrainedModel, on any device."""
+def float_logits(float_model: FloatModel, ids: Sequence[int]) -> Tensor:
+    """What check_engine expects, from the checkpoint's model in float32, on any device."""
     with torch.inference_mode():
-        return float_model(torch.tensor([ids], device=float_model.device)).logits[0].float().cpu()
+        return float_model(torch.tensor([ids], device=float_model.lm_head.weight.device))[0].cpu()
 
 
 def check_engine(engine: Engine, open_rank, expected: Tensor, ids: Sequence[int]) -> Agreement:

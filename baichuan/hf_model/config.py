@@ -72,6 +72,14 @@ class BaichuanConfig(PreTrainedConfig):
         )
 
     @property
+    def num_layers(self) -> int:
+        return self.num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
     def version(self) -> Version:
         """Raises ConfigError when the version is unknown, or config.json contradicts it."""
         if self.model_version is None:

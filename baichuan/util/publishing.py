@@ -1,4 +1,4 @@
-"""Replacing a folder's content: the new one is prepared beside it and takes its place in one step."""
+"""Replacing a folder's content: the new one is prepared beside it, reaches the disk and takes its place in one step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import ctypes
 import errno
 import os
 import tempfile
-from collections.abc import Set
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from baichuan.util.files import unfinished
 from baichuan.util.signals import ENDING, ignored
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
+SYNC_PAUSE_S = 0.1  # between two rounds of synced_meanwhile
 NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EBUSY, errno.ENOTSUP)  # no exchange here
 
 
@@ -26,6 +28,37 @@ def staged_folder(target: Path) -> AbstractContextManager[Path]:
     beside = os.access(target.parent, os.W_OK | os.X_OK) and target.parent.stat().st_dev == target.stat().st_dev
     parent = target.parent if beside else target
     return unfinished(target, parent, f".{target.name}.building-", tempfile.mkdtemp, lambda _: None)
+
+
+@contextmanager
+def synced_meanwhile(folder: Path) -> Iterator[None]:
+    """While the block writes files into the folder, what they hold already goes to the disk: publish_folder, which
+    waits until all is there, has little left to wait for.
+
+    Raises the OSError of what could not be stored, which Linux tells only once.
+    """
+    ended = threading.Event()
+    errors: list[OSError] = []
+
+    def sync() -> None:
+        while not (ended.wait(SYNC_PAUSE_S) or errors):
+            try:
+                for path in folder.iterdir():
+                    with suppress(FileNotFoundError):  # a file that another name has replaced
+                        if path.is_file():
+                            _sync(path)
+            except OSError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=sync, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def publish_folder(staged: Path, target: Path, replaced: Set[str], last: str) -> None:
