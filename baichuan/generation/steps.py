@@ -12,6 +12,8 @@ from baichuan.generation.sampling import to_device
 from baichuan.generation.scheduler import Job, Plan
 from baichuan.records import Step, leading_ones
 
+MOST_PENDING = 16  # steps whose tokens are kept apart until a row needs one of them
+
 
 class StepBuilder:
     """Builds the steps of one executor.  Tokens that are chosen on the device stay there."""
@@ -56,9 +58,6 @@ class StepBuilder:
         return to_device(values, torch.int64, self._executor.device)
 
     def _build(self, plan: Plan) -> tuple[Step, list[tuple[int, int]]]:
-        for places, newer in self._newer:
-            self._last[self.on_device(places)] = newer
-        self._newer.clear()
         slots: list[int] = []  # slots of the rows that decode: their tokens are on the device
         known: list[int] = []  # the other rows' tokens, from the host
         positions: list[int] = []
@@ -85,9 +84,8 @@ class StepBuilder:
         singles = leading_ones(lengths)
         parts = slots, known, positions, starts, contexts, outputs, [singles]
         packed = self.on_device([value for part in parts for value in part]).split([len(part) for part in parts])
-        tokens = torch.cat((self._last[packed[0]], packed[1]))
         self._step = Step(
-            tokens=tokens,
+            tokens=self._tokens(packed[0], packed[1]),
             positions=packed[2],
             cu_seqlens=packed[3].int(),
             context_lengths=packed[4].int(),
@@ -99,3 +97,11 @@ class StepBuilder:
         )
         self._jobs, self._chosen = [], None
         return self._step, rows
+
+    def _tokens(self, slots: Tensor, known: Tensor) -> Tensor:
+        """The tokens of the rows that decode, then those that the host knows."""
+        if len(slots) or len(self._newer) > MOST_PENDING:
+            for places, newer in self._newer:
+                self._last[self.on_device(places)] = newer
+            self._newer.clear()
+        return torch.cat((self._last[slots], known)) if len(slots) else known  # each call is time to the first token

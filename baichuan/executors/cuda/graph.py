@@ -137,7 +137,8 @@ class Captured:
             assert step.num_singles is not None, "a step with prompts"
             self.num_singles.copy_(step.num_singles)
             self.cu_seqlens[: rows + 1].copy_(step.cu_seqlens)
-            self.cu_seqlens[rows + 1 :].copy_(step.cu_seqlens[-1:].expand(self.size.sequences - rows))
+            if rows < self.size.sequences:
+                self.cu_seqlens[rows + 1 :].copy_(step.cu_seqlens[-1:].expand(self.size.sequences - rows))
         if step.output_rows is not self.loaded_rows:
             self.output_rows[:rows].copy_(step.output_rows)
             self.loaded_rows = step.output_rows
