@@ -14,7 +14,7 @@ from golden_sessions import GREEDY, run
 from baichuan.config import BuildConfig, QuantConfig, SamplingConfig
 from baichuan.executors.cpu.reference import ReferenceExecutor
 from baichuan.executors.kv_cache import PoolSettings
-from baichuan.generation import pace
+from baichuan.generation import pace, steps
 from baichuan.generation.in_flight import InFlight, Policy
 from baichuan.generation.requests import Request
 from baichuan.parallel.comm import Solo, run_ranks
@@ -105,6 +105,21 @@ def test_each_request_is_what_it_is_alone(blocks, late):
             torch.testing.assert_close(last[each.key].logits, alone_last.logits, rtol=0, atol=1e-4)
     assert len({tuple(each) for each in ids.values()}) == len(ids)
     assert engine.scheduler.pool.free == engine.scheduler.pool.blocks
+
+
+def test_tokens_that_nobody_needs_yet_are_not_kept_for_ever():
+    """Requests of one token each leave theirs behind; rows that decode later find their own."""
+    engine = one_step_ahead(serving(policy=Policy(None)))
+    for key in range(steps.MOST_PENDING + 5):
+        engine.add(request(7, 1, key))
+        run(engine)
+        assert len(engine._steps._newer) <= steps.MOST_PENDING + 1
+    assert len(engine._steps._newer) > 1, "they are kept apart for a while"
+    for length in (7, 33):
+        engine.add(request(length))
+        first, _ = run(engine, steps=2)
+    ids, _ = run(engine)
+    assert first.get(33, []) + ids[33] == expected(33) and ids[7][-10:] == expected(7)[-10:]
 
 
 def test_equal_beginnings_are_computed_once():
