@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from baichuan.config import QuantConfig, SamplingConfig
 from baichuan.engine.runtime import open_session
 from baichuan.errors import EngineError
-from baichuan.executors.backend import OpenSettings
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.generation.logits import Logits
 from baichuan.parallel.comm import Solo
 from baichuan.records import Step

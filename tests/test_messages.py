@@ -24,7 +24,7 @@ from baichuan.config import SamplingConfig
 from baichuan.engine.folder import read_engine
 from baichuan.errors import UnsupportedError
 from baichuan.executors import device
-from baichuan.executors.backend import OpenSettings
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.executors.registry import BACKENDS
 from baichuan.parallel.comm import Solo
 from baichuan.util.library_logs import through_our_log

@@ -12,10 +12,14 @@ import scripts
 
 import run
 import summarize
+from baichuan.api.llm import LLM
+from baichuan.cli import memory_flags
 from baichuan.cli.common import Parser
 from baichuan.cli.run_flags import add_flags
 from baichuan.cli.unused_flags import say_unused
 from baichuan.config import QuantConfig, SamplingConfig
+from baichuan.errors import ConfigError
+from baichuan.executors import open_settings
 from baichuan.executors.registry import BACKENDS
 
 VERSION = "v1_7b"
@@ -155,6 +159,17 @@ def test_an_engine_s_folder_beside_the_checkpoint_alone_is_told_of(articles, cap
 def test_a_share_of_the_memory_is_refused_as_it_was_given(engine, capsys, value, sentence):
     sides = ["--test_trt_llm", "--engine_dir", str(engine), "--test_hf", "--hf_model_dir", CHECKPOINT]
     scripts.refused(summarize.main, [*sides, f"--{FRACTION}", value], sentence, capsys)
+
+
+def test_the_least_share_of_the_memory_is_stated_once(engine, capsys, monkeypatch):
+    for module in (open_settings, memory_flags):
+        monkeypatch.setattr(module, "LEAST_FRACTION", 0.005)
+    flags = ["--engine_dir", str(engine), "--input_text", "a", "--max_output_len", "1", f"--{FRACTION}"]
+    sentence = f"{FRACTION} 0.004 is out of range; use 0.005 to 1.0"
+    scripts.refused(run.main, [*flags, "0.004"], sentence, capsys)
+    with pytest.raises(ConfigError, match=sentence):
+        LLM(engine, kv_cache_free_gpu_mem_fraction=0.004)
+    assert run.main([*flags, "0.006"]) == 0
 
 
 # What an engine or a device does not heed

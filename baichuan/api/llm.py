@@ -30,12 +30,12 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
-from baichuan.config import DEVICES, SamplingConfig, require_choice, require_range
+from baichuan.config import SamplingConfig, require_choice
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
 from baichuan.engine.world import check_world, read_alike
 from baichuan.errors import ConfigError, UnsupportedError
-from baichuan.executors.backend import OpenSettings
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.generation.limits import check_request
 from baichuan.generation.requests import Progress, Request, Serving, Timing
 from baichuan.parallel.comm import world_of_this_process
@@ -71,18 +71,15 @@ class LLM:
         engine_dir: str | Path,
         tokenizer_dir: str | Path | None = None,
         *,
-        device: str = "auto",
-        keep_copies: bool = True,
-        kv_cache_free_gpu_mem_fraction: float = 0.9,
+        device: str = OpenSettings.device,
+        keep_copies: bool = OpenSettings.keep_copies,
+        kv_cache_free_gpu_mem_fraction: float = OpenSettings.kv_cache_free_gpu_mem_fraction,
         prefix_caching: bool = True,
         model_version: str | None = None,
         ranks: Ranks | None = None,
         digests: Mapping[Path, Description] = MappingProxyType({}),
     ):
-        require_choice("device", device, DEVICES)
-        for name, value in (("keep_copies", keep_copies), ("prefix_caching", prefix_caching)):
-            require_choice(name, value, (True, False))
-        require_range("kv_cache_free_gpu_mem_fraction", kv_cache_free_gpu_mem_fraction, 0.01, 1.0)
+        require_choice("prefix_caching", prefix_caching, (True, False))
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
         self._prefix_caching, self._digests = prefix_caching, digests
         self.ranks = ranks or Ranks(world_of_this_process())

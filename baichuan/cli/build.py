@@ -20,10 +20,10 @@ from baichuan.engine.builder import BuildRequest, build_engine
 from baichuan.engine.folder import Engine
 from baichuan.engine.runtime import open_executor
 from baichuan.errors import CheckpointError, ConfigError, UnsupportedError
-from baichuan.executors.backend import OpenSettings
 from baichuan.executors.base import Executor
 from baichuan.executors.device import resolve_device
 from baichuan.executors.memory import fits_host_memory, free_device_memory
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.parallel.comm import Communicator
 from baichuan.text.settings import sampling_defaults
 from baichuan.text.tokenizer import MODEL_NAME, Tokenizer

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from baichuan.config import require_range
 from baichuan.errors import ConfigError
+from baichuan.executors.open_settings import LEAST_FRACTION, OpenSettings
 
 MEMORY_FLAGS = ("no_weight_copies", "kv_cache_free_gpu_mem_fraction", "no_prefix_caching")
-LEAST_FRACTION = 0.01  # of the free memory, for a KV cache
 
 
 def add_weight_copies(parser: argparse._ActionsContainer) -> None:
@@ -26,7 +25,7 @@ def add_memory_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kv_cache_free_gpu_mem_fraction",
         type=float,
-        default=0.9,
+        default=OpenSettings.kv_cache_free_gpu_mem_fraction,
         help="share of the free memory that a paged KV cache takes, unless the engine's limits need less",
     )
     parser.add_argument(
@@ -39,7 +38,7 @@ def add_memory_flags(parser: argparse._ActionsContainer) -> None:
 def memory_settings(args: argparse.Namespace, sides: int = 1) -> dict[str, Any]:
     """api.llm.LLM's settings, for one of several models that share the memory.  Raises ConfigError."""
     fraction = args.kv_cache_free_gpu_mem_fraction
-    require_range("kv_cache_free_gpu_mem_fraction", fraction, LEAST_FRACTION, 1.0)
+    OpenSettings(kv_cache_free_gpu_mem_fraction=fraction)  # raises where it is out of range as it was given
     if fraction / sides < LEAST_FRACTION:
         raise ConfigError(
             f"kv_cache_free_gpu_mem_fraction {fraction} is divided among {sides} models, each of which takes at least "

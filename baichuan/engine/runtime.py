@@ -11,9 +11,10 @@ import torch
 
 from baichuan.engine.folder import Engine, verified_meanwhile
 from baichuan.engine.world import check_world, read_alike
-from baichuan.executors.backend import OpenSettings, RankToOpen
+from baichuan.executors.backend import RankToOpen
 from baichuan.executors.base import Executor
 from baichuan.executors.device import resolve_device
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.generation.in_flight import Policy
 from baichuan.generation.requests import Serving
 from baichuan.generation.serve import serve

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from baichuan.config import EngineSpec, QuantConfig
 from baichuan.executors.base import Executor
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.parallel.comm import Communicator
 from baichuan.weights.rank_tensors import TensorBlocks
 
@@ -24,15 +25,6 @@ class RankToWrite:
     options: Any  # the result of the backend's build_options; None: its defaults
     advance: Callable[[int], None]  # called with the number of bytes of weights just done
     wrote: Callable[[int, int], None]  # may be called with offset and size of each range once it is in the file
-
-
-@dataclass(frozen=True)
-class OpenSettings:
-    """Where an engine runs, and how much memory it may take."""
-
-    device: str = "auto"  # one of config.DEVICES
-    keep_copies: bool = True  # spare GPU memory may hold dequantised copies of weights (executors/cuda/dense_copies.py)
-    cache_fraction: float = 0.9  # most that a paged KV cache takes, as a share of the memory free at the first request
 
 
 @dataclass(frozen=True)

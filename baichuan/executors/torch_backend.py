@@ -62,7 +62,7 @@ class TorchBackend:
 
 
 def _pool(job: RankToOpen) -> PoolSettings:
-    return PoolSettings(job.spec.build.tokens_per_block, job.settings.cache_fraction)
+    return PoolSettings(job.spec.build.tokens_per_block, job.settings.kv_cache_free_gpu_mem_fraction)
 
 
 def _read(job: RankToOpen) -> ModelWeights:

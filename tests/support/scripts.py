@@ -14,7 +14,7 @@ import numpy as np
 import build
 from baichuan.engine.folder import Engine
 from baichuan.executors import kv_cache
-from baichuan.executors.backend import OpenSettings
+from baichuan.executors.open_settings import OpenSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -113,5 +113,5 @@ def leave_blocks(count: int, engine: Engine, monkeypatch) -> None:
     """Let the KV caches of float32 engines of this shape have as many blocks."""
     model = engine.model
     block_bytes = 2 * model.num_layers * engine.build.tokens_per_block * model.hidden_size * 4
-    free = block_bytes * (count + 0.5) / OpenSettings().cache_fraction
+    free = block_bytes * (count + 0.5) / OpenSettings().kv_cache_free_gpu_mem_fraction
     monkeypatch.setattr(kv_cache, "free_memory", lambda device: free)
