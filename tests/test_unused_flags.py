@@ -13,6 +13,7 @@ import scripts
 import run
 import summarize
 from baichuan.api.llm import LLM
+from baichuan.api.unused_settings import say_unused_arguments
 from baichuan.cli import memory_flags
 from baichuan.cli.common import Parser
 from baichuan.cli.run_flags import add_flags
@@ -20,6 +21,7 @@ from baichuan.cli.unused_flags import say_unused
 from baichuan.config import QuantConfig, SamplingConfig
 from baichuan.errors import ConfigError
 from baichuan.executors import open_settings
+from baichuan.executors.open_settings import OpenSettings
 from baichuan.executors.registry import BACKENDS
 
 VERSION = "v1_7b"
@@ -205,12 +207,54 @@ PLAN = [
     ],
 )
 def test_what_no_engine_heeds_is_said(monkeypatch, caplog, engines, device, given, said):
-    monkeypatch.setattr("baichuan.cli.unused_flags.resolve_device", lambda name: name)
+    monkeypatch.setattr("baichuan.api.unused_settings.resolve_device", lambda name: name)
     parser = Parser("x")
     add_flags(parser)
     memory = [f"--{FRACTION}", "0.9", "--no_prefix_caching", "--no_weight_copies"] if given else []
     args = parser.parse_args(["--max_output_len", "1", "--device", device, *memory])
-    each = [SimpleNamespace(backend=BACKENDS[name], quant=QuantConfig(weights=weights)) for name, weights in engines]
     with caplog.at_level(logging.INFO, "baichuan"):
-        say_unused(args, SamplingConfig(), each)
-    assert [record.getMessage() for record in caplog.records] == said
+        say_unused(args, SamplingConfig(), [described(*each) for each in engines])
+    assert caplog.messages == said
+
+
+def described(backend: str, weights: str) -> SimpleNamespace:
+    """Of an engine's record what the log's lines are about."""
+    return SimpleNamespace(backend=BACKENDS[backend], quant=QuantConfig(weights=weights))
+
+
+@pytest.mark.parametrize(
+    ("engine_of", "given", "said"),
+    [
+        (
+            ("torch", "int8"),
+            {"keep_copies": False},
+            ["keep_copies False changes nothing: on a CPU no copies of weights are kept"],
+        ),
+        (("torch", "int8"), {FRACTION: 0.5}, []),
+        (("tensorrt", "int8"), {}, []),
+        (
+            ("tensorrt", "int8"),
+            {"keep_copies": False, FRACTION: 0.5},
+            [
+                "keep_copies False changes nothing: TensorRT keeps no copies of weights",
+                f"{FRACTION} 0.5 changes nothing: TensorRT has no paged KV cache",
+            ],
+        ),
+    ],
+)
+def test_which_of_llm_s_arguments_changes_nothing_is_said(caplog, engine_of, given, said):
+    with caplog.at_level(logging.INFO, "baichuan"):
+        say_unused_arguments(described(*engine_of), OpenSettings("cpu", **given), prefix_caching=True)
+    assert caplog.messages == said
+
+
+def test_llm_says_it_once_when_it_is_loaded(engine, monkeypatch, caplog):
+    monkeypatch.setattr("baichuan.executors.torch_backend.TorchBackend.paged", False)
+    llm = LLM(engine, device="cpu", keep_copies=False, prefix_caching=False)
+    with caplog.at_level(logging.INFO, "baichuan"):
+        llm.load()
+        llm.load()
+    assert [message for message in caplog.messages if "changes nothing" in message] == [
+        "keep_copies False changes nothing: copies are of INT8 and INT4 weights, and the engine has others",
+        "prefix_caching False changes nothing: PyTorch has no paged KV cache",
+    ]

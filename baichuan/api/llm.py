@@ -30,6 +30,7 @@ from baichuan.api.ranks import Ranks
 from baichuan.api.results import Completion, Piece, Score
 from baichuan.api.stop_texts import StopTexts
 from baichuan.api.traffic import Traffic
+from baichuan.api.unused_settings import say_unused_arguments
 from baichuan.config import SamplingConfig, require_choice
 from baichuan.engine.runtime import open_serving
 from baichuan.engine.text import open_text, require_text
@@ -63,6 +64,7 @@ class LLM:
     model_version: a version that the engine must have; None = any.
     ranks: the processes that serve together; default: all that mpirun started.
     digests: of the engine's files, those that are being computed already, by path.
+    say_unused: whether load() logs which of these arguments changes nothing with this engine or device.
     Raises EngineError for a folder that is no engine or is damaged, or where ranks have different engines.
     """
 
@@ -78,16 +80,16 @@ class LLM:
         model_version: str | None = None,
         ranks: Ranks | None = None,
         digests: Mapping[Path, Description] = MappingProxyType({}),
+        say_unused: bool = True,
     ):
         require_choice("prefix_caching", prefix_caching, (True, False))
         self._settings = OpenSettings(device, keep_copies, kv_cache_free_gpu_mem_fraction)
-        self._prefix_caching, self._digests = prefix_caching, digests
+        self._prefix_caching, self._digests, self._say_unused = prefix_caching, digests, say_unused
         self.ranks = ranks or Ranks(world_of_this_process())
         self.engine = read_alike(folder("engine_dir", engine_dir), self.ranks.comm)
         check_world(self.engine, self.ranks.comm, model_version)
         self.text = open_text(self.engine, tokenizer_folder(tokenizer_dir))
-        self._keys = itertools.count()
-        self._loading = threading.RLock()
+        self._keys, self._loading = itertools.count(), threading.RLock()
         self._opened: tuple[Serving, torch.device] | None = None
 
     @property
@@ -107,9 +109,10 @@ class LLM:
         """
         with self._loading:
             if self._opened is None:
-                serving, device = open_serving(
-                    self.engine, self.ranks.comm, self._settings, self._digests, self._prefix_caching
-                )
+                comm = self.ranks.comm
+                if self._say_unused and comm.rank == 0:
+                    say_unused_arguments(self.engine, self._settings, self._prefix_caching)
+                serving, device = open_serving(self.engine, comm, self._settings, self._digests, self._prefix_caching)
                 serving = self.ranks.join(serving)
                 self._traffic = Traffic(serving, GIVEN_AHEAD * self.engine.build.max_batch_size)
                 self._opened = serving, device

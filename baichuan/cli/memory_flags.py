@@ -8,7 +8,11 @@ from typing import Any
 from baichuan.errors import ConfigError
 from baichuan.executors.open_settings import LEAST_FRACTION, OpenSettings
 
-MEMORY_FLAGS = ("no_weight_copies", "kv_cache_free_gpu_mem_fraction", "no_prefix_caching")
+MEMORY_FLAGS = {  # the argument of api.llm.LLM that each sets
+    "no_weight_copies": "keep_copies",
+    "kv_cache_free_gpu_mem_fraction": "kv_cache_free_gpu_mem_fraction",
+    "no_prefix_caching": "prefix_caching",
+}
 
 
 def add_weight_copies(parser: argparse._ActionsContainer) -> None:
@@ -48,4 +52,5 @@ def memory_settings(args: argparse.Namespace, sides: int = 1) -> dict[str, Any]:
         "keep_copies": not args.no_weight_copies,
         "kv_cache_free_gpu_mem_fraction": fraction / sides,
         "prefix_caching": not args.no_prefix_caching,
+        "say_unused": False,  # cli/unused_flags.py does, in the flags' names
     }

@@ -9,11 +9,11 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from baichuan.api.unused_settings import say_unused_settings
 from baichuan.cli.memory_flags import MEMORY_FLAGS
 from baichuan.cli.run_flags import given_sampling
 from baichuan.config import SamplingConfig
 from baichuan.engine.folder import Engine
-from baichuan.executors.device import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +25,5 @@ def say_unused(args: argparse.Namespace, sampling: SamplingConfig, engines: Sequ
         for name, value in given_sampling(args).items():
             if name in ("temperature", "top_k", "top_p", "random_seed") and f"{name} {value:g}" != cause:
                 logger.info("%s is greedy decoding, where --%s changes nothing", cause, name)
-    for name in (name for name in MEMORY_FLAGS if name in args.given and engines):
-        reasons = [_why_unused(name, engine, args.device) for engine in engines]
-        if all(reasons):
-            logger.info("--%s changes nothing: %s", name, "; ".join(filter(None, dict.fromkeys(reasons))))
-
-
-def _why_unused(name: str, engine: Engine, device: str) -> str | None:
-    """None where the engine heeds the flag."""
-    backend, weights = engine.backend, engine.quant.weights
-    if name != "no_weight_copies":
-        return None if backend.paged else f"{backend.title} has no paged KV cache"
-    if not backend.keeps_copies:
-        return f"{backend.title} keeps no copies of weights"
-    if weights not in ("int8", "int4"):
-        return "copies are of INT8 and INT4 weights, and the engine has others"
-    return "on a CPU no copies of weights are kept" if resolve_device(device) == "cpu" else None
+    given = {setting: f"--{flag}" for flag, setting in MEMORY_FLAGS.items() if flag in args.given}
+    say_unused_settings(given, engines, args.device)
