@@ -92,6 +92,31 @@ def test_what_a_line_inherits_is_not_held_against_it(engine, tmp_path, given, li
     assert run.main(prompt_file(engine, tmp_path, [{"prompt": "a"}, {"prompt": "a", **settings}], *given)) == 0
 
 
+def test_what_a_greedy_line_does_not_use_is_said_once_with_its_first_line(engine, tmp_path, capsys):
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "a", "top_k": 1, "temperature": 0.5, "random_seed": 3},
+        {"prompt": "a", "top_k": 4, "temperature": 0.5, "random_seed": 3},
+        {"prompt": "a", "top_k": 1, "repetition_penalty": 1.0, "max_output_len": 1},
+        *[{"prompt": "a", "top_k": 1, "temperature": 0.5}] * 2,
+        {"prompt": "a", "temperature": 0.0, "top_p": 0.5},
+    ]
+    assert run.main(prompt_file(engine, tmp_path, rows)) == 0
+    greedy, path = "is greedy decoding, where", tmp_path / "prompts.jsonl"
+    assert told(capsys) == [
+        f"{path} line 2 and 2 others: top_k 1 {greedy} temperature changes nothing",
+        f"{path} line 2: top_k 1 {greedy} random_seed changes nothing",
+        f"{path} line 7: temperature 0 {greedy} top_p changes nothing",
+    ]
+
+
+def test_a_line_is_told_of_what_it_has_itself_beside_a_greedy_flag(engine, tmp_path, capsys):
+    rows = [{"prompt": "a"}, {"prompt": "a", "top_p": 0.5}]
+    assert run.main(prompt_file(engine, tmp_path, rows, "--top_k", "1")) == 0
+    path = tmp_path / "prompts.jsonl"
+    assert told(capsys) == [f"{path} line 2: top_k 1 is greedy decoding, where top_p changes nothing"]
+
+
 def prompt_file(engine, folder, rows, *more) -> list[str]:
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

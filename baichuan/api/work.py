@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from baichuan.api.beam_settings import check_beam_settings
+from baichuan.api.greedy_settings import unused_when_greedy
 from baichuan.api.llm import LLM
 from baichuan.api.prompt_file import read_prompt_file
 from baichuan.api.result_file import ResultFile
 from baichuan.config import SEEDS, SamplingConfig
-from baichuan.errors import BaichuanError, ConfigError
+from baichuan.errors import BaichuanError, ConfigError, counted
 from baichuan.generation.requests import Progress, Request
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 8  # for every 8 requests that run one waits beside them, so that a row that ends is filled at once
 
@@ -48,10 +53,12 @@ def read_tasks(
     """The file's prompts, each checked.  Seeds count up from sampling.random_seed where a line has none of its own.
 
     as_chat: the messages that a text prompt stands for; None: the text is continued.
+    Logs each kind of setting that greedy decoding does not use, once, with the first line that has it of its own.
     Raises ConfigError with the number of the first line that the engine cannot hold, or that has a setting of its own
     which changes nothing with the number of beams that it has or inherits.
     """
     tasks: list[Task] = []
+    first, count = dict[str, str](), Counter[str]()  # of each sentence about unused settings: its first line, its lines
     for number, line in enumerate(read_prompt_file(path)):
         prompt = as_chat(line.prompt) if as_chat and isinstance(line.prompt, str) else line.prompt
         own: dict[str, Any] = {"random_seed": (sampling.random_seed + number) % SEEDS}
@@ -63,6 +70,12 @@ def read_tasks(
         except BaichuanError as error:
             raise ConfigError(f"{line.place}: {error}") from None
         tasks.append(Task(line.key, array("i", request.prompt), request.sampling, most))
+        for sentence in unused_when_greedy(line.settings, config):
+            first.setdefault(sentence, line.place)
+            count[sentence] += 1
+    for sentence, place in first.items():
+        others = f" and {counted(count[sentence] - 1, 'other')}" if count[sentence] > 1 else ""
+        logger.info("%s%s: %s", place, others, sentence)
     return tasks
 
 

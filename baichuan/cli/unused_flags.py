@@ -9,6 +9,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from baichuan.api.greedy_settings import unused_when_greedy
 from baichuan.api.unused_settings import say_unused_settings
 from baichuan.cli.memory_flags import MEMORY_FLAGS
 from baichuan.cli.run_flags import given_sampling
@@ -20,10 +21,7 @@ logger = logging.getLogger(__name__)
 
 def say_unused(args: argparse.Namespace, sampling: SamplingConfig, engines: Sequence[Engine]) -> None:
     """Say which given flag changes nothing: in greedy decoding, which draws nothing, or with any of the engines."""
-    if sampling.greedy:
-        cause = "temperature 0" if sampling.temperature == 0 else "top_k 1"
-        for name, value in given_sampling(args).items():
-            if name in ("temperature", "top_k", "top_p", "random_seed") and f"{name} {value:g}" != cause:
-                logger.info("%s is greedy decoding, where --%s changes nothing", cause, name)
+    for sentence in unused_when_greedy(given_sampling(args), sampling, "--"):
+        logger.info("%s", sentence)
     given = {setting: f"--{flag}" for flag, setting in MEMORY_FLAGS.items() if flag in args.given}
     say_unused_settings(given, engines, args.device)
