@@ -15,8 +15,7 @@ from baichuan.executors.memory import KV_DTYPES
 from baichuan.kernels.kv_store import store_kv
 from baichuan.model.decoder import attention_spec
 from baichuan.parallel.comm import Solo
-from baichuan.quant.kv_cache import dequantise_kv
-from baichuan.quant.scaled import quantise
+from baichuan.quant.kv_cache import dequantise_kv, quantise_kv
 from baichuan.records import AttentionSpec, LayerCache, Step
 from benchmarks.kernel_cases import NEIGHBOUR, ROUNDED, Case, Sizes, normal
 
@@ -93,15 +92,14 @@ def _qkv_and_cache(
 ) -> tuple[Tensor, LayerCache]:
     width, scale = spec.num_heads * spec.head_dim, KV_SCALES[kv_cache]
     qkv = normal((step.tokens.shape[0], 3 * width), device, seed)
-    scales = [None if scale is None else torch.full((1,), scale, device=device) for _ in range(2)]
+    k_scale, v_scale = (None if scale is None else torch.full((1,), scale, device=device) for _ in range(2))
     dtype = KV_DTYPES[kv_cache] or torch.float16
     cache = LayerCache.whole_rows(
-        step.batch_size, step.max_context_length, spec, dtype, device, scales, tokens_per_block=64
+        step.batch_size, step.max_context_length, spec, dtype, device, (k_scale, v_scale), tokens_per_block=64
     )
     cache.tables.copy_(torch.randperm(cache.tables.numel(), device=device).view_as(cache.tables))
-    for kept, n in ((cache.k, 1), (cache.v, 2)):
-        values = normal(kept.shape, device, seed + n)
-        kept.copy_(values if scale is None else quantise(values, scales[0], dtype))
+    for kept, kept_scale, n in ((cache.k, k_scale, 1), (cache.v, v_scale, 2)):
+        kept.copy_(quantise_kv(normal(kept.shape, device, seed + n), kept_scale, dtype))
     return qkv, cache
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ def _measure(case: Case, bandwidth: float, rates: dict[str, float]) -> str:
     error, first = _check(case), case.make(0)
     num_bytes = case.num_bytes or sum(each.nbytes for each in tensors_of((first, case.run(*first))))
     copies = [first, *map(case.make, range(1, min(copies_beyond_cache(num_bytes), MAX_COPIES)))]
-    time = seconds([lambda operands=operands: case.run(*operands) for operands in copies])
+    time = seconds([partial(case.run, *operands) for operands in copies])
     by_copy, by_products = num_bytes / bandwidth, case.flops / rates[case.rate]
     ceiling = "copy" if by_copy >= by_products else f"{case.rate} products"
     products = f"{case.flops / time / 1e12:8.1f}" if case.flops else " " * 8

@@ -15,6 +15,8 @@ from baichuan.kernels.norm import add_rms_norm
 from baichuan.kernels.operand import PLAIN, E4m3PerToken, Form, Int8PerToken, Int16, Operand, StaticScale
 from baichuan.kernels.rows import quantise_rows
 from baichuan.kernels.silu import silu_mul
+from baichuan.model.decoder import attention_spec
+from baichuan.parallel.comm import Solo
 from baichuan.quant.fp8 import token_scale
 from baichuan.quant.scaled import quantise, scale_for
 from benchmarks.kernel_cases import NEIGHBOUR, ROUNDED, Case, Sizes, normal
@@ -24,12 +26,13 @@ EPS = 1e-6
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    yield from _norms(sizes, device)
-    yield from _activations(sizes, device)
+    reference = ReferenceOps(attention_spec(sizes.model, 0, 1), Solo(), 1, device)
+    yield from _norms(sizes, device, reference)
+    yield from _activations(sizes, device, reference)
     yield from _rows(sizes, device)
 
 
-def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+def _norms(sizes: Sizes, device: torch.device, reference: ReferenceOps) -> Iterator[Case]:
     width = sizes.model.hidden_size
     static = torch.full((1,), 0.03, device=device)
     kinds = {
@@ -51,14 +54,14 @@ def _norms(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 make=partial(make, tokens),
                 run=lambda x, residual, weight, form=form: add_rms_norm(x, residual, weight, EPS, form),
                 expected=lambda x, residual, weight, form=form: torch.cat(
-                    _quantised_sum(ReferenceOps.add_rms_norm(None, x, residual, weight, EPS), form)
+                    _quantised_sum(reference.add_rms_norm(x, residual, weight, EPS), form)
                 ),
                 tolerance=tolerance,
                 result=lambda raw, *_: torch.cat((_dequantised(raw[0]), raw[1].float())),
             )
 
 
-def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+def _activations(sizes: Sizes, device: torch.device, reference: ReferenceOps) -> Iterator[Case]:
     width = sizes.model.intermediate_size
     kinds = {
         "float16": (PLAIN, ROUNDED[torch.float16]),
@@ -69,9 +72,9 @@ def _activations(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         for kind, (form, tolerance) in kinds.items():
             yield Case(
                 name=f"silu_mul {kind}, {counted(tokens, 'token')}",
-                make=lambda seed, tokens=tokens: (normal((tokens, 2 * width), device, seed),),
+                make=partial(_one, (tokens, 2 * width), torch.float16, device),
                 run=lambda x, form=form: silu_mul(x, form),
-                expected=lambda x, form=form: _rounded(ReferenceOps.silu_mul(None, x), form),
+                expected=lambda x, form=form: _rounded(reference.silu_mul(x), form),
                 tolerance=tolerance,
                 result=_dequantised,
             )
@@ -83,7 +86,7 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         for kind, form, tolerance in (("int8", Int8PerToken(), NEIGHBOUR), ("int16", Int16(), INT16_STEPS)):
             yield Case(
                 name=f"quantise_rows to {kind}, {counted(tokens, 'token')}",
-                make=lambda seed, tokens=tokens: (normal((tokens, width), device, seed),),
+                make=partial(_one, (tokens, width), torch.float16, device),
                 run=lambda x, form=form: quantise_rows(x, form),
                 expected=lambda x, form=form: _rounded(x, form),
                 tolerance=tolerance,
@@ -92,12 +95,16 @@ def _rows(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     for rows in sizes.tokens[:2]:
         yield Case(
             name=f"argmax of {vocab_size} logits, {counted(rows, 'row')}",
-            make=lambda seed, rows=rows: (normal((rows, vocab_size), device, seed, torch.float32),),
+            make=partial(_one, (rows, vocab_size), torch.float32, device),
             run=argmax,
             expected=lambda logits: logits.argmax(-1).float() + 1,  # a relative error of index 0 is undefined
             tolerance=0.0,
             result=lambda raw, _: raw.float() + 1,
         )
+
+
+def _one(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor]:
+    return (normal(shape, device, seed, dtype),)
 
 
 def _quantised_sum(pair: tuple[Tensor, Tensor], form: Form) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baichuan.cli.common import Parser, run_script
 from baichuan.config import PRESETS
-from baichuan.errors import ConfigError
+from baichuan.errors import ConfigError, UnsupportedError
 from baichuan.executors.cuda.linear import Choice, choose_kernel, has_gluon
 from baichuan.executors.cuda.load import tensors_of
 from baichuan.executors.cuda.products import product
@@ -142,7 +142,7 @@ def _kernel(point: Point, entry: Entry) -> tuple:
 
 def _compile(every: Sequence[Point], deadline: float, threads: int) -> set[tuple]:
     """Run each kernel once, in several threads: most of the time is spent in compilers outside of Python."""
-    kernels = {}
+    kernels: dict[tuple, Point] = {}
     for point in every:
         for entry in candidates(point):
             kernels.setdefault(_kernel(point, entry), point)
@@ -153,13 +153,14 @@ def _compile(every: Sequence[Point], deadline: float, threads: int) -> set[tuple
         if time.monotonic() > deadline:
             return None
         with suppress(Exception):  # _time reports it
-            bound(*_case(point).make(0), point.matrix)(kernel[-1])
+            x, weight = _case(point).make(0)
+            bound(x, weight, point.matrix)(kernel[-1])
         return kernel
 
     first, *others = kernels
     run(first)  # alone, so that Triton starts only once
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        compiled = {first, *pool.map(run, others)} - {None}
+        compiled = {first, *filter(None, pool.map(run, others))}
     torch.cuda.synchronize()
     return compiled
 
@@ -170,7 +171,7 @@ def _time(point: Point) -> dict[Entry, float | None]:
     operands = case.make(0)
     expected, size = case.expected(*operands), sum(each.nbytes for each in tensors_of(operands))
     copies = [operands, *map(case.make, range(1, min(copies_beyond_cache(size), MAX_COPIES)))]
-    products = [bound(*each, point.matrix) for each in copies]
+    products = [bound(x, weight, point.matrix) for x, weight in copies]
     times: dict[Entry, float | None] = {}
     for entry in candidates(point):
         times[entry] = None
@@ -178,7 +179,7 @@ def _time(point: Point) -> dict[Entry, float | None]:
         if problem:
             print(f"{point} {entry or 'library'}: {problem}", flush=True)
         else:
-            times[entry] = seconds([lambda each=each, entry=entry: each(entry) for each in products], REPLAYS)
+            times[entry] = seconds([partial(each, entry) for each in products], REPLAYS)
     return times
 
 
@@ -196,12 +197,12 @@ def wrong(run: Product, entry: Entry, expected: Tensor, tolerance: float) -> str
 
 def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
     """The product of x, already in the form that the kernel takes, as a function of how it is cut up."""
-    one_row, library = x.shape[0] == 1 and not isinstance(weight, Fp8Weight), None
+    one_row = x.shape[0] == 1 and not isinstance(weight, Fp8Weight)
     gated, out = one_row and matrix == "gate_up", torch.float32 if matrix == "head" else x.dtype
+    own: Callable[..., Tensor]
     match weight:
         case DenseWeight(w):
             own = partial(gemv, x, w, out, gated) if one_row else partial(gemm, plain(x), w, None, out)
-            library = partial(product, x, w, out)
         case Int8Weight(q, scale):
             kernel = partial(gemv_int, gated=gated) if one_row else gemm
             own = partial(kernel, quantise_rows(x, Int16()), q, scale, out)
@@ -214,17 +215,24 @@ def bound(x: Tensor, weight: Weight, matrix: str) -> Product:
             kernel = partial(gemv_int, gated=gated) if one_row else gemm
             form = choose_kernel(weight, Choice(x.shape[0], x.dtype)).form
             own = partial(kernel, quantise_rows(x, form), q, scale, out)
-    if isinstance(weight, Int8Weight | Int4Weight):
-
-        def library() -> Tensor:
-            return product(x, dequantise_to(weight, x.dtype), out)
 
     def run(entry: Entry) -> Tensor:
         if entry == LIBRARY:
-            return library()
-        return own(block=GemvBlock(*entry)) if one_row else own(tile=Tile(*entry[:5], splits=entry[5]))
+            return library(x, weight, out)
+        return own(block=GemvBlock(*entry)) if one_row else own(tile=replace(Tile(*entry[:5]), splits=entry[5]))
 
     return run
+
+
+def library(x: Tensor, weight: Weight, out: torch.dtype) -> Tensor:
+    """PyTorch's product, of a dequantised copy where the matrix is quantised."""
+    match weight:
+        case DenseWeight(w):
+            return product(x, w, out)
+        case Int8Weight() | Int4Weight():
+            return product(x, dequantise_to(weight, x.dtype), out)
+        case _:
+            raise UnsupportedError(type(weight).__name__)
 
 
 if __name__ == "__main__":

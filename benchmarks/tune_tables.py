@@ -13,22 +13,25 @@ product's shape: several entries may be timed as one.  An entry of a GEMV is a G
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import product
 
 from baichuan.config import PRESETS
 from baichuan.executors.cuda import linear as cuda_linear
 from baichuan.kernels import gemv, gemv_int, tiles
+from baichuan.kernels.spec import GemvBlock
 from benchmarks.product_cases import matrices
 from benchmarks.random_weights import PRECISIONS
 
 Entry = tuple[int, ...]
 Place = tuple[str, str, int | str | None]  # module, and the two keys of an entry in its table
+Cut = tiles.Tile | GemvBlock
+Cuts = Sequence[tuple[int | None, Cut]] | Mapping[str, Cut]  # of one kind: by the largest size, or by weights' numbers
 LIBRARY: Entry = ()  # PyTorch's product, of a dequantised copy where the matrix is quantised
 MARGIN = 0.01  # a candidate is chosen if it is faster by more than this: times vary by less from run to run
 
-TABLES = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
+TABLES: dict[str, Mapping[str, Cuts]] = {"tiles": tiles.TILES, "gemv": gemv.BLOCKS, "gemv_int": gemv_int.BLOCKS}
 NUMBERS = {"int8": "int8", "smooth_quant_per_token": "w8a8", "int4": "int4", "int4_per_channel": "int4"}
 SHAPES = {"qkv": "tall", "o_proj": "square", "gate_up": "gated", "down": "wide"}
 ROW_LIMITS = {"GEMM_ROWS": "int4", "INT16_ROWS": "int8", "DENSE_ROWS": "float16"}  # the precision whose times set it
@@ -59,7 +62,7 @@ BLOCKS = {
         _blocks((1, 2, 4, 8), ((128, 1), (256, 1), (256, 2), (512, 4), (1024, 8))),
     ),
 }
-TILES = {
+TILES: dict[tuple[str, int | str | None], tuple[Entry, ...]] = {
     ("bytes", 8): ((8, 64, 256, 4, 3), (8, 128, 256, 8, 4), (8, 64, 128, 4, 6)),
     ("bytes", 16): ((16, 64, 128, 4, 6), (16, 128, 256, 8, 4), (16, 32, 512, 4, 3)),
     ("bytes", 32): ((32, 128, 256, 8, 4), (32, 128, 128, 4, 6), (32, 64, 128, 4, 6)),
@@ -153,7 +156,11 @@ def points(versions: Iterable[str], gluon: bool = False) -> list[Point]:
 
 def present(place: Place) -> Entry:
     module, first, second = place
-    return astuple(dict(TABLES[module][first])[second])[:6]
+    return astuple(_by_key(TABLES[module][first])[second])[:6]
+
+
+def _by_key(cuts: Cuts) -> dict[int | str | None, Cut]:
+    return dict(cuts.items() if isinstance(cuts, Mapping) else cuts)
 
 
 def candidates(point: Point) -> tuple[Entry, ...]:
@@ -182,8 +189,8 @@ def _timed(point: Point, entry: Entry) -> Entry:
 def _relative(pairs: Iterable[tuple[Point, float, float]]) -> float:
     """The ratio of a layer's first times to its second times, mean over layers.  pairs: (point, first, second time)"""
     layers: dict[tuple, list[tuple[float, float]]] = {}
-    for point, *both in pairs:
-        layers.setdefault((point.version, point.precision, point.rows), []).append(tuple(both))
+    for point, first, second in pairs:
+        layers.setdefault((point.version, point.precision, point.rows), []).append((first, second))
     ratios = [sum(first for first, _ in layer) / sum(second for _, second in layer) for layer in layers.values()]
     return sum(ratios) / len(ratios)
 
@@ -252,9 +259,10 @@ def _row_limit(times: Times, name: str, chosen: Mapping[Place, Entry]) -> int:
     """The largest number of rows at which our kernel is faster than the library, among those with both times."""
     pairs: dict[int, list[tuple[Point, float, float]]] = {}
     for point, timed in times.items():
-        if point.precision == ROW_LIMITS[name] and timed.get(LIBRARY) is not None:
+        library = timed.get(LIBRARY)
+        if point.precision == ROW_LIMITS[name] and library is not None:
             own = _right(timed).get(_timed(point, chosen[point.place]), math.inf)
-            pairs.setdefault(point.rows, []).append((point, own, timed[LIBRARY]))
+            pairs.setdefault(point.rows, []).append((point, own, library))
     known, now = 0, getattr(cuda_linear, name)
     for rows in sorted(pairs):
         if _relative(pairs[rows]) > 1 + (MARGIN if rows <= now else -MARGIN):
@@ -271,7 +279,7 @@ def tables_text(choice: Choice) -> str:
         for first, entries in table.items():
             cuts = {
                 second: type(cut)(*choice.entries.get((module, first, second), astuple(cut)[:6]))
-                for second, cut in dict(entries).items()
+                for second, cut in _by_key(entries).items()
             }
             lines.append(f'    "{first}": {_literal(cuts if isinstance(entries, dict) else tuple(cuts.items()))},')
         lines.append("}")
@@ -280,7 +288,7 @@ def tables_text(choice: Choice) -> str:
 
 
 def _literal(value) -> str:
-    if is_dataclass(value):
+    if isinstance(value, Cut):
         return f"{type(value).__name__}({', '.join(map(str, astuple(value)[:6]))})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(each)}" for key, each in value.items()) + "}"
