@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +130,7 @@ class _Group:
     slots: Tensor  # [sequences] int64
 
 
-def to_device(values: Sequence | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: Sequence | np.ndarray | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values on the device; the host does not wait for what the device still has to do."""
     host = torch.as_tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

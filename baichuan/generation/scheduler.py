@@ -158,7 +158,8 @@ class Scheduler:
             if width > len(self._slots):
                 break
             length, size = len(job.ids), self.pool.tokens_per_block
-            job.names = [] if job.request.prompt_logits else names_of(job.ids, size, job.names)
+            findable = self.pool.prefix_caching and not job.request.prompt_logits
+            job.names = names_of(job.ids, size, job.names) if findable else []
             found = self.pool.find(job.names[: (length - 1) // size])  # one token at least gives logits
             kept_free = sum(len(other.tables.rows) for other in self.running)
             needed = -(-length // size) - len(found) + self.pool.idle(found)
@@ -210,7 +211,7 @@ class Scheduler:
         """Let the job's full blocks be found: those whose tokens are known and computed."""
         size = self.pool.tokens_per_block
         full = min(job.computed, len(job.ids)) // size
-        if job.slots and full > job.named:
+        if job.slots and full > job.named and self.pool.prefix_caching:
             if full > len(job.names):
                 job.names = names_of(job.ids[: full * size], size, job.names)
             for place in range(job.named, full):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,37 +54,37 @@ class StepBuilder:
         self._jobs, self._chosen = (list(jobs), tokens) if everything and len(set(jobs)) == len(jobs) else ([], None)
         self._newer.append((slots, tokens))
 
-    def on_device(self, values: Sequence[int]) -> Tensor:
+    def on_device(self, values: Sequence[int] | np.ndarray) -> Tensor:
         """int64"""
         return to_device(values, torch.int64, self._executor.device)
 
     def _build(self, plan: Plan) -> tuple[Step, list[tuple[int, int]]]:
         slots: list[int] = []  # slots of the rows that decode: their tokens are on the device
         known: list[int] = []  # the other rows' tokens, from the host
-        positions: list[int] = []
         lengths: list[int] = []
         contexts: list[int] = []
         outputs: list[int] = []
         rows: list[tuple[int, int]] = []
+        count = 0  # tokens
         for piece in plan.pieces:
             end, width = piece.start + piece.length, len(piece.job.tables.rows)
             if piece.decodes:
                 slots += piece.job.slots[:width]
             else:
                 known += piece.job.ids[piece.start : end]
-            for _ in range(width):
-                positions += range(piece.start, end)
-                lengths.append(piece.length)
-                contexts.append(end)
+            lengths += [piece.length] * width
+            contexts += [end] * width
+            count += piece.length * width
             wanted = piece.length if piece.job.request.prompt_logits and not piece.decodes else width
             rows.append((len(outputs), wanted))
-            outputs += range(len(positions) - wanted, len(positions))
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
+            outputs += range(count - wanted, count)
+        starts = np.cumsum([0, *lengths])
+        firsts = np.subtract(contexts, lengths)  # the position of each row's first token
+        positions = np.arange(count) + np.repeat(firsts - starts[:-1], lengths)
         singles = leading_ones(lengths)
         parts = slots, known, positions, starts, contexts, outputs, [singles]
-        packed = self.on_device([value for part in parts for value in part]).split([len(part) for part in parts])
+        values = np.concatenate([np.asarray(part, np.int64) for part in parts])
+        packed = self.on_device(values).split([len(part) for part in parts])
         self._step = Step(
             tokens=self._tokens(packed[0], packed[1]),
             positions=packed[2],
