@@ -132,7 +132,7 @@ def load_rank(
 
 
 def float_model(source: WeightSource, model: ModelConfig, tp_size: int = 1, device: str = "cpu") -> FloatModel:
-    """The source in float32 as a module of its own (hf_model/network.py), which shares no code with the engine.
+    """The source in float32 as a module of its own (hf_model/network.py), which uses none of the engine's ops.
 
     A checkpoint is read as what its own files prove; where they leave the version open, a warning says so and the
     model's is taken.  tp_size: of a binary folder.  Raises CheckpointError where a binary folder holds integers alone.

@@ -49,6 +49,18 @@ def test_the_folders_code_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists() and not hasattr(loaded.config, "auto_map")
 
 
+def test_another_programs_keys_in_the_configuration_change_nothing(tmp_path):
+    """Such as the engine's names for the sizes, which transformers sets as attributes."""
+    hf.register()
+    folder = shutil.copytree(goldens.checkpoint("v1_7b"), tmp_path / "hub", copy_function=shutil.copyfile)
+    values = json.loads((folder / "config.json").read_text())
+    foreign = {"num_layers": 1, "num_heads": 2, "model": "x", "head_dim": 3}
+    (folder / "config.json").write_text(json.dumps(values | foreign))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = goldens.golden("v1_7b")["logits_7"]
+    assert (logits(loaded, ids("v1_7b", 7))[0] - expected).abs().max() <= FLOAT32_TOLERANCE
+
+
 def test_the_version_must_be_known_and_fit():
     hf.register()
     folder = goldens.checkpoint("v2_13b")

@@ -224,7 +224,7 @@ def test_a_signal_while_leftovers_are_deleted_comes_afterwards(folder, monkeypat
 def synced(monkeypatch) -> list[str]:
     """The names of the files that reach the disk, as often as they do."""
     names, sync = [], publishing._sync
-    monkeypatch.setattr(publishing, "_sync", lambda path: (sync(path), names.append(path.name)))
+    monkeypatch.setattr(publishing, "_sync", lambda path, *errors: (sync(path, *errors), names.append(path.name)))
     return names
 
 
@@ -236,25 +236,52 @@ def wait_for(condition) -> None:
 
 
 def test_files_reach_the_disk_while_they_are_written(folder, synced):
-    with synced_meanwhile(folder):
-        wait_for(lambda: "notes.txt" in synced)
-        assert "later" not in synced
-        (folder / "later").write_text("x")
-        wait_for(lambda: "later" in synced)
-    count = len(synced)
+    (folder / "scratch").write_text("x")
+    with synced_meanwhile(folder, "*.txt"):
+        wait_for(lambda: synced == ["notes.txt"])
+        (folder / "later.txt").write_text("x")
+        wait_for(lambda: synced == ["notes.txt", "later.txt"])
+        (folder / "notes.txt").write_text("longer than before")
+        wait_for(lambda: synced[2:] == ["notes.txt"])
+        time.sleep(3 * publishing.SYNC_PAUSE_S)
+        assert len(synced) == 3, "what has not changed is left alone"
+    (folder / "after.txt").write_text("x")
     time.sleep(3 * publishing.SYNC_PAUSE_S)
-    assert len(synced) == count, "it ends with the block"
+    assert len(synced) == 3, "it ends with the block"
+
+
+def test_many_files_do_not_keep_the_block_from_ending(folder, monkeypatch):
+    begun = []
+    monkeypatch.setattr(publishing, "_sync", lambda path, errors: (begun.append(path), time.sleep(0.05)))
+    for number in range(200):
+        (folder / f"{number}.bin").touch()
+    with synced_meanwhile(folder, "*.bin"):
+        wait_for(lambda: begun)
+    assert len(begun) < 100
 
 
 def test_what_cannot_be_stored_is_told_at_the_end(folder, monkeypatch):
     asked = []
 
-    def fail(path):
-        asked.append(path)
+    def fail(handle):
+        asked.append(handle)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(publishing, "_sync", fail)
-    with pytest.raises(OSError, match="Input/output"), synced_meanwhile(folder):
+    monkeypatch.setattr(publishing.os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"), synced_meanwhile(folder, "*"):
         wait_for(lambda: asked)
-    with pytest.raises(ZeroDivisionError), synced_meanwhile(folder):
+    with pytest.raises(ZeroDivisionError), synced_meanwhile(folder, "*"):
         raise ZeroDivisionError  # not hidden by what the disk says
+
+
+def test_what_cannot_be_opened_meanwhile_is_no_error(folder, monkeypatch):
+    tried = []
+
+    def fail(path, *flags):
+        tried.append(path)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with synced_meanwhile(folder, "*.txt"):
+        monkeypatch.setattr(publishing.os, "open", fail)
+        wait_for(lambda: tried)
+        monkeypatch.undo()

@@ -67,7 +67,7 @@ def convert(request: ConvertRequest, samples: Sequence[Sequence[int]], settings:
             ranges = (calibrate_by_mode if request.by_mode else calibrate)(*args)
         size = sum(array.size for array in layout.written(request.fixed_alpha is not None))
         processes = min(request.processes, 1 + size // BYTES_PER_PROCESS)
-        with synced_meanwhile(staged):
+        with synced_meanwhile(staged, "*.bin"):
             weight_absmax = _write_all(writer, ranges, processes)
         write_fp8_scales(staged / FILE_NAME, _fp8_scales(ranges, weight_absmax))
         model = {key: getattr(request.model, field) for field, key in SIZES.items()}

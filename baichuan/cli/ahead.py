@@ -1,4 +1,4 @@
-"""Work that needs no PyTorch and is begun while PyTorch is imported."""
+"""Work that is begun while PyTorch is imported; what needs PyTorch itself comes after the rest."""
 
 from __future__ import annotations
 

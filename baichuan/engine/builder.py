@@ -64,7 +64,7 @@ def build_engine(request: BuildRequest, check: Callable[[Engine], None] | None =
         _require_resources(request, sizes)
         paths = [staged / rank_file_name(request.model, request.build, rank) for rank in range(len(sizes))]
         start = time.perf_counter()
-        with synced_meanwhile(staged):
+        with synced_meanwhile(staged, "*.engine"):
             files, contract = _write_ranks(request, paths, tensors, sum(sizes))
             logger.info("written in %.1f s", time.perf_counter() - start)
             texts = copy_text_files(request.text_folder, staged) if request.text_folder else []

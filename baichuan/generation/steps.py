@@ -105,4 +105,4 @@ class StepBuilder:
             for places, newer in self._newer:
                 self._last[self.on_device(places)] = newer
             self._newer.clear()
-        return torch.cat((self._last[slots], known)) if len(slots) else known  # each call is time to the first token
+        return torch.cat((self._last[slots], known)) if len(slots) else known  # saves time before a first token

@@ -72,14 +72,6 @@ class BaichuanConfig(PreTrainedConfig):
         )
 
     @property
-    def num_layers(self) -> int:
-        return self.num_hidden_layers
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
     def version(self) -> Version:
         """Raises ConfigError when the version is unknown, or config.json contradicts it."""
         if self.model_version is None:
@@ -103,3 +95,23 @@ class BaichuanConfig(PreTrainedConfig):
             version, length = VERSIONS[self.model_version], values.pop("max_position_embeddings")
             values |= {"architectures": [version.architecture], **dict.fromkeys(version.length_keys, length)}
         return values
+
+
+def model_config(config: BaichuanConfig) -> ModelConfig:
+    """The same model, but for the dtype.  Raises ConfigError where the configuration does not say which version it is.
+
+    Not a method: transformers sets every key of a config.json as an attribute, whatever it is called.
+    """
+    [version] = [name for name, each in VERSIONS.items() if each == config.version]
+    return ModelConfig(
+        model_version=version,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        max_positions=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        rope_factor=config.rope_factor,
+    )

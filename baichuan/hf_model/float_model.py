@@ -14,7 +14,7 @@ from baichuan.weights.source import Checkpoint
 
 
 class FloatModel(Network, nn.Module):
-    """The network alone, in eval mode."""
+    """The network alone."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -37,5 +37,5 @@ def load_float_model(
 
 
 def float_model_of(model: ModelConfig, checkpoint: Checkpoint) -> FloatModel:
-    """The model with the checkpoint's weights, by the hub's names, where it reads them."""
+    """The model with the checkpoint's weights, by the hub's names, on the device that it reads them to."""
     return with_weights(lambda: FloatModel(model), read_all(checkpoint, torch.float32))

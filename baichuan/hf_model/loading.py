@@ -44,7 +44,7 @@ def with_weights(make: Callable[[], Model], weights: Mapping[str, Tensor]) -> Mo
 
 
 def read_all(tensors: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors in dtype, where the checkpoint reads them."""
+    """The tensors in dtype, on the device that the checkpoint reads them to."""
     return {name: source.read(0, source.shape[0]).to(dtype) for name, source in tensors.items()}
 
 

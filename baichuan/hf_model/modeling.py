@@ -16,7 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from baichuan.errors import UnsupportedError
-from baichuan.hf_model.config import BaichuanConfig
+from baichuan.hf_model.config import BaichuanConfig, model_config
 from baichuan.hf_model.loading import read_weights, with_weights
 from baichuan.hf_model.network import Network
 from baichuan.util.library_logs import through_our_log
@@ -35,7 +35,7 @@ class BaichuanForCausalLM(Network, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.build(config)
+        self.build(model_config(config))
         self.post_init()
 
     def forward(

@@ -1,46 +1,23 @@
 """What the four versions compute, as PyTorch modules whose weights have the hub's names.
 
-Independent of ops.py, decoder.py and the executors, so that an error there cannot hide here.  transformers, which takes
-seconds to import, is needed by modeling.py alone.
+Independent of ops.py, decoder.py and the executors, so that an error there cannot hide here; and of transformers, which
+takes seconds to import.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baichuan.config import Version
+from baichuan.config import ModelConfig, Version
 from baichuan.model.position import alibi_slopes, rope_at, rotate
 
 
-class Shape(Protocol):
-    """What the modules read of a ModelConfig or a BaichuanConfig."""
-
-    @property
-    def version(self) -> Version: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def rms_norm_eps(self) -> float: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def rope_factor(self) -> float: ...
-
-
 class RMSNorm(nn.Module):
-    def __init__(self, config: Shape):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
@@ -52,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Shape, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.num_heads = layer, config.num_heads
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
@@ -75,7 +52,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Shape):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -86,7 +63,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Shape, layer: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
@@ -99,7 +76,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Shape):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
@@ -133,10 +110,9 @@ class Network:
     lm_head: nn.Linear
     version: Version
 
-    def build(self, config: Shape) -> None:
-        """Raises ConfigError when config does not say which version it is."""
+    def build(self, config: ModelConfig) -> None:
         self.version = config.version
-        self.num_heads, self.head_dim = config.num_heads, config.hidden_size // config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope = config.rope_theta, config.rope_factor
         self.model = Decoder(config)
         head = NormHead if self.version.norm_head else nn.Linear

@@ -95,8 +95,8 @@ QUANTISE_OVER_RANKS = KernelSpec(
 )
 
 
-def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots, gated: bool = False) -> Operand:
-    """x, or if gated silu_mul of it (silu.py), in the form Int8PerToken(smoother, over_ranks=True).
+def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots, activates: bool = False) -> Operand:
+    """x, or if it activates silu_mul of x (silu.py), in the form Int8PerToken(smoother, over_ranks=True).
 
     x: [num_tokens, width], or [num_tokens, 2 * width], this rank's channels, the slots holding a float32 for each
     token; smoother: [width] float32
@@ -108,7 +108,7 @@ def quantise_over_ranks(x: Tensor, smoother: Tensor, slots: Slots, gated: bool =
         (x.contiguous(), smoother, slots.distances),
         (width,),
         (*out.scaled, slots.inbox),
-        {"GATED": gated, **slots.constants, "BLOCK": block},
+        {"GATED": activates, **slots.constants, "BLOCK": block},
         num_warps=min(max(block // 512, 1), 16),
     )
     return out

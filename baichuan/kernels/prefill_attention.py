@@ -116,7 +116,7 @@ def _prefill_attention(
             start = split * share
             end = tl.minimum(end, start + share)
             seen_by_all = tl.maximum(tl.minimum(seen_by_all, end), start)
-        # BLOCK_K keys lie in one block, whose number is loaded a turn before its keys, which would wait for it.
+        # BLOCK_K keys lie in one block, whose number is loaded a turn ahead, so that loading the keys does not wait.
         number = _block_of(start, table, blocks_per_row, TOKENS_PER_BLOCK)
         for k_start in range(start, seen_by_all, BLOCK_K):
             following = _block_of(k_start + BLOCK_K, table, blocks_per_row, TOKENS_PER_BLOCK)

@@ -31,24 +31,27 @@ def staged_folder(target: Path) -> AbstractContextManager[Path]:
 
 
 @contextmanager
-def synced_meanwhile(folder: Path) -> Iterator[None]:
-    """While the block writes files into the folder, what they hold already goes to the disk: publish_folder, which
-    waits until all is there, has little left to wait for.
+def synced_meanwhile(folder: Path, pattern: str) -> Iterator[None]:
+    """While the block writes files of such names into the folder, what they hold already goes to the disk:
+    publish_folder, which waits until all is there, has little left to wait for.
 
-    Raises the OSError of what could not be stored, which Linux tells only once.
+    Raises the OSError of what could not be stored, which Linux tells only once.  Who interrupts the block waits until
+    the file that is on its way has been stored.
     """
     ended = threading.Event()
     errors: list[OSError] = []
 
     def sync() -> None:
+        stored: dict[Path, tuple[int, int]] = {}  # size and time of the last change
         while not (ended.wait(SYNC_PAUSE_S) or errors):
-            try:
-                for path in folder.iterdir():
-                    with suppress(FileNotFoundError):  # a file that another name has replaced
-                        if path.is_file():
-                            _sync(path)
-            except OSError as error:
-                errors.append(error)
+            with suppress(OSError):  # what cannot be listed or opened now, publish_folder will open
+                for path in folder.glob(pattern):
+                    state = path.stat()
+                    if ended.is_set() or errors:
+                        break
+                    if stored.get(path) != (state.st_size, state.st_mtime_ns):
+                        stored[path] = state.st_size, state.st_mtime_ns
+                        _sync(path, errors)
 
     thread = threading.Thread(target=sync, daemon=True)
     thread.start()
@@ -116,9 +119,14 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, errors: list[OSError] | None = None) -> None:
+    """Wait until the file or folder is on the disk.  errors: what takes the OSError where it cannot be stored"""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if errors is None:
+            raise
+        errors.append(error)
     finally:
         os.close(handle)

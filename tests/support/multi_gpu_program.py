@@ -93,7 +93,7 @@ def check_other_messages(comm: Nccl, device: torch.device) -> None:
             assert torch.equal(result.values, values) and torch.equal(result.scaled[1], scale.flatten())
             gate_up = drawn(comm.rank, turn, (5, 5120), torch.float16).to(device)
             apart = exchange.quantise_over_ranks(silu_mul(gate_up).values, smoother, slots_of(comm, 4 * x.shape[0]))
-            both = exchange.quantise_over_ranks(gate_up, smoother, slots_of(comm, 4 * x.shape[0]), gated=True)
+            both = exchange.quantise_over_ranks(gate_up, smoother, slots_of(comm, 4 * x.shape[0]), activates=True)
             assert torch.equal(both.values, apart.values) and torch.equal(both.scaled[1], apart.scaled[1])
 
 
