@@ -122,7 +122,7 @@ class CudaOps:
         elif up.run_activated and isinstance(down.form, StaticScale) and down.form.dtype == torch.int8:
             activated = up.run_activated(normed, dtype, down.form)
         elif isinstance(down.form, Int8PerToken) and down.form.over_ranks:
-            activated = self._quantise_over_ranks(up.run(normed, dtype), down.form, gated=True)
+            activated = self._quantise_over_ranks(up.run(normed, dtype), down.form, activates=True)
         else:
             activated = silu_mul(up.run(normed, dtype), down.form)
         return self._part(down, activated, down_proj, dtype), residual
@@ -148,13 +148,13 @@ class CudaOps:
                 return self._quantise_over_ranks(x, form)
         return quantise_rows(x, form)
 
-    def _quantise_over_ranks(self, x: Tensor, form: Int8PerToken, gated: bool = False) -> Operand:
-        """x, or if gated silu_mul of it, in the form."""
+    def _quantise_over_ranks(self, x: Tensor, form: Int8PerToken, activates: bool = False) -> Operand:
+        """x, or if it activates silu_mul of x, in the form."""
         assert form.smoother is not None, "a weight whose input is shared by ranks has one"
         slots = slots_of(self.comm, x.shape[0] * torch.float32.itemsize)
         if slots:
-            return quantise_over_ranks(x, form.smoother, slots, gated)
-        x = (silu_mul(x).values if gated else x).float() / form.smoother
+            return quantise_over_ranks(x, form.smoother, slots, activates)
+        x = (silu_mul(x).values if activates else x).float() / form.smoother
         scale = scale_for(self.comm.all_reduce_max(x.abs().amax(-1, keepdim=True)), torch.int8)
         return Operand(form, quantise(x, scale, torch.int8), scale)
 
